@@ -1,0 +1,19 @@
+"""The detection form of the backbone."""
+
+from mmdet.registry import MODELS
+
+from mmengine_overlock.backbone import BackboneModule
+
+
+@MODELS.register_module()
+class OverLoCK(BackboneModule):
+    """The OverLoCK backbone, by default with the overview added to its last output, as in published detectors.
+
+    Args:
+        arch: 'xt', 't', 's', 'b', or a dict of the fields of `overlock.Arch`.
+        overview_residual: Whether the overview is added to the last output.
+        **kwargs: Those of `overlock.OverLoCKBackbone`, and `init_cfg`.
+    """
+
+    def __init__(self, arch: str | dict = 'xt', overview_residual: bool = True, **kwargs) -> None:
+        super().__init__(arch, overview_residual=overview_residual, **kwargs)

@@ -1,0 +1,63 @@
+"""The OverLoCK backbone as a module of mmengine."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+from mmengine.dist import barrier, get_local_rank
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import PretrainedInit, update_init_info
+
+from mmengine_overlock.checkpoint import weights_only
+from overlock import OverLoCKBackbone
+from overlock.checkpoint import LoadReport, find_file, load_pretrained
+
+
+class BackboneModule(OverLoCKBackbone, BaseModule):
+    """`overlock.OverLoCKBackbone` with mmengine's `init_cfg`.
+
+    `init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)` loads ImageNet weights, or with `prefix='backbone.'` (found
+    by itself) those of a whole detector or segmenter, tells in the log what was loaded and what was not, and refuses a
+    file of another variant.
+
+    Args:
+        *args: Those of `overlock.OverLoCKBackbone`.
+        init_cfg: Initialisation, in mmengine's form.
+        **kwargs: Those of `overlock.OverLoCKBackbone`.
+    """
+
+    def __init__(self, *args, init_cfg: dict | list[dict] | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_cfg = copy.deepcopy(init_cfg)
+
+    def init_weights(self) -> None:
+        """Initialises by `init_cfg`, pretrained weights last.
+
+        Raises:
+            overlock.checkpoint.CheckpointError: If pretrained weights cannot be found, read or used.
+        """
+        given = self.init_cfg
+        init_cfgs = [given] if isinstance(given, dict) else list(given or [])
+        pretrained = [cfg for cfg in init_cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        self.init_cfg = [cfg for cfg in init_cfgs if cfg not in pretrained] or None
+        first_call = not self.is_init
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = given
+        for cfg in pretrained if first_call else ():
+            report = _load_on_every_rank(self, cfg['checkpoint'], cfg.get('prefix'))
+            print_log(str(report), 'current', logging.INFO)
+            if hasattr(self, '_params_init_info'):
+                update_init_info(self, init_info=f'Pretrained: {report.source}')
+
+
+def _load_on_every_rank(model: OverLoCKBackbone, source: str, prefix: str | None) -> LoadReport:
+    """Loads weights, which the first process of a machine fetches for all of its processes."""
+    if get_local_rank() == 0:
+        find_file(source)
+    barrier()
+    with weights_only():
+        return load_pretrained(model, source, prefix)

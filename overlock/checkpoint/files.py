@@ -1,0 +1,79 @@
+"""Finding weight files and reading them without running anything that they hold."""
+
+import os
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+
+WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be found, read or used for this model."""
+
+
+def find_file(source: str | os.PathLike) -> Path:
+    """The local file of a path or URL.
+
+    A URL is looked for, by its file name, in the folder that `OVERLOCK_WEIGHTS` names, then in torch hub's cache, and
+    downloaded into that cache else.
+
+    Raises:
+        CheckpointError: If there is no such file, or it cannot be downloaded.
+    """
+    source = os.fspath(source)
+    if urlparse(source).scheme not in ('http', 'https'):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise CheckpointError(f'weight file not found: {path}; give the path of a file or a URL')
+        return path
+    name = Path(urlparse(source).path).name
+    cached = Path(torch.hub.get_dir()) / 'checkpoints' / name
+    local = [Path(os.environ[WEIGHTS_VARIABLE]).expanduser() / name] if os.environ.get(WEIGHTS_VARIABLE) else []
+    for path in (*local, cached):
+        if path.is_file():
+            return path
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Writes to a temporary file beside the target and moves it when it is whole.
+        torch.hub.download_url_to_file(source, str(cached))
+    except (URLError, OSError) as error:
+        raise CheckpointError(
+            f'cannot download {source} ({error}); fetch {name} by other means and put it into the folder that '
+            f'{WEIGHTS_VARIABLE} names, or at {cached}') from error
+    return cached
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a weight file (.pth or .safetensors), on the CPU, out of their usual wrappings.
+
+    Unwraps `state_dict`, `model`, `state_dict_ema` and the prefix `module.`.
+
+    Raises:
+        CheckpointError: If the file is damaged, holds no state dict, or would have to run code to load.
+    """
+    path = Path(path)
+    if path.suffix == '.safetensors':
+        from safetensors.torch import load_file
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f'{path} is not a plain weight file and was not loaded, because loading it would run '
+                              f'code or it is damaged: {str(error).splitlines()[0]}') from error
+    except (RuntimeError, EOFError) as error:
+        raise CheckpointError(f'{path} is damaged: {str(error).splitlines()[0]}') from error
+    for wrapper in ('state_dict', 'model', 'state_dict_ema'):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f'{path} holds no state dict')
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if all(name.startswith('module.') for name in tensors):
+        tensors = {name.removeprefix('module.'): value for name, value in tensors.items()}
+    return tensors

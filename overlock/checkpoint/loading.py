@@ -1,0 +1,97 @@
+"""Loading pretrained weights into a model, strictly where it matters, with a report."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from overlock.checkpoint.files import CheckpointError, find_file, read_state_dict
+from overlock.checkpoint.names import from_published
+
+# What a dense-prediction backbone adds to the ImageNet network, and what it leaves out.
+NEW_PARTS = ('output_norms.', 'overview_proj.', 'overview_scale.')
+DROPPED_PARTS = ('head.', 'aux_head.')
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Names, ours, of what a file gave a model.
+
+    Attributes:
+        source: Where the weights came from.
+        loaded: Entries that the model took.
+        new: Entries of the model that the file does not have; they keep their initial values.
+        dropped: Entries of the file that the model has no place for.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    new: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (f'loaded {len(self.loaded)} tensors from {self.source}; new in the model, left as initialised: '
+                f'{_summary(self.new)}; dropped from the file: {_summary(self.dropped)}')
+
+
+def _summary(names: tuple[str, ...]) -> str:
+    if not names:
+        return 'none'
+    modules = dict.fromkeys(name.rpartition('.')[0] for name in names)
+    shown = list(modules)[:12]
+    return f'{len(names)} ({", ".join(shown)}{", ..." if len(modules) > len(shown) else ""})'
+
+
+def load_pretrained(model: nn.Module, source: str | os.PathLike, prefix: str | None = None) -> LoadReport:
+    """Loads a weight file into a classifier or a backbone.
+
+    Args:
+        model: An `OverLoCK` or `OverLoCKBackbone`.
+        source: A path or URL, see `find_file`.
+        prefix: Use only the entries below this prefix, without it; by default `backbone.` where the file has it.
+
+    Raises:
+        CheckpointError: If the file cannot be found or read, or is not of this model.
+    """
+    return load_state_dict(model, read_state_dict(find_file(source)), os.fspath(source), prefix)
+
+
+def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = 'the state dict',
+                    prefix: str | None = None) -> LoadReport:
+    """Loads a state dict in published or our names; nothing is loaded unless all that must fit fits.
+
+    Only the norms and the projection of dense prediction may be missing, and only classifier heads, and nets that the
+    model leaves out, may be left over.
+
+    Raises:
+        CheckpointError: If the state dict is not of this model.
+    """
+    if prefix is None:
+        prefix = 'backbone.' if any(name.startswith('backbone.') for name in state_dict) else ''
+    given = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
+    given = from_published(given)
+    wanted = model.state_dict()
+    loaded = tuple(name for name in wanted if name in given)
+    new = tuple(name for name in wanted if name not in given)
+    dropped = tuple(name for name in given if name not in wanted)
+    if not any(name.endswith('.weight') for name in loaded):
+        first = next(iter(state_dict), 'nothing')
+        raise CheckpointError(f'{source} matches nothing of {type(model).__name__}: expected names like '
+                              f'{next(iter(wanted))}, got {first}')
+    misfits = [name for name in loaded if given[name].shape != wanted[name].shape]
+    if misfits:
+        name = misfits[0]
+        raise CheckpointError(
+            f'{source} is not for this model: {len(misfits)} of {len(loaded)} tensors have another shape, first {name}, '
+            f'expected {tuple(wanted[name].shape)}, got {tuple(given[name].shape)}; give the file of the same variant')
+    absent = [name for name in new if not name.startswith(NEW_PARTS) and not name.endswith('num_batches_tracked')]
+    tops = {name.rpartition('.')[0] for name in wanted}
+    left_out = tuple(part for part in ('overview_net.', 'focus_net.') if not any(t.startswith(part) for t in tops))
+    excess = [name for name in dropped if not name.startswith(DROPPED_PARTS + NEW_PARTS + left_out)]
+    if absent or excess:
+        raise CheckpointError(
+            f'{source} is not for this model: it lacks {_summary(tuple(absent))} and has {_summary(tuple(excess))} '
+            f'that the model does not; give the file of the same variant and form')
+    model.load_state_dict({name: given[name] for name in loaded}, strict=False)
+    return LoadReport(source, loaded, new, dropped)

@@ -1,0 +1,40 @@
+"""Convolutions with what always comes with them."""
+
+from torch import Tensor, nn
+
+
+class ConvNorm(nn.Module):
+    """A convolution without padding surprises, then BatchNorm, then an optional activation.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels.
+        kernel_size: Odd; padded to keep the size at stride 1.
+        stride: Stride; an input side of n becomes ceil(n / stride).
+        groups: Convolution groups.
+        bias: Whether the convolution has a bias of its own.
+        act: An activation module, or None.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1,
+                 bias: bool = False, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups,
+                              bias=bias)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.act = act or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride))."""
+        return self.act(self.bn(self.conv(x)))
+
+
+class ResidualDWConv(nn.Conv2d):
+    """A depthwise 3x3 convolution around a shortcut: `x + conv(x)`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        return x + super().forward(x)

@@ -1,0 +1,75 @@
+"""The large depthwise kernel with parallel dilated branches (UniRepLKNet's dilated re-parameterised block)."""
+
+from torch import Tensor, nn
+
+from overlock.layers.conv import ConvNorm
+from overlock.reparam import fuse_conv_bn, pad_kernel
+
+# (kernel size, dilation) of the branches beside a large kernel.
+BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    5: ((3, 1), (3, 2)),
+}
+
+
+class DilatedReparamConv(nn.Module):
+    """A depthwise K x K convolution and dilated smaller ones, each with its BatchNorm, summed.
+
+    All of it is one K x K convolution with a bias once the statistics stand still: `switch_to_deploy`.
+
+    Args:
+        channels: Channels in and out.
+        kernel_size: K, one of `BRANCHES`.
+        deploy: Whether to build the merged form.
+
+    Raises:
+        ValueError: If there are no branches for `kernel_size`.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, deploy: bool = False) -> None:
+        super().__init__()
+        if kernel_size not in BRANCHES:
+            raise ValueError(f'kernel_size must be one of {sorted(BRANCHES)}, got {kernel_size}')
+        self.conv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=deploy)
+        if deploy:
+            return
+        self.bn = nn.BatchNorm2d(channels)
+        self.branches = nn.ModuleDict()
+        for size, dilation in BRANCHES[kernel_size]:
+            branch = ConvNorm(channels, channels, size, groups=channels)
+            branch.conv.dilation = (dilation, dilation)
+            branch.conv.padding = (size // 2 * dilation,) * 2
+            self.branches[f'k{size}_d{dilation}'] = branch
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the branches are merged."""
+        return self.conv.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        if self.deployed:
+            return self.conv(x)
+        y = self.bn(self.conv(x))
+        for branch in self.branches.values():
+            y = y + branch(x)
+        return y
+
+    def switch_to_deploy(self) -> None:
+        """Merges every branch into `conv`, in place; does nothing if that is done."""
+        if self.deployed:
+            return
+        size = self.conv.kernel_size[0]
+        weight, bias = fuse_conv_bn(self.conv, self.bn)
+        for branch in self.branches.values():
+            branch_weight, branch_bias = fuse_conv_bn(branch.conv, branch.bn)
+            weight = weight + pad_kernel(branch_weight, branch.conv.dilation[0], size)
+            bias = bias + branch_bias
+        self.conv.weight.data = weight.to(self.conv.weight.dtype)
+        self.conv.bias = nn.Parameter(bias.to(self.conv.weight.dtype), self.conv.weight.requires_grad)
+        del self.bn, self.branches

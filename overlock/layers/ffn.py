@@ -1,0 +1,27 @@
+"""The feed-forward part of a block."""
+
+from torch import Tensor, nn
+
+from overlock.layers.conv import ResidualDWConv
+from overlock.layers.norm import GRN
+
+
+class ConvFFN(nn.Module):
+    """1x1 convolution, GELU, residual depthwise 3x3, GRN, 1x1 convolution.
+
+    Args:
+        channels: Channels in and out.
+        hidden: Channels between.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.act = nn.GELU()
+        self.dwconv = ResidualDWConv(hidden)
+        self.grn = GRN(hidden)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        return self.fc2(self.grn(self.dwconv(self.act(self.fc1(x)))))

@@ -1,0 +1,47 @@
+"""ContMix, slow and obvious: what every other backend is compared with."""
+
+import torch
+from torch import Tensor
+
+
+def verify() -> tuple[bool, str]:
+    """The reference runs everywhere."""
+    return True, ''
+
+
+def window_starts(length: int, kernel_size: int, device: torch.device | None = None) -> Tensor:
+    """First position of each query's window on one axis: moved inward near a border, never padded."""
+    return (torch.arange(length, device=device) - kernel_size // 2).clamp(0, length - kernel_size)
+
+
+def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, rpb_small: Tensor,
+            rpb_large: Tensor, kernel_sizes: tuple[int, int], num_groups: int, scale: float) -> Tensor:
+    """See `overlock.ops.contmix`."""
+    batch, _, height, width = value.shape
+    query = query.reshape(batch, num_groups, -1, height * width) * scale
+    key = key.reshape(batch, num_groups, query.shape[2], -1)
+    affinity = torch.einsum('bgdn,bgdm->bgnm', query, key)
+    logits = torch.einsum('bgnm,tm->bgnt', affinity, weight) + bias
+    small, large = kernel_sizes
+    halves = []
+    for size, rpb, half_logits, half_value in zip(
+            kernel_sizes, (rpb_small, rpb_large), logits.split([small ** 2, large ** 2], dim=-1),
+            value.chunk(2, dim=1)):
+        halves.append(_mix(half_logits, rpb, half_value.reshape(batch, num_groups, -1, height, width), size))
+    return torch.cat(halves, dim=1)
+
+
+def _mix(logits: Tensor, rpb: Tensor, value: Tensor, kernel_size: int) -> Tensor:
+    """Logits (B, G, H W, K^2), rpb (G, 2K-1, 2K-1) and value (B, G, d, H, W) to (B, G d, H, W)."""
+    batch, groups, dims, height, width = value.shape
+    taps = torch.arange(kernel_size, device=value.device)
+    key_rows, key_cols = (window_starts(length, kernel_size, value.device)[:, None] + taps
+                          for length in (height, width))
+    rpb_rows = key_rows - torch.arange(height, device=value.device)[:, None] + kernel_size - 1
+    rpb_cols = key_cols - torch.arange(width, device=value.device)[:, None] + kernel_size - 1
+    # (H, W, K, K): query row, query column, tap row, tap column.
+    bias = rpb[:, rpb_rows[:, None, :, None], rpb_cols[None, :, None, :]]
+    windows = value[:, :, :, key_rows[:, None, :, None], key_cols[None, :, None, :]]
+    logits = logits.reshape(batch, groups, height, width, kernel_size, kernel_size) + bias
+    weights = logits.flatten(-2).softmax(-1).unflatten(-1, (kernel_size, kernel_size))
+    return torch.einsum('bghwkl,bgdhwkl->bgdhw', weights, windows).flatten(1, 2)
