@@ -76,6 +76,9 @@ class Trunk(nn.Module):
             raise ValueError(f'input must have shape (B, C, H, W), got {tuple(x.shape)}')
         if min(x.shape[2:]) < MIN_SIZE:
             raise ValueError(f'input must be at least {MIN_SIZE}x{MIN_SIZE} pixels, got {x.shape[2]}x{x.shape[3]}')
+        if x.device.type == 'cpu':
+            # oneDNN's depthwise kernels are up to 20 times faster in this format.
+            x = x.contiguous(memory_format=torch.channels_last)
         c1, c2, c3 = self.base_net(x, stage2_norm)
         if self.num_outputs <= 2:
             return [c1, c2], None

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from overlock.layers.conv import ConvNorm
+from overlock.ops.depthwise import depthwise_conv2d
 from overlock.reparam import fuse_conv_bn, pad_kernel
 
 # (kernel size, dilation) of the branches beside a large kernel.
@@ -53,9 +54,10 @@ class DilatedReparamConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
+        y = depthwise_conv2d(x, self.conv.weight, self.conv.bias)
         if self.deployed:
-            return self.conv(x)
-        y = self.bn(self.conv(x))
+            return y
+        y = self.bn(y)
         for branch in self.branches.values():
             y = y + branch(x)
         return y

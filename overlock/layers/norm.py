@@ -14,7 +14,9 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same, in the dtype of `x`."""
         y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return y.permute(0, 3, 1, 2).contiguous().to(x.dtype)
+        y = y.permute(0, 3, 1, 2).to(x.dtype)
+        # The memory format of the input goes on; for channels_last there is nothing to copy.
+        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
 
 class GRN(nn.Module):

@@ -1,5 +1,6 @@
 """Operators."""
 
 from overlock.ops.contmix import contmix, explain
+from overlock.ops.depthwise import depthwise_conv2d
 
-__all__ = ['contmix', 'explain']
+__all__ = ['contmix', 'depthwise_conv2d', 'explain']
