@@ -39,10 +39,11 @@ class Trunk(nn.Module):
         resolve(contmix_backend)
         self.arch = get_arch(arch)
         # The published order: Base-Net, Overview-Net, Focus-Net.
-        rates = torch.linspace(0, drop_path_rate, self.arch.num_blocks, dtype=torch.float64).tolist()
+        last = self.arch.num_blocks - 1
+        rates = [drop_path_rate * i / last for i in range(last + 1)]
         depths = (*self.arch.base_depths, self.arch.overview_depth, *self.arch.focus_depths)
         stages = [[rates.pop(0) for _ in range(depth)] for depth in depths]
-        self.base_net = BaseNet(self.arch, in_channels, stages[:3], with_cp, deploy)
+        self.base_net = BaseNet(self.arch, in_channels, stages[:3], min(num_outputs, 3), with_cp, deploy)
         if num_outputs > 2:
             self.overview_net = OverviewNet(self.arch, stages[3], with_cp, deploy)
             self.focus_net = FocusNet(self.arch, stages[4:], num_outputs - 2, with_cp, deploy, contmix_backend)
@@ -79,11 +80,11 @@ class Trunk(nn.Module):
         if x.device.type == 'cpu':
             # oneDNN's depthwise kernels are up to 20 times faster in this format.
             x = x.contiguous(memory_format=torch.channels_last)
-        c1, c2, c3 = self.base_net(x, stage2_norm)
+        outs = self.base_net(x, stage2_norm)
         if self.num_outputs <= 2:
-            return [c1, c2], None
-        overview = self.overview_net(c3)
-        return [c1, c2, *self.focus_net(c3, overview)], overview
+            return outs, None
+        overview = self.overview_net(outs[2])
+        return [*outs[:2], *self.focus_net(outs[2], overview)], overview
 
     def switch_to_deploy(self) -> 'Trunk':
         """Merges the dilated branches for inference, in place and idempotently; returns self."""
@@ -173,7 +174,7 @@ class OverLoCKBackbone(Trunk):
         channels = self.arch.out_channels
         self.out_channels = tuple(channels[i] for i in indices)
         # Stage 3 takes the normed second output, so that norm is there even where the output is not asked for.
-        normed = sorted({*indices, 1} if indices[-1] > 1 else indices)
+        normed = sorted({*indices, 1}) if indices[-1] > 1 else indices
         self.output_norms = nn.ModuleDict({f'out{i}': LayerNorm2d(channels[i]) for i in normed})
         self.overview_residual = overview_residual and 3 in indices
         if self.overview_residual:
@@ -189,7 +190,7 @@ class OverLoCKBackbone(Trunk):
         Raises:
             ValueError: If the image is smaller than 32x32.
         """
-        outs, overview = self.encode(x, self.output_norms['out1'] if 'out1' in self.output_norms else None)
+        outs, overview = self.encode(x, self.output_norms['out1'] if self.num_outputs > 1 else None)
         normed = []
         for i in self.out_indices:
             out = torch.cat(outs[i], dim=1) if i == 2 else outs[i]
@@ -202,8 +203,11 @@ class OverLoCKBackbone(Trunk):
 
     def _frozen_modules(self) -> list[nn.Module]:
         base = self.base_net
-        stages = [[base.stem], [base.stage1], [base.downsample2, base.stage2], [base.downsample3, base.stage3],
-                  [self.overview_net] if self.num_outputs > 2 else []]
+        stages = [[base.stem], [base.stage1]]
+        if self.num_outputs > 1:
+            stages.append([base.downsample2, base.stage2])
+        if self.num_outputs > 2:
+            stages += [[base.downsample3, base.stage3], [self.overview_net]]
         return [module for stage in stages[:self.frozen_stages + 1] for module in stage]
 
     def _freeze(self) -> None:

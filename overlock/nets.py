@@ -1,6 +1,7 @@
 """Base-Net, Overview-Net and Focus-Net (paper, Fig. 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -14,8 +15,23 @@ from overlock.layers import ConvNorm
 def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Runs a block; under `with_cp` its activations are computed again in the backward pass and not kept."""
     if with_cp and torch.is_grad_enabled():
-        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(
+            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _same_statistics(block)))
     return block(*args)
+
+
+@contextmanager
+def _same_statistics(block: nn.Module) -> Iterator[None]:
+    """Keeps the second run of a block from moving the running statistics of its BatchNorms again."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, num_batches_tracked) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
 def _static_stage(arch: Arch, stage: int, rates: Sequence[float], deploy: bool) -> nn.Sequential:
@@ -32,26 +48,30 @@ class BaseNet(nn.Module):
         arch: The variant.
         in_channels: Channels of the image.
         rates: Drop-path rates, a list for each stage.
+        num_stages: How many of the three stages are built.
         with_cp: Whether to checkpoint blocks.
         deploy: Whether to build the merged form.
     """
 
-    def __init__(self, arch: Arch, in_channels: int, rates: Sequence[Sequence[float]], with_cp: bool = False,
-                 deploy: bool = False) -> None:
+    def __init__(self, arch: Arch, in_channels: int, rates: Sequence[Sequence[float]], num_stages: int = 3,
+                 with_cp: bool = False, deploy: bool = False) -> None:
         super().__init__()
         c1, c2, c3, _ = arch.embed_dims
         half = c1 // 2
+        self.num_stages = num_stages
         self.with_cp = with_cp
         self.stem = nn.Sequential(
             ConvNorm(in_channels, half, 3, stride=2, act=nn.GELU()), ConvNorm(half, half, 3, act=nn.GELU()),
             ConvNorm(half, c1, 3, stride=2, act=nn.GELU()), ConvNorm(c1, c1, 3))
         self.stage1 = _static_stage(arch, 0, rates[0], deploy)
-        self.downsample2 = ConvNorm(c1, c2, 3, stride=2)
-        self.stage2 = _static_stage(arch, 1, rates[1], deploy)
-        self.downsample3 = ConvNorm(c2, c3, 3, stride=2)
-        self.stage3 = _static_stage(arch, 2, rates[2], deploy)
+        if num_stages > 1:
+            self.downsample2 = ConvNorm(c1, c2, 3, stride=2)
+            self.stage2 = _static_stage(arch, 1, rates[1], deploy)
+        if num_stages > 2:
+            self.downsample3 = ConvNorm(c2, c3, 3, stride=2)
+            self.stage3 = _static_stage(arch, 2, rates[2], deploy)
 
-    def forward(self, x: Tensor, stage2_norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, stage2_norm: nn.Module | None = None) -> list[Tensor]:
         """Encodes an image.
 
         Args:
@@ -60,13 +80,16 @@ class BaseNet(nn.Module):
                 networks were trained, unlike the classifier.
 
         Returns:
-            The maps of the three stages, (B, C_i, H / 2^(i+1), W / 2^(i+1)), rounded up.
+            The maps of the stages, (B, C_i, H / 2^(i+1), W / 2^(i+1)), rounded up.
         """
-        c1 = self._run(self.stage1, self.stem(x))
-        c2 = self._run(self.stage2, self.downsample2(c1))
-        if stage2_norm is not None:
-            c2 = stage2_norm(c2)
-        return c1, c2, self._run(self.stage3, self.downsample3(c2))
+        outs = [self._run(self.stage1, self.stem(x))]
+        if self.num_stages > 1:
+            outs.append(self._run(self.stage2, self.downsample2(outs[0])))
+            if stage2_norm is not None:
+                outs[1] = stage2_norm(outs[1])
+        if self.num_stages > 2:
+            outs.append(self._run(self.stage3, self.downsample3(outs[1])))
+        return outs
 
     def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         for block in stage:

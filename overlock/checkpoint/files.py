@@ -66,7 +66,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         raise CheckpointError(f'{path} is not a plain weight file and was not loaded, because loading it would run '
                               f'code or it is damaged: {str(error).splitlines()[0]}') from error
     except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f'{path} is damaged: {str(error).splitlines()[0]}') from error
+        reason = next(iter(str(error).splitlines()), 'it ends too early')
+        raise CheckpointError(f'{path} is damaged: {reason}') from error
     for wrapper in ('state_dict', 'model', 'state_dict_ema'):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

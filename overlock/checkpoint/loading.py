@@ -43,6 +43,14 @@ def _summary(names: tuple[str, ...]) -> str:
     return f'{len(names)} ({", ".join(shown)}{", ..." if len(modules) > len(shown) else ""})'
 
 
+def _stage(name: str) -> str:
+    return '.'.join(name.split('.')[:2])
+
+
+def _is_net(name: str) -> bool:
+    return name.startswith(('base_net.', 'overview_net.', 'focus_net.'))
+
+
 def load_pretrained(model: nn.Module, source: str | os.PathLike, prefix: str | None = None) -> LoadReport:
     """Loads a weight file into a classifier or a backbone.
 
@@ -86,9 +94,10 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
             f'{source} is not for this model: {len(misfits)} of {len(loaded)} tensors have another shape, first {name}, '
             f'expected {tuple(wanted[name].shape)}, got {tuple(given[name].shape)}; give the file of the same variant')
     absent = [name for name in new if not name.startswith(NEW_PARTS) and not name.endswith('num_batches_tracked')]
-    tops = {name.rpartition('.')[0] for name in wanted}
-    left_out = tuple(part for part in ('overview_net.', 'focus_net.') if not any(t.startswith(part) for t in tops))
-    excess = [name for name in dropped if not name.startswith(DROPPED_PARTS + NEW_PARTS + left_out)]
+    # Stages that the model leaves out as a whole, for want of outputs behind them, may be in the file.
+    built = {_stage(name) for name in wanted}
+    excess = [name for name in dropped
+              if not name.startswith(DROPPED_PARTS + NEW_PARTS) and (not _is_net(name) or _stage(name) in built)]
     if absent or excess:
         raise CheckpointError(
             f'{source} is not for this model: it lacks {_summary(tuple(absent))} and has {_summary(tuple(excess))} '

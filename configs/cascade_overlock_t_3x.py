@@ -1,0 +1,15 @@
+_base_ = [
+    '_base_/models/cascade_mask_rcnn_fpn.py',
+    '_base_/datasets/coco_3x.py',
+    '_base_/schedules/coco_3x.py',
+    '_base_/det_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='t',
+        drop_path_rate=0.2,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_t_in1k_224.pth')),
+    neck=dict(in_channels=[64, 128, 384, 640]))

@@ -1,0 +1,16 @@
+_base_ = [
+    '_base_/models/upernet.py',
+    '_base_/datasets/ade20k.py',
+    '_base_/schedules/ade20k_160k.py',
+    '_base_/seg_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='s',
+        drop_path_rate=0.3,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_s_in1k_224.pth')),
+    decode_head=dict(in_channels=[64, 128, 448, 640]),
+    auxiliary_head=dict(in_channels=448))

@@ -1,0 +1,16 @@
+_base_ = [
+    '_base_/models/upernet.py',
+    '_base_/datasets/ade20k.py',
+    '_base_/schedules/ade20k_160k.py',
+    '_base_/seg_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='t',
+        drop_path_rate=0.2,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_t_in1k_224.pth')),
+    decode_head=dict(in_channels=[64, 128, 384, 640]),
+    auxiliary_head=dict(in_channels=384))

@@ -1,0 +1,166 @@
+"""Names in both directions, files without code, and loading that tells or refuses."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from overlock import OverLoCK, OverLoCKBackbone
+from overlock.checkpoint import CheckpointError, find_file, from_published, load_pretrained, read_state_dict, to_published
+from tests.overlock.conftest import published_weights
+from tests.overlock.test_model import TINY
+
+ARCHS = ['xt', 't', 's', 'b']
+KINDS = {'cls': lambda arch: OverLoCK(arch), 'cls_reparam': lambda arch: OverLoCK(arch, deploy=True),
+         'det': lambda arch: OverLoCKBackbone(arch),
+         'seg': lambda arch: OverLoCKBackbone(arch, overview_residual=False)}
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('kind', KINDS)
+def test_names_translate_both_ways_and_shapes_are_kept(kind, arch, shapes):
+    published = {name: tuple(shape) for name, shape in shapes[kind][arch].items()}
+    with torch.device('meta'):
+        ours = {name: tuple(t.shape) for name, t in KINDS[kind](arch).state_dict().items()}
+    assert from_published(published) == ours
+    assert to_published(ours) == published
+    assert from_published(ours) == ours
+    assert to_published(published) == published
+
+
+def test_names_below_a_prefix_alone_are_translated():
+    given = {'backbone.patch_embed2.0.weight': 1, 'neck.patch_embed2.0.weight': 2}
+    assert from_published(given, 'backbone.') == {'backbone.base_net.downsample2.conv.weight': 1,
+                                                  'neck.patch_embed2.0.weight': 2}
+
+
+def test_published_state_dict_loads_strictly_at_any_prefix(shapes):
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = OverLoCKBackbone('xt')
+            self.neck = nn.Conv2d(1, 1, 1)
+
+    weights = {f'backbone.{name}': value for name, value in published_weights(shapes['det']['xt']).items()}
+    given = {**weights, 'neck.weight': torch.ones(1, 1, 1, 1), 'neck.bias': torch.ones(1)}
+    names = list(given)
+    detector = Detector()
+    detector.load_state_dict(given, strict=True)
+    assert list(given) == names, 'the state dict of the caller was changed'
+    stem = weights['backbone.patch_embed1.0.weight'].float()
+    assert torch.equal(detector.backbone.base_net.stem[0].conv.weight, stem)
+
+
+def test_imagenet_weights_miss_the_norms_and_projection_and_leave_the_heads(shapes):
+    result = OverLoCKBackbone('xt').load_state_dict(published_weights(shapes['cls']['xt']), strict=False)
+    missing = {name.rpartition('.')[0] for name in result.missing_keys}
+    assert missing == {'output_norms.out0', 'output_norms.out1', 'output_norms.out2', 'output_norms.out3',
+                       'output_norms.overview', 'overview_proj', 'overview_scale'}
+    unexpected = {name.split('.')[0] for name in result.unexpected_keys}
+    assert unexpected == {'head', 'aux_head'}
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda sd: sd, lambda sd: {'state_dict': sd, 'meta': {'epoch': 3}}, lambda sd: {'model': sd},
+    lambda sd: {'state_dict_ema': sd}, lambda sd: {f'module.{name}': value for name, value in sd.items()}])
+def test_usual_wrappings_are_taken_off_and_the_report_counts(wrap, shapes, tmp_path):
+    weights = published_weights(shapes['cls']['xt'])
+    torch.save(wrap(weights), tmp_path / 'weights.pth')
+    model = OverLoCKBackbone('xt')
+    report = load_pretrained(model, tmp_path / 'weights.pth')
+    assert len(report.loaded) == 1549 and len(report.new) == 14 and len(report.dropped) == 15
+    assert 'loaded 1549 tensors' in str(report) and 'output_norms.out0' in str(report) and 'aux_head.fc' in str(report)
+    assert torch.equal(model.focus_net.stage4[1].ls2.bias, weights['sub_blocks4.1.ls2.bias'].float())
+
+
+def test_backbone_of_a_detector_file_is_found_by_its_prefix(tmp_path):
+    model = OverLoCKBackbone(TINY)
+    state = {f'backbone.{name}': value for name, value in model.state_dict().items()}
+    torch.save({'state_dict': {**state, 'neck.weight': torch.ones(1)}}, tmp_path / 'detector.pth')
+    report = load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'detector.pth')
+    assert len(report.loaded) == len(state) and not report.new and not report.dropped
+
+
+def test_fewer_outputs_take_their_part_of_the_weights(shapes, tmp_path):
+    torch.save(published_weights(shapes['cls']['xt']), tmp_path / 'weights.pth')
+    for out_indices in ((0,), (0, 1), (0, 1, 2)):
+        report = load_pretrained(OverLoCKBackbone('xt', out_indices=out_indices), tmp_path / 'weights.pth')
+        assert report.loaded and all(name.startswith(('output_norms', 'overview_')) for name in report.new)
+
+
+@pytest.mark.parametrize(('arch', 'message'), [('t', 'another shape'), ('b', 'another shape')])
+def test_file_of_another_variant_is_an_error_and_changes_nothing(arch, message, shapes, tmp_path):
+    torch.save(published_weights(shapes['cls']['xt']), tmp_path / 'xt.pth')
+    model = OverLoCKBackbone(arch)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(model, tmp_path / 'xt.pth')
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_file_with_more_or_fewer_blocks_is_an_error(tmp_path):
+    deep = OverLoCKBackbone({**TINY, 'base_depths': (2, 1, 1)})
+    torch.save(deep.state_dict(), tmp_path / 'deep.pth')
+    with pytest.raises(CheckpointError, match='has .*base_net.stage1.1'):
+        load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'deep.pth')
+    torch.save(OverLoCKBackbone(TINY).state_dict(), tmp_path / 'tiny.pth')
+    with pytest.raises(CheckpointError, match='lacks .*base_net.stage1.1'):
+        load_pretrained(deep, tmp_path / 'tiny.pth')
+
+
+def test_file_that_matches_nothing_is_an_error(tmp_path):
+    torch.save({'layer1.weight': torch.ones(1)}, tmp_path / 'resnet.pth')
+    with pytest.raises(CheckpointError, match='matches nothing .*got layer1.weight'):
+        load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'resnet.pth')
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def test_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'state_dict': {'a': torch.ones(1)}, 'meta': Malicious()}, tmp_path / 'bad.pth')
+    (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Malicious()))
+    for name in ('bad.pth', 'raw.pth'):
+        with pytest.raises(CheckpointError, match='would run code or it is damaged'):
+            read_state_dict(tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_damaged_or_empty_files_are_errors(tmp_path):
+    torch.save(OverLoCKBackbone(TINY).state_dict(), tmp_path / 'whole.pth')
+    data = (tmp_path / 'whole.pth').read_bytes()
+    (tmp_path / 'cut.pth').write_bytes(data[:len(data) // 2])
+    (tmp_path / 'empty.pth').write_bytes(b'')
+    torch.save({'epoch': 3}, tmp_path / 'no_weights.pth')
+    for name, message in (('cut.pth', 'damaged'), ('empty.pth', 'damaged'), ('no_weights.pth', 'holds no state dict')):
+        with pytest.raises(CheckpointError, match=message):
+            read_state_dict(tmp_path / name)
+
+
+def test_safetensors_load_too(tmp_path):
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    model = OverLoCKBackbone(TINY)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / 'w.safetensors')
+    assert not load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'w.safetensors').new
+
+
+def test_local_folder_stands_in_for_a_url(tmp_path, monkeypatch):
+    (tmp_path / 'weights.pth').write_bytes(b'x')
+    monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path))
+    assert find_file('https://example.invalid/v1/weights.pth') == tmp_path / 'weights.pth'
+
+
+def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.delenv('OVERLOCK_WEIGHTS', raising=False)
+    # Nothing listens on the discard port.
+    with pytest.raises(CheckpointError, match='cannot download .*w.pth.* OVERLOCK_WEIGHTS names, or at .*w.pth'):
+        find_file('http://127.0.0.1:9/w.pth')
+    assert not list(tmp_path.rglob('w.pth*'))
+    with pytest.raises(CheckpointError, match='not found: nowhere.pth'):
+        find_file('nowhere.pth')

@@ -1,0 +1,40 @@
+"""The depthwise convolution equals PyTorch's, gradients included."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from overlock.ops import depthwise_conv2d
+from tests.overlock.conftest import TOLERANCES, assert_relative
+
+
+@pytest.mark.parametrize('size', [(20, 31), (11, 11), (3, 30), (1, 1), (64, 5)], ids=str)
+@pytest.mark.parametrize('kernel_size', [7, 11, 17])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_output_and_gradients_equal_pytorch(size, kernel_size, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64).contiguous(memory_format=memory_format)
+    weight = torch.randn(3, 1, kernel_size, kernel_size, generator=generator, dtype=torch.float64)
+    bias = torch.randn(3, generator=generator, dtype=torch.float64)
+    tensors = [t.requires_grad_() for t in (x, weight, bias)]
+    actual = depthwise_conv2d(*tensors)
+    expected = F.conv2d(*tensors, padding=kernel_size // 2, groups=3)
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float64])
+    for ours, truth in zip(torch.autograd.grad(actual, tensors, grad), torch.autograd.grad(expected, tensors, grad)):
+        assert_relative(ours, truth, TOLERANCES[torch.float64])
+
+
+def test_gradients_are_those_of_finite_differences():
+    x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 1, 6, 4), (1, 1, 11, 11)))
+    assert torch.autograd.gradcheck(depthwise_conv2d, (x, weight))
+
+
+def test_gradients_keep_the_dtype_of_a_bfloat16_weight():
+    x = torch.randn(1, 2, 12, 12, dtype=torch.bfloat16)
+    weight = torch.randn(2, 1, 13, 13, dtype=torch.bfloat16, requires_grad=True)
+    depthwise_conv2d(x, weight).sum().backward()
+    expected = torch.autograd.grad(F.conv2d(x.double(), wide := weight.detach().double().requires_grad_(), padding=6,
+                                            groups=2).sum(), wide)[0]
+    assert weight.grad.dtype == torch.bfloat16
+    assert_relative(weight.grad, expected, TOLERANCES[torch.bfloat16])
