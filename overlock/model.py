@@ -198,7 +198,8 @@ class OverLoCKBackbone(Trunk):
                 out = self.output_norms[f'out{i}'](out)
             if i == 3 and self.overview_residual:
                 out = out + self.overview_scale(self.overview_proj(self.output_norms['overview'](overview)))
-            normed.append(out)
+            # mmcv's RoIAlign reads memory as if it were contiguous, whatever the format says.
+            normed.append(out.contiguous())
         return tuple(normed)
 
     def _frozen_modules(self) -> list[nn.Module]:

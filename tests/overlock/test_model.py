@@ -51,6 +51,14 @@ def test_backbone_takes_any_size_from_32(height, width):
         assert out.isfinite().all()
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_outputs_are_contiguous_for_operators_that_read_memory_as_it_lies(memory_format):
+    model = OverLoCKBackbone(TINY).eval()
+    with torch.no_grad():
+        outs = model(image(2, 96, 64).float().contiguous(memory_format=memory_format))
+    assert all(out.is_contiguous() for out in outs)
+
+
 @pytest.mark.parametrize('model_class', [OverLoCK, OverLoCKBackbone])
 def test_too_small_an_image_is_refused_in_one_sentence(model_class):
     with pytest.raises(ValueError, match='at least 32x32 pixels, got 31x64'):
