@@ -18,9 +18,9 @@ from overlock.checkpoint import LoadReport, find_file, load_pretrained
 class BackboneModule(OverLoCKBackbone, BaseModule):
     """`overlock.OverLoCKBackbone` with mmengine's `init_cfg`.
 
-    `init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)` loads ImageNet weights, or with `prefix='backbone.'` (found
-    by itself) those of a whole detector or segmenter, tells in the log what was loaded and what was not, and refuses a
-    file of another variant.
+    `init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)` loads ImageNet weights, or those of the backbone in a
+    detector's or segmenter's file, tells in the log what was loaded and what was not, and refuses a file of another
+    variant. `prefix` says where else in the file the weights are.
 
     Args:
         *args: Those of `overlock.OverLoCKBackbone`.

@@ -25,13 +25,13 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
     """Keeps the second run of a block from moving the running statistics of its BatchNorms again."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, (_, count) in zip(norms, kept):
+        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
     try:
         yield
     finally:
-        for norm, (momentum, num_batches_tracked) in zip(norms, kept):
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _static_stage(arch: Arch, stage: int, rates: Sequence[float], deploy: bool) -> nn.Sequential:

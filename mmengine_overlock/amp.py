@@ -1,0 +1,72 @@
+"""Mixed precision: bfloat16 where the device has it, else float16 with a dynamic loss scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.runner import autocast
+from torch import nn
+
+from mmengine_overlock.config import import_with
+from mmengine_overlock.errors import UserError
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Optimizer wrapper for training in bfloat16 on CUDA devices and CPUs.
+
+    bfloat16 has the range of float32, so that no loss scale is needed; mmengine's AmpOptimWrapper refuses CPUs. What
+    necks and heads give is turned into float32: the operators of mmcv have no bfloat16, and boxes at hundreds of pixels
+    need more than its 8 bits.
+    """
+
+    _outputs_are_float = False
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        if not self._outputs_are_float:
+            for name, module in model.named_modules():
+                # The heads of a cascade are numbered: `bbox_head.0`.
+                if name.rstrip('.0123456789').endswith(('neck', '_head')):
+                    module.register_forward_hook(lambda module, inputs, outputs: _float(outputs))
+            self._outputs_are_float = True
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield
+
+
+def _float(outputs: Any) -> Any:
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(_float(item) for item in outputs)
+    return outputs.float() if isinstance(outputs, torch.Tensor) and outputs.is_floating_point() else outputs
+
+
+def enable_amp(cfg: Config) -> None:
+    """Train in mixed precision.
+
+    Args:
+        cfg: Changed in place: `optim_wrapper`.
+
+    Raises:
+        UserError: The configuration has an optimizer wrapper of its own kind, or the device is no CUDA device or CPU.
+    """
+    device, wrapper = get_device(), cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind in ('AmpOptimWrapper', 'BFloat16OptimWrapper'):
+        return
+    if kind != 'OptimWrapper':
+        raise UserError(f'--amp works with the optimizer wrapper OptimWrapper, got {kind}; set mixed precision in the '
+                        'configuration.')
+    if device not in ('cpu', 'cuda'):
+        raise UserError(f'--amp works on CUDA devices and CPUs, got {device}.')
+    if device == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
+        wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
+        return
+    wrapper['type'] = 'BFloat16OptimWrapper'
+    import_with(cfg, 'mmengine_overlock.amp')

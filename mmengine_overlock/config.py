@@ -1,0 +1,215 @@
+"""Configurations: reading them, and what each option of the tools changes in them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+
+from mmengine_overlock.errors import UserError
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+EVALUATORS = ('val_evaluator', 'test_evaluator')
+
+
+def load_config(path: str | Path, options: dict[str, Any] | None = None, work_dir: str | Path | None = None,
+                launcher: str = 'none') -> Config:
+    """Read a configuration and settle its work folder.
+
+    Args:
+        path: File of the configuration.
+        options: Settings by dotted name, over those of the file.
+        work_dir: Folder for logs and checkpoints; by default the configuration's own, else `work_dirs/<its name>`.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        UserError: The file does not exist, its `custom_imports` fail, or an option fits nowhere.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'The configuration {path} does not exist; give the path of a .py file, such as those in '
+                        'configs/.')
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError as error:
+        reason = error
+        while reason.__cause__ or reason.__context__:
+            reason = reason.__cause__ or reason.__context__
+        raise UserError(f'{path} needs a module that cannot be imported ({reason}); install what it needs, see the '
+                        'README.') from error
+    try:
+        cfg.merge_from_dict(options or {})
+    except (KeyError, TypeError, AssertionError) as error:
+        raise UserError(f'--cfg-options do not fit {path}: {error.args[0]}') from error
+    cfg.work_dir = str(work_dir or cfg.get('work_dir') or Path('work_dirs') / path.stem)
+    cfg.launcher = launcher
+    return cfg
+
+
+def nodes(value: Any) -> Iterator[dict]:
+    """Every dictionary inside a part of a configuration, itself included."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from nodes(item)
+
+
+def as_list(value: Any) -> list:
+    """Evaluators and visualization backends may be one or several."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def import_with(cfg: Config, module: str) -> None:
+    """Have a configuration import a module, so that its copy in the work folder works with any tool."""
+    custom = cfg.get('custom_imports') or {}
+    cfg.custom_imports = {'allow_failed_imports': False, **custom,
+                          'imports': [*dict.fromkeys([*as_list(custom.get('imports')), module])]}
+
+
+def set_data_root(cfg: Config, data_root: str | Path) -> None:
+    """Move every data set and evaluator to another folder.
+
+    Args:
+        cfg: Changed in place: `data_root` at any depth of the data loaders, and every path of the loaders and
+            evaluators that lies below one of the replaced roots.
+        data_root: Folder of the same layout.
+
+    Raises:
+        UserError: There is no such folder, or the configuration names no `data_root` to replace.
+    """
+    if not Path(data_root).is_dir():
+        raise UserError(f'The folder {data_root} given by --data-root does not exist.')
+    parts = {name: cfg[name] for name in (*LOADERS, *EVALUATORS) if cfg.get(name) is not None}
+    roots = {node['data_root'] for node in nodes(list(parts.values())) if node.get('data_root')}
+    if not roots:
+        raise UserError(f'--data-root has nothing to replace: no data set of {cfg.filename} has a data_root.')
+    if cfg.get('data_root'):
+        roots.add(cfg.data_root)
+
+    def move(text: str) -> str:
+        for root in sorted((root.rstrip('/') for root in roots), key=len, reverse=True):
+            if text == root or text.startswith(f'{root}/'):
+                return os.path.join(data_root, text[len(root) + 1:])
+        return text
+
+    for name, part in parts.items():
+        cfg[name] = _map_strings(part, move)
+    if cfg.get('data_root'):
+        cfg.data_root = str(data_root)
+    for node in nodes([cfg[name] for name in parts]):
+        if node.get('data_root'):
+            node['data_root'] = str(data_root)
+
+
+def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return type(value)({key: _map_strings(item, function) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_strings(item, function) for item in value)
+    return function(value) if isinstance(value, str) else value
+
+
+def set_weights(cfg: Config, weights: str) -> None:
+    """Start the backbone from another file than the configuration's.
+
+    Raises:
+        UserError: There is no such file, or the model has no backbone.
+    """
+    if 'backbone' not in cfg.model:
+        raise UserError(f'--weights is for the backbone, and the model {cfg.model.type} has none.')
+    if '://' not in weights and not Path(weights).is_file():
+        raise UserError(f'The weight file {weights} given by --weights does not exist.')
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=weights)
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """Scale the learning rate by (batch size in use) / (`auto_scale_lr.base_batch_size`).
+
+    Raises:
+        UserError: The configuration does not say which batch size its learning rate is for.
+    """
+    if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+        raise UserError('--auto-scale-lr needs the total batch size that the learning rate is meant for; add '
+                        '`auto_scale_lr = dict(base_batch_size=16)` to the configuration, with its own number.')
+    cfg.auto_scale_lr.enable = True
+
+
+def add_tensorboard(cfg: Config) -> None:
+    """Write the scalars for TensorBoard too, into `<work_dir>/<time>/vis_data`.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    if find_spec('tensorboard') is None:
+        raise UserError('--tensorboard needs the package tensorboard; install it with `pip install tensorboard`.')
+    visualizer = cfg.get('visualizer') or dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
+    backends = as_list(visualizer.get('vis_backends'))
+    if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
+        visualizer['vis_backends'] = [*backends, dict(type='TensorboardVisBackend')]
+    cfg.visualizer = visualizer
+
+
+def use_tta(cfg: Config) -> None:
+    """Test with the views of `tta_pipeline`, merged by `tta_model`.
+
+    Raises:
+        UserError: The configuration lacks one of the two.
+    """
+    for name in ('tta_model', 'tta_pipeline'):
+        if name not in cfg:
+            raise UserError(f'--tta needs `{name}`, which {cfg.filename} does not have.')
+    cfg.model = type(cfg.model)(**cfg.tta_model, module=cfg.model)
+    for node in nodes(cfg.test_dataloader):
+        if 'pipeline' in node:
+            node['pipeline'] = cfg.tta_pipeline
+    for evaluator in as_list(cfg.test_evaluator):
+        if cfg.tta_model.type == 'DetTTAModel' and 'segm' in as_list(evaluator.get('metric')):
+            print_log('mmdet merges the boxes of several views, but not their masks: boxes alone are tested.',
+                      'current', logging.WARNING)
+            evaluator['metric'] = 'bbox'
+            cfg.custom_hooks = [*as_list(cfg.get('custom_hooks')), dict(type='BoxesOnlyHook')]
+            import_with(cfg, 'mmengine_overlock.hooks')
+
+
+def save_predictions(cfg: Config, path: str | Path) -> None:
+    """Write the predictions of the test into a pickle file.
+
+    Raises:
+        UserError: The name does not end in .pkl or .pickle.
+    """
+    if Path(path).suffix not in ('.pkl', '.pickle'):
+        raise UserError(f'--out takes a file name that ends in .pkl or .pickle, got {path}.')
+    detection = cfg.get('default_scope') == 'mmdet'
+    if not detection:
+        import_with(cfg, 'mmengine_overlock.metrics')
+    kind = 'DumpDetResults' if detection else 'DumpSegResults'
+    cfg.test_evaluator = [*as_list(cfg.test_evaluator), dict(type=kind, out_file_path=str(path))]
+
+
+def draw_predictions(cfg: Config, folder: str | Path | None, show: bool = False) -> None:
+    """Draw the predictions of every test image beside the truth, into a folder or a window.
+
+    Raises:
+        UserError: The configuration has no visualization hook.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise UserError(f'--show-dir and --show need the hook `visualization` in default_hooks, which {cfg.filename} '
+                        'does not have.')
+    hook.update(draw=True, show=show, interval=1, wait_time=2 if show else 0)
+    if folder is None:
+        return
+    # Relative folders would land below the work folder in mmdet and not in mmseg.
+    folder = str(Path(folder).absolute())
+    if hook['type'] == 'DetVisualizationHook':
+        hook['test_out_dir'] = folder
+    else:
+        cfg.visualizer.save_dir = folder

@@ -1,0 +1,94 @@
+"""Hooks: a progress bar, buffers kept equal in distributed training, tests of boxes alone."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from mmengine.dist import all_reduce_params, is_main_process
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
+
+
+class ProgressBarHook(Hook):
+    """Shows a bar with the remaining time on a terminal; the lines of the log appear above it."""
+
+    priority = 'VERY_LOW'
+
+    def __init__(self) -> None:
+        self.enabled = is_main_process() and sys.stdout.isatty()
+        self.bars: dict[str, tqdm] = {}
+
+    def before_run(self, runner: Runner) -> None:
+        """Send what the logger writes to the terminal through tqdm."""
+        if self.enabled:
+            for handler in runner.logger.handlers:
+                if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                    handler.setStream(DummyTqdmFile(sys.stdout))
+
+    def _open(self, mode: str, total: int, done: int = 0) -> None:
+        if self.enabled:
+            self.bars[mode] = tqdm(total=total, initial=done, desc=mode, leave=False, dynamic_ncols=True,
+                                   file=sys.stdout)
+
+    def _close(self, mode: str) -> None:
+        if self.enabled:
+            self.bars.pop(mode).close()
+
+    def before_train(self, runner: Runner) -> None:
+        self._open('train', runner.max_iters, runner.iter)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._open('val', len(runner.val_dataloader))
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self._open('test', len(runner.test_dataloader))
+
+    def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None,
+                    mode: str = 'train') -> None:
+        if self.enabled:
+            if mode == 'train' and 'train/loss' in runner.message_hub.log_scalars:
+                loss = runner.message_hub.get_scalar('train/loss').current()
+                self.bars[mode].set_postfix(loss=f'{loss:.4f}', refresh=False)
+            self.bars[mode].update()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self._close('val')
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self._close('test')
+
+    def after_train(self, runner: Runner) -> None:
+        self._close('train')
+
+
+class AverageBuffersHook(Hook):
+    """Averages the statistics of BatchNorm over all processes before they are saved or used in validation.
+
+    Each process collects its own during training; mmengine's SyncBuffersHook averages them before validation and not
+    before a checkpoint of iteration-based training.
+    """
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        all_reduce_params(runner.model.buffers(), op='mean')
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                         outputs: dict | None = None) -> None:
+        intervals = [hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
+        if intervals and (self.is_last_train_iter(runner)
+                          or any(self.every_n_train_iters(runner, n) for n in (*intervals, runner.val_interval))):
+            all_reduce_params(runner.model.buffers(), op='mean')
+
+
+@HOOKS.register_module()
+class BoxesOnlyHook(Hook):
+    """Turns the mask heads off for a test, once the checkpoint that holds them is loaded."""
+
+    def before_test(self, runner: Runner) -> None:
+        for module in runner.model.modules():
+            if hasattr(module, 'mask_head'):
+                module.mask_head = None

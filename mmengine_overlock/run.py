@@ -1,0 +1,179 @@
+"""Training and testing by a configuration, for both toolboxes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from overlock.checkpoint import CheckpointError
+
+from mmengine_overlock import metrics  # noqa: F401  (registers)
+from mmengine_overlock.amp import enable_amp
+from mmengine_overlock.checkpoint import find_resumable, use_safe_files
+from mmengine_overlock.config import (
+    add_tensorboard, as_list, draw_predictions, enable_auto_scale_lr, load_config, save_predictions, set_data_root,
+    set_weights, use_tta)
+from mmengine_overlock.data import check_data
+from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook
+from mmengine_overlock.launch import is_first_of_machine, prepare_launch
+
+
+def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | None = None, amp: bool = False,
+          auto_scale_lr: bool = False, tensorboard: bool = False, data_root: str | Path | None = None,
+          weights: str | None = None, cfg_options: dict[str, Any] | None = None, launcher: str = 'none') -> Runner:
+    """Train a detector or segmenter.
+
+    Args:
+        config: File of the configuration.
+        work_dir: Folder for logs and checkpoints; by default `work_dirs/<name of the configuration>`.
+        resume: A checkpoint to go on from, or 'auto' for the last whole one in the work folder, if there is any.
+        amp: Train in bfloat16 where the device has it, else in float16.
+        auto_scale_lr: Scale the learning rate with the total batch size.
+        tensorboard: Write scalars for TensorBoard too.
+        data_root: Folder of the data, instead of the configuration's.
+        weights: Weights of the backbone to start from, instead of the configuration's.
+        cfg_options: Settings by dotted name, over those of the configuration.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Returns:
+        The runner after training.
+
+    Raises:
+        UserError, CheckpointError: What the user gave cannot be used; one sentence says why.
+    """
+    cfg = load_config(config, cfg_options, work_dir, launcher)
+    if data_root is not None:
+        set_data_root(cfg, data_root)
+    if weights is not None:
+        set_weights(cfg, weights)
+    if amp:
+        enable_amp(cfg)
+    if auto_scale_lr:
+        enable_auto_scale_lr(cfg)
+    if tensorboard:
+        add_tensorboard(cfg)
+    _set_resume(cfg, resume)
+    runner = _build_runner(cfg, 'train', 'val', strict=cfg.resume)
+    if cfg.resume:
+        _forget_pretrained(runner)
+    runner.train()
+    return runner
+
+
+def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = None, out: str | Path | None = None,
+         show_dir: str | Path | None = None, show: bool = False, tta: bool = False,
+         data_root: str | Path | None = None, cfg_options: dict[str, Any] | None = None,
+         launcher: str = 'none') -> dict[str, float]:
+    """Evaluate a trained detector or segmenter.
+
+    Args:
+        config: File of the configuration.
+        checkpoint: Path or URL of the weights; they must fit the whole model.
+        work_dir: Folder for the log; by default `work_dirs/<name of the configuration>`.
+        out: File (.pkl) for the predictions.
+        show_dir: Folder for images with the predictions drawn beside the truth.
+        show: Show these images in windows.
+        tta: Merge the predictions for several views of each image.
+        data_root: Folder of the data, instead of the configuration's.
+        cfg_options: Settings by dotted name, over those of the configuration.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Returns:
+        The metrics by name.
+
+    Raises:
+        UserError, CheckpointError: What the user gave cannot be used; one sentence says why.
+    """
+    cfg = load_config(config, cfg_options, work_dir, launcher)
+    cfg.load_from, cfg.resume = _existing(checkpoint), False
+    if data_root is not None:
+        set_data_root(cfg, data_root)
+    if tta:
+        use_tta(cfg)
+    if show_dir is not None or show:
+        draw_predictions(cfg, show_dir, show)
+    for evaluator in as_list(cfg.get('test_evaluator')):
+        if evaluator['type'] == 'CocoMetric':
+            evaluator.setdefault('classwise', True)
+    if out is not None:
+        save_predictions(cfg, out)
+    return _build_runner(cfg, 'test', strict=True).test()
+
+
+def _existing(checkpoint: str) -> str:
+    if '://' not in checkpoint and not Path(checkpoint).expanduser().is_file():
+        raise CheckpointError(f'The checkpoint {checkpoint} does not exist.')
+    return checkpoint
+
+
+def _set_resume(cfg: Config, resume: str | None) -> None:
+    """Say in the configuration which checkpoint to go on from, if any."""
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
+    found = find_resumable(cfg.work_dir) if resume == 'auto' else resume
+    if found is not None:
+        cfg.load_from = str(found)
+    elif resume is not None:
+        print_log(f'There is no checkpoint in {cfg.work_dir} to go on from: training starts anew.', 'current',
+                  logging.WARNING)
+    cfg.resume = found is not None
+    if cfg.get('load_from'):
+        _existing(cfg.load_from)
+
+
+def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
+    if is_first_of_machine(cfg.launcher):
+        check_data(cfg, *splits)
+    use_safe_files()
+    prepare_launch(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(ProgressBarHook())
+    if runner.distributed:
+        runner.register_hook(AverageBuffersHook())
+    if strict:
+        runner.load_checkpoint = _whole_model(runner.load_checkpoint)
+    return runner
+
+
+def _whole_model(load: Callable) -> Callable:
+    """Make a runner's `load_checkpoint` refuse a checkpoint that does not fit every tensor of the model.
+
+    mmengine only warns, and goes on with what the model was initialised with.
+    """
+
+    @functools.wraps(load)
+    def load_whole(filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(filename, *args, **{**kwargs, 'strict': True})
+        except RuntimeError as error:
+            if 'do not match exactly' not in str(error):
+                raise
+            raise CheckpointError(f'{filename} is not a checkpoint of this model: {_misfits(str(error))}; give the '
+                                  'configuration that it was trained with.') from error
+
+    return load_whole
+
+
+def _misfits(message: str) -> str:
+    """Sum up mmengine's account of a state dict that does not fit."""
+    misfits = {'tensors of another shape': re.findall(r'size mismatch for (\S+):', message)}
+    for kind, key in (('that the model does not have', 'unexpected key'), ('missing from the file', 'missing keys')):
+        listed = re.search(rf'{key} in source state_dict: (.*)', message)
+        misfits[f'tensors {kind}'] = listed[1].split(', ') if listed else []
+    return ', '.join(f'{len(names)} {kind} (first {names[0]})' for kind, names in misfits.items() if names)
+
+
+def _forget_pretrained(runner: Runner) -> None:
+    """Spare a resumed run the pretrained weights: its checkpoint holds them, and their URL may be out of reach."""
+    for module in runner.model.modules():
+        init_cfg = getattr(module, 'init_cfg', None)
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            module.init_cfg = None

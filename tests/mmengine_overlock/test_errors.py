@@ -1,0 +1,25 @@
+import pytest
+
+from mmengine_overlock.errors import UserError, exit_on_user_error
+from overlock.checkpoint import CheckpointError
+
+
+@pytest.mark.parametrize('kind', [UserError, CheckpointError])
+def test_a_mistake_of_the_user_is_its_sentence_and_code_2(kind, capsys, monkeypatch):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise kind('Do that.')
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ('', 'Do that.\n')
+
+
+def test_one_process_of_a_machine_speaks_for_all(capsys, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError('Do that.')
+    assert capsys.readouterr().err == ''
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    with pytest.raises(ValueError, match='bug'), exit_on_user_error():
+        raise ValueError('bug')
