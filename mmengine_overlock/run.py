@@ -13,17 +13,25 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from overlock.checkpoint import CheckpointError
 
 from mmengine_overlock import metrics  # noqa: F401  (registers)
 from mmengine_overlock.amp import enable_amp
 from mmengine_overlock.checkpoint import find_resumable, use_safe_files
 from mmengine_overlock.config import (
-    add_tensorboard, as_list, draw_predictions, enable_auto_scale_lr, load_config, save_predictions, set_data_root,
-    set_weights, use_tta)
+    add_tensorboard,
+    as_list,
+    draw_predictions,
+    enable_auto_scale_lr,
+    load_config,
+    save_predictions,
+    set_data_root,
+    set_weights,
+    use_tta,
+)
 from mmengine_overlock.data import check_data
 from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook
 from mmengine_overlock.launch import is_first_of_machine, prepare_launch
+from overlock.checkpoint import CheckpointError
 
 
 def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | None = None, amp: bool = False,

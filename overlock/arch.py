@@ -56,7 +56,7 @@ class Arch:
                              f'{self.dynamic_kernel_sizes}, got {self.small_kernel_size}')
         if self.embed_dims[3] % 4:
             raise ValueError(f'arch: the last of embed_dims must be divisible by 4, got {self.embed_dims[3]}')
-        for dims, groups in zip(self.embed_dims[2:], self.focus_groups):
+        for dims, groups in zip(self.embed_dims[2:], self.focus_groups, strict=True):
             if dims % (2 * groups):
                 raise ValueError(f'arch: channels must be divisible by twice focus_groups, got {dims} and {groups}')
 

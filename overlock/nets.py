@@ -25,12 +25,12 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
     """Keeps the second run of a block from moving the running statistics of its BatchNorms again."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, (_, count) in zip(norms, kept):
+    for norm, (_, count) in zip(norms, kept, strict=True):
         norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, kept):
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 

@@ -57,8 +57,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=_base_.data_root + train_ann, classwise=False)
 test_evaluator = val_evaluator
 
-max_iters = 1000
-train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
+max_iters = 500
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
 # Random weights need a higher rate than fine-tuning.
 optim_wrapper = dict(optimizer=dict(lr=4e-4), clip_grad=dict(max_norm=10.0))
 param_scheduler = [

@@ -4,8 +4,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.layers import ChannelAffine, ConvFFN, ConvNorm, DilatedReparamConv, DropPath, GRN, LayerNorm2d, \
-    ResidualDWConv, SqueezeExcite
+from overlock.layers import (
+    GRN,
+    ChannelAffine,
+    ConvFFN,
+    ConvNorm,
+    DilatedReparamConv,
+    DropPath,
+    LayerNorm2d,
+    ResidualDWConv,
+    SqueezeExcite,
+)
 from overlock.ops import contmix
 
 # Each side of the grid of regions whose affinities make the kernels.

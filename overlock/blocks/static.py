@@ -2,8 +2,15 @@
 
 from torch import Tensor, nn
 
-from overlock.layers import ChannelAffine, ConvFFN, DilatedReparamConv, DropPath, LayerNorm2d, ResidualDWConv, \
-    SqueezeExcite
+from overlock.layers import (
+    ChannelAffine,
+    ConvFFN,
+    DilatedReparamConv,
+    DropPath,
+    LayerNorm2d,
+    ResidualDWConv,
+    SqueezeExcite,
+)
 
 
 class StaticBlock(nn.Module):

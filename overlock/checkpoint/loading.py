@@ -91,8 +91,9 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
     if misfits:
         name = misfits[0]
         raise CheckpointError(
-            f'{source} is not for this model: {len(misfits)} of {len(loaded)} tensors have another shape, first {name}, '
-            f'expected {tuple(wanted[name].shape)}, got {tuple(given[name].shape)}; give the file of the same variant')
+            f'{source} is not for this model: {len(misfits)} of {len(loaded)} tensors have another shape, first '
+            f'{name}, expected {tuple(wanted[name].shape)}, got {tuple(given[name].shape)}; give the file of the same '
+            'variant')
     absent = [name for name in new if not name.startswith(NEW_PARTS) and not name.endswith('num_batches_tracked')]
     # Stages that the model leaves out as a whole, for want of outputs behind them, may be in the file.
     built = {_stage(name) for name in wanted}

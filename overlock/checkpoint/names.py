@@ -5,7 +5,7 @@ An entry maps a published module or parameter to ours; `#` stands for a number t
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import TypeVar
 
 T = TypeVar('T')
@@ -67,7 +67,7 @@ _TO_OURS = _compile(_TABLE)
 _TO_PUBLISHED = _compile({ours: published for published, ours in _TABLE.items()})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rename(name: str, to_ours: bool) -> str:
     """`name` by the table; as it is where the table has nothing for it."""
     for pattern, template in _TO_OURS if to_ours else _TO_PUBLISHED:

@@ -4,8 +4,16 @@ import pytest
 from mmengine.config import Config
 
 from mmengine_overlock.config import (
-    add_tensorboard, draw_predictions, enable_auto_scale_lr, import_with, load_config, save_predictions, set_data_root,
-    set_weights, use_tta)
+    add_tensorboard,
+    draw_predictions,
+    enable_auto_scale_lr,
+    import_with,
+    load_config,
+    save_predictions,
+    set_data_root,
+    set_weights,
+    use_tta,
+)
 from mmengine_overlock.errors import UserError
 
 

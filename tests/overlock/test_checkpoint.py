@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from overlock import OverLoCK, OverLoCKBackbone
-from overlock.checkpoint import CheckpointError, find_file, from_published, load_pretrained, read_state_dict, to_published
+from overlock.checkpoint import (
+    CheckpointError,
+    find_file,
+    from_published,
+    load_pretrained,
+    read_state_dict,
+    to_published,
+)
 from tests.overlock.conftest import published_weights
 from tests.overlock.test_model import TINY
 

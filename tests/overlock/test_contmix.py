@@ -43,7 +43,8 @@ def test_backend_gives_the_output_and_gradients_of_the_reference(backend, size):
     actual = contmix(*tensors, **options, backend=backend)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float64])
-    for ours, truth in zip(torch.autograd.grad(actual, tensors, weight), torch.autograd.grad(expected, tensors, weight)):
+    gradients = (torch.autograd.grad(out, tensors, weight) for out in (actual, expected))
+    for ours, truth in zip(*gradients, strict=True):
         assert_relative(ours, truth, TOLERANCES[torch.float64])
 
 

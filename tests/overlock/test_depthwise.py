@@ -21,12 +21,13 @@ def test_output_and_gradients_equal_pytorch(size, kernel_size, memory_format):
     expected = F.conv2d(*tensors, padding=kernel_size // 2, groups=3)
     grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float64])
-    for ours, truth in zip(torch.autograd.grad(actual, tensors, grad), torch.autograd.grad(expected, tensors, grad)):
+    gradients = (torch.autograd.grad(out, tensors, grad) for out in (actual, expected))
+    for ours, truth in zip(*gradients, strict=True):
         assert_relative(ours, truth, TOLERANCES[torch.float64])
 
 
 def test_gradients_are_those_of_finite_differences():
-    x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 1, 6, 4), (1, 1, 11, 11)))
+    x, weight = (torch.randn(1, 1, *size, dtype=torch.float64, requires_grad=True) for size in ((6, 4), (11, 11)))
     assert torch.autograd.gradcheck(depthwise_conv2d, (x, weight))
 
 

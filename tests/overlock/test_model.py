@@ -75,7 +75,7 @@ def test_dtypes_are_kept_and_near_float32(dtype):
     with torch.no_grad():
         expected = model(x)
         actual = copy.deepcopy(model).to(dtype)(x.to(dtype))
-    for ours, truth in zip(actual, expected):
+    for ours, truth in zip(actual, expected, strict=True):
         assert ours.dtype == dtype
         assert_relative(ours, truth, {torch.float64: 1e-5, torch.bfloat16: 8e-2, torch.float16: 1e-2}[dtype])
 
@@ -97,7 +97,7 @@ def test_every_parameter_gets_a_gradient_whatever_is_returned(out_indices, overv
     outs = model(image(2, 64, 64).float())
     assert [out.shape[1] for out in outs] == [whole.out_channels[i] for i in out_indices]
     with torch.no_grad():
-        for i, out in zip(out_indices, outs):
+        for i, out in zip(out_indices, outs, strict=True):
             assert_relative(out.detach(), whole.train()(image(2, 64, 64).float())[i], 1e-5)
     sum(out.square().mean() for out in outs).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -111,9 +111,9 @@ def test_checkpointing_changes_no_value():
     x = image(2, 64, 64).float()
     for net in (model, checkpointed):
         sum(out.square().mean() for out in net(x)).backward()
-    for ours, truth in zip(checkpointed.parameters(), model.parameters()):
+    for ours, truth in zip(checkpointed.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, truth.grad)
-    for ours, truth in zip(checkpointed.buffers(), model.buffers()):
+    for ours, truth in zip(checkpointed.buffers(), model.buffers(), strict=True):
         torch.testing.assert_close(ours, truth)
 
 

@@ -35,7 +35,7 @@ def test_merged_model_gives_the_same_outputs_and_merging_again_changes_nothing(m
         names = list(model.state_dict())
         actual = model(x)
         model.switch_to_deploy()
-    for ours, truth in zip(actual, expected):
+    for ours, truth in zip(actual, expected, strict=True):
         assert_relative(ours, truth, TOLERANCES[torch.float32])
     assert list(model.state_dict()) == names
     assert not any('branches' in name for name in names)
@@ -55,7 +55,7 @@ def test_switched_model_and_deploy_form_have_the_same_names_and_outputs():
     built = OverLoCKBackbone('xt', deploy=True).double().eval()
     built.load_state_dict(merged.state_dict(), strict=True)
     with torch.no_grad():
-        for ours, truth in zip(built(image(1, 64, 64)), model(image(1, 64, 64))):
+        for ours, truth in zip(built(image(1, 64, 64)), model(image(1, 64, 64)), strict=True):
             assert_relative(ours, truth, TOLERANCES[torch.float64])
 
 

@@ -31,7 +31,7 @@ def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Ten
     taps = [size ** 2 for size in kernel_sizes]
     halves = []
     for size, rpb, kernel, tap_bias, half in zip(kernel_sizes, (rpb_small, rpb_large), kernels.split(taps, dim=-1),
-                                                 bias.split(taps), value.chunk(2, dim=1)):
+                                                 bias.split(taps), value.chunk(2, dim=1), strict=True):
         logits = (kernel.transpose(-2, -1) @ query).unflatten(-1, (height, width))
         logits = logits + position_bias(rpb, tap_bias, size, height, width)
         half = half.reshape(batch, num_groups, -1, height, width)

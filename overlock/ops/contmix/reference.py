@@ -26,7 +26,7 @@ def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Ten
     halves = []
     for size, rpb, half_logits, half_value in zip(
             kernel_sizes, (rpb_small, rpb_large), logits.split([small ** 2, large ** 2], dim=-1),
-            value.chunk(2, dim=1)):
+            value.chunk(2, dim=1), strict=True):
         halves.append(_mix(half_logits, rpb, half_value.reshape(batch, num_groups, -1, height, width), size))
     return torch.cat(halves, dim=1)
 
