@@ -48,6 +48,19 @@ def find_file(source: str | os.PathLike) -> Path:
     return cached
 
 
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(f'{path} needs the package safetensors; install it with `pip install safetensors`'
+                              ) from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f'{path} is damaged: {error}') from error
+
+
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a weight file (.pth or .safetensors), on the CPU, out of their usual wrappings.
 
@@ -58,8 +71,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        return load_file(path)
+        return _read_safetensors(path)
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:

@@ -154,6 +154,9 @@ def test_safetensors_load_too(tmp_path):
     model = OverLoCKBackbone(TINY)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / 'w.safetensors')
     assert not load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'w.safetensors').new
+    (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'w.safetensors').read_bytes()[:100])
+    with pytest.raises(CheckpointError, match='cut.safetensors is damaged'):
+        read_state_dict(tmp_path / 'cut.safetensors')
 
 
 def test_local_folder_stands_in_for_a_url(tmp_path, monkeypatch):
