@@ -1,0 +1,71 @@
+"""The demonstration as a whole, shortened, and its configurations."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from mmengine_overlock.demo import pipeline
+from mmengine_overlock.demo.scenes import CLASSES
+from mmengine_overlock.demo.shapes import draw
+from mmengine_overlock.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+DETECTOR = ROOT / 'configs/demo/cascade_overlock_xt_shapes.py'
+SEGMENTER = ROOT / 'configs/demo/upernet_overlock_xt_shapes.py'
+SHORT = {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2, 'train_dataloader.batch_size': 2,
+         'default_hooks.logger.interval': 1}
+
+
+@pytest.mark.parametrize(('path', 'classes'), [(DETECTOR, CLASSES), (SEGMENTER, ('ground', *CLASSES))])
+def test_configurations_name_the_drawn_classes_and_start_from_random_weights(path, classes):
+    cfg = Config.fromfile(path)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert tuple(loader.dataset.metainfo.classes) == classes
+        assert len(loader.dataset.metainfo.palette) == len(classes)
+    assert cfg.model.backbone.arch == 'xt'
+    assert cfg.model.backbone.init_cfg is None and cfg.load_from is None
+
+
+def test_detector_configuration_has_heads_for_the_drawn_classes():
+    head = Config.fromfile(DETECTOR).model.roi_head
+    assert [box_head.num_classes for box_head in head.bbox_head] == [len(CLASSES)] * 3
+    assert head.mask_head.num_classes == len(CLASSES)
+
+
+def test_segmenter_configuration_has_heads_for_the_ground_too():
+    model = Config.fromfile(SEGMENTER).model
+    assert model.decode_head.num_classes == model.auxiliary_head.num_classes == len(CLASSES) + 1
+
+
+def test_files_of_others_are_not_cleared(tmp_path):
+    mine = tmp_path / 'run'
+    mine.mkdir()
+    with pytest.raises(UserError, match='--work-dir'):
+        pipeline.run_demo(DETECTOR, tmp_path)
+    assert list(tmp_path.iterdir()) == [mine]
+
+
+@pytest.mark.slow
+def test_a_demonstration_leaves_its_files_and_a_second_one_mixes_nothing_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, 'draw', partial(draw, train=5, val=5, size=64))
+    for _ in range(2):
+        outcome = pipeline.run_demo(DETECTOR, tmp_path, SHORT)
+        assert all(path.stat().st_size for path in outcome.files.values())
+        assert 0 <= outcome.box_ap50 <= 1
+        assert {path.name for path in tmp_path.iterdir()} == {
+            'data', 'run', *(path.name for path in outcome.files.values())}
+        assert len(list((tmp_path / 'run').glob('*/vis_data/scalars.json'))) == 1
+        assert outcome.table.to_markdown() == outcome.files['AP table'].read_text()
+
+
+@pytest.mark.slow
+def test_the_tool_draws_the_data_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools/demo.py', '--draw-only', '--work-dir', tmp_path], cwd=tmp_path,
+        capture_output=True, text=True, check=True)
+    assert done.stdout == f'data set: {tmp_path / "data"}\n'
+    assert len(list((tmp_path / 'data/coco/train2017').glob('*.jpg'))) > 100
