@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 from mmengine_overlock import backbone
 from mmengine_overlock.versions import require
@@ -21,7 +22,9 @@ def build(request):
     """Builds the backbone by the registry of each toolbox."""
     importlib.import_module(f'{request.param}_overlock')
     models = importlib.import_module(f'{request.param}.registry').MODELS
-    return lambda **kwargs: models.build(dict(type='OverLoCK', arch=TINY, **kwargs))
+    # An earlier run in this process may have left a scope of its own.
+    with DefaultScope.overwrite_default_scope(request.param):
+        yield lambda **kwargs: models.build(dict(type='OverLoCK', arch=TINY, **kwargs))
 
 
 def last_word(code, cwd):
