@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && exit; \
 	done; echo python3)
+# OpenMP's threads spin while they wait: beside other work on the same cores a step then takes ten times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
