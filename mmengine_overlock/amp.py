@@ -23,8 +23,9 @@ class BFloat16OptimWrapper(OptimWrapper):
     """Optimizer wrapper for training in bfloat16 on CUDA devices and CPUs.
 
     bfloat16 has the range of float32, so that no loss scale is needed; mmengine's AmpOptimWrapper refuses CPUs. What
-    necks and heads give is turned into float32: the operators of mmcv have no bfloat16, and boxes at hundreds of pixels
-    need more than its 8 bits.
+    necks and detection heads give is turned into float32: the operators of mmcv have no bfloat16, and boxes at hundreds
+    of pixels need more than its 8 bits. Segmentation heads, which mmseg does not run by calling them, keep bfloat16
+    logits; their losses are computed in float32 by autocast's own rules.
     """
 
     _outputs_are_float = False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 
-from mmengine.dist import barrier, get_local_rank
+from mmengine.dist import barrier
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
@@ -56,7 +57,7 @@ class BackboneModule(OverLoCKBackbone, BaseModule):
 
 def _load_on_every_rank(model: OverLoCKBackbone, source: str, prefix: str | None) -> LoadReport:
     """Loads weights, which the first process of a machine fetches for all of its processes."""
-    if get_local_rank() == 0:
+    if os.environ.get('LOCAL_RANK', '0') == '0':
         find_file(source)
     barrier()
     with weights_only():

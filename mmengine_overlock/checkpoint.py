@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import functools
 import logging
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 
 from overlock.checkpoint import CheckpointError
+from overlock.checkpoint.files import UNREADABLE, unreadable
 
 _FORCED = {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '0'}
 
@@ -97,24 +96,12 @@ def _safely(loader: Callable) -> Callable:
                 checkpoint = loader(filename, map_location)
         except torch.cuda.OutOfMemoryError:
             raise
-        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-            raise CheckpointError(_reason(filename, error)) from error
+        except UNREADABLE as error:
+            raise unreadable(filename, error) from error
         return _with_history(checkpoint)
 
     load.is_weights_only = True
     return load
-
-
-def _reason(filename: str, error: Exception) -> str:
-    wanted = re.search(r'GLOBAL (\S+)', str(error))
-    if wanted:
-        return (f'{filename} asks for the Python object {wanted[1]}, which a checkpoint could use to run code, and was '
-                'not loaded; save it again with tensors, numbers and strings only.')
-    # torch seeks before the start of a file that is too short.
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        return f'Cannot read the checkpoint {filename} ({error}); give the path of a file on this machine.'
-    return (f'{filename} is not a whole PyTorch checkpoint: it was cut off while it was written, or is another kind of '
-            'file.')
 
 
 def _with_history(checkpoint: Any) -> Any:

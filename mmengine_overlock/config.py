@@ -43,6 +43,8 @@ def load_config(path: str | Path, options: dict[str, Any] | None = None, work_di
             reason = reason.__cause__ or reason.__context__
         raise UserError(f'{path} needs a module that cannot be imported ({reason}); install what it needs, see the '
                         'README.') from error
+    except (SyntaxError, TypeError, KeyError) as error:
+        raise UserError(f'{path} cannot be read as a configuration: {error}') from error
     try:
         cfg.merge_from_dict(options or {})
     except (KeyError, TypeError, AssertionError) as error:

@@ -23,6 +23,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except (UserError, CheckpointError) as error:
-        if os.environ.get('LOCAL_RANK', '0') == '0':
+        ranks = (os.environ.get(name) for name in ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'))
+        if next((rank for rank in ranks if rank is not None), '0') == '0':
             sys.stderr.write(f'{error}\n')
         raise SystemExit(2) from error

@@ -2,8 +2,6 @@
 
 import importlib
 
-from mmengine.utils import digit_version
-
 
 def require(package: str, **ranges: tuple[str, str]) -> None:
     """Checks that each module's version is at least the first and below the second of its range.
@@ -21,5 +19,6 @@ def require(package: str, **ranges: tuple[str, str]) -> None:
             version = importlib.import_module(f'{name}.version').__version__
         except (ImportError, AssertionError) as error:
             raise ImportError(f'{needs}, which does not import here: {error}') from error
+        from mmengine.utils import digit_version  # here: mmengine itself may be what is missing
         if not digit_version(minimum) <= digit_version(version) < digit_version(maximum):
             raise ImportError(f'{needs}, but {version} is installed; install a version in this range')

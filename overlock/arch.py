@@ -39,9 +39,10 @@ class Arch:
         lengths = {'embed_dims': 4, 'base_depths': 3, 'focus_depths': 2, 'focus_groups': 2,
                    'kernel_sizes': 4, 'dynamic_kernel_sizes': 2}
         for name, length in lengths.items():
-            value = tuple(getattr(self, name))
-            if len(value) != length:
-                raise ValueError(f'arch: {name} must have {length} entries, got {len(value)}: {value}')
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or len(value) != length:
+                raise ValueError(f'arch: {name} must have {length} entries, got {value!r}')
+            value = tuple(value)
             object.__setattr__(self, name, value)
         for field in fields(self):
             value = getattr(self, field.name)

@@ -108,6 +108,8 @@ class OverLoCK(Trunk):
     def __init__(self, arch: str | Mapping | Arch = 'xt', in_channels: int = 3, num_classes: int = 1000,
                  aux_head: bool = True, drop_path_rate: float = 0.0, with_cp: bool = False, deploy: bool = False,
                  contmix_backend: str = 'auto') -> None:
+        if num_classes < 1:
+            raise ValueError(f'num_classes must be at least 1, got {num_classes}')
         super().__init__(arch, in_channels, 4, drop_path_rate, with_cp, deploy, contmix_backend)
         self.head = nn.Sequential()
         self.head.add_module('proj', ConvNorm(self.arch.out_channels[3], 1024, act=nn.SiLU()))
@@ -162,7 +164,7 @@ class OverLoCKBackbone(Trunk):
                  out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1, norm_eval: bool = False,
                  drop_path_rate: float = 0.0, with_cp: bool = False, deploy: bool = False,
                  overview_residual: bool = True, contmix_backend: str = 'auto') -> None:
-        indices = tuple(out_indices)
+        indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
         if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= set(range(4)):
             raise ValueError(f'out_indices must be ascending and among 0 to 3, got {indices}')
         if frozen_stages not in range(-1, 5):

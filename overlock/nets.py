@@ -15,8 +15,10 @@ from overlock.layers import ConvNorm
 def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Runs a block; under `with_cp` its activations are computed again in the backward pass and not kept."""
     if with_cp and torch.is_grad_enabled():
-        return torch.utils.checkpoint.checkpoint(
-            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _same_statistics(block)))
+        # torch.compile makes the second run pure by itself, and takes no context for it.
+        context = {} if torch.compiler.is_compiling() else {
+            'context_fn': lambda: (nullcontext(), _same_statistics(block))}
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **context)
     return block(*args)
 
 

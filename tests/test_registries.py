@@ -64,6 +64,18 @@ def test_pretrained_weights_are_loaded_and_told_once(build, tmp_path, monkeypatc
     assert torch.equal(model.base_net.stem[0].conv.weight, classifier.base_net.stem[0].conv.weight)
 
 
+def test_pretrained_weights_load_in_a_distributed_run(tmp_path):
+    torch.save(OverLoCK(TINY).state_dict(), tmp_path / 'imagenet.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'imagenet.pth'))
+    code = ('import torch, logging; from mmdet_overlock import OverLoCK; '
+            f'torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1); '
+            f'model = OverLoCK({TINY}, init_cfg={init_cfg}); logging.disable(); model.init_weights(); '
+            'stem = model.base_net.stem[0].conv.weight; '
+            f'given = torch.load({init_cfg["checkpoint"]!r})["base_net.stem.0.conv.weight"]; '
+            'print(torch.equal(stem, given))')
+    assert last_word(code, tmp_path) == 'True'
+
+
 def test_weights_of_another_variant_are_an_error(build, tmp_path):
     torch.save(OverLoCK({**TINY, 'embed_dims': (16, 16, 16, 32)}).state_dict(), tmp_path / 'other.pth')
     model = build(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'other.pth')))

@@ -9,6 +9,8 @@ from pathlib import Path
 # A plain clone works too, without `pip install -e .` and from any folder.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 from mmengine.config import DictAction  # noqa: E402
 

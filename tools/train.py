@@ -39,7 +39,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = vars(parse_args())
-    os.environ.setdefault('LOCAL_RANK', str(args.pop('local_rank')))
+    local_rank = args.pop('local_rank')
+    if args['launcher'] == 'pytorch':  # slurm and mpi have variables of their own
+        os.environ.setdefault('LOCAL_RANK', str(local_rank))
     with exit_on_user_error():
         train(**args)
 

@@ -68,6 +68,7 @@ param_scheduler = [
 auto_scale_lr = dict(base_batch_size=4)
 
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=max_iters, save_best=None))
+    logger=dict(interval=20, log_metric_by_epoch=False),
+    checkpoint=dict(by_epoch=False, interval=max_iters, save_best=None))
 log_processor = dict(by_epoch=False, window_size=20)
 randomness = dict(seed=0)

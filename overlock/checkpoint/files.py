@@ -1,7 +1,9 @@
 """Finding weight files and reading them without running anything that they hold."""
 
+import errno
 import os
 import pickle
+import re
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlparse
@@ -10,6 +12,10 @@ import torch
 from torch import Tensor
 
 WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
+
+# What torch.load raises on files that are cut off, ask for code, or are something else by their first bytes.
+UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError,
+              AttributeError)
 
 
 class CheckpointError(ValueError):
@@ -37,8 +43,8 @@ def find_file(source: str | os.PathLike) -> Path:
     for path in (*local, cached):
         if path.is_file():
             return path
-    cached.parent.mkdir(parents=True, exist_ok=True)
     try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
         # Writes to a temporary file beside the target and moves it when it is whole.
         torch.hub.download_url_to_file(source, str(cached))
     except (URLError, OSError) as error:
@@ -46,6 +52,20 @@ def find_file(source: str | os.PathLike) -> Path:
             f'cannot download {source} ({error}); fetch {name} by other means and put it into the folder that '
             f'{WEIGHTS_VARIABLE} names, or at {cached}') from error
     return cached
+
+
+def unreadable(path: str | os.PathLike, error: Exception) -> CheckpointError:
+    """What to tell of a file on which `torch.load(..., weights_only=True)` raised one of `UNREADABLE`."""
+    wanted = re.search(r'GLOBAL (\S+)', str(error))
+    if wanted:
+        return CheckpointError(
+            f'{path} asks for the Python object {wanted[1]}, which a checkpoint could use to run code, and was not '
+            'loaded; save it again with tensors, numbers and strings only.')
+    # torch seeks before the start of a file that is too short.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        return CheckpointError(f'Cannot read the checkpoint {path} ({error}); give the path of a file on this machine.')
+    return CheckpointError(f'{path} is not a whole PyTorch checkpoint: it was cut off while it was written, or is '
+                           'another kind of file.')
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -74,12 +94,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         return _read_safetensors(path)
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f'{path} is not a plain weight file and was not loaded, because loading it would run '
-                              f'code or it is damaged: {str(error).splitlines()[0]}') from error
-    except (RuntimeError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), 'it ends too early')
-        raise CheckpointError(f'{path} is damaged: {reason}') from error
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
     for wrapper in ('state_dict', 'model', 'state_dict_ema'):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -52,7 +52,6 @@ _TABLE = {
     'h_proj.0': 'overview_proj', 'h_proj.1': 'overview_scale'}
 
 
-
 def _compile(table: Mapping[str, str]) -> list[tuple[re.Pattern, str]]:
     """(pattern, template) of each entry; a pattern takes a module's name and what stands behind it."""
     rules = []
