@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from overlock import OverLoCK
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get('OVERLOCK_DATA', 'not set'))
 
@@ -60,7 +62,7 @@ randomness = dict(seed=0)
 """
 
 
-def run(tool, *arguments, folder, data, processes=1, port='29551'):
+def run(tool, *arguments, folder, data, processes=1, port=''):
     """Run train or test on the CPU, by the shell where there are more processes; the output."""
     environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHON': sys.executable, 'PORT': port}
     command = [sys.executable, ROOT / 'tools' / f'{tool}.py', *arguments]
@@ -79,7 +81,7 @@ def score(output, name):
 
 
 @needs_data
-def test_a_detector_trains_resumes_and_tests_alike_on_two_processes(tmp_path):
+def test_a_detector_trains_resumes_and_tests_alike_on_two_processes(tmp_path, port):
     config = tmp_path / 'config.py'
     config.write_text(DETECTION)
     run('train', config, '--work-dir', 'a', '--amp', '--cfg-options', 'train_cfg.max_epochs=1', folder=tmp_path,
@@ -88,7 +90,8 @@ def test_a_detector_trains_resumes_and_tests_alike_on_two_processes(tmp_path):
     assert 'resumed epoch: 1, iter: 3' in resumed
     one = run('test', config, 'a/epoch_2.pth', '--out', 'one.pkl', '--show-dir', 'drawn', folder=tmp_path,
               data='coco_tiny')
-    two = run('test', config, 'a/epoch_2.pth', '--out', 'two.pkl', folder=tmp_path, data='coco_tiny', processes=2)
+    two = run('test', config, 'a/epoch_2.pth', '--out', 'two.pkl', folder=tmp_path, data='coco_tiny', processes=2,
+              port=port)
     for name in ('coco/bbox_mAP', 'coco/segm_mAP'):
         assert score(one, name) == score(two, name) == score(resumed, name)
     assert '| person ' in one
@@ -101,12 +104,25 @@ def test_a_detector_trains_resumes_and_tests_alike_on_two_processes(tmp_path):
 
 
 @needs_data
-def test_a_segmenter_trains_and_tests_alike_on_two_processes(tmp_path):
+def test_a_detector_trains_from_imagenet_weights_on_two_processes(tmp_path, port):
+    config = tmp_path / 'config.py'
+    config.write_text(DETECTION)
+    torch.save({'state_dict': OverLoCK('xt').state_dict()}, tmp_path / 'imagenet.pth')
+    trained = run('train', config, '--work-dir', 'a', '--weights', 'imagenet.pth', '--cfg-options',
+                  'train_cfg.max_epochs=1', folder=tmp_path, data='coco_tiny', processes=2, port=port)
+    # 1549 tensors of the trunk; the log is the first process's.
+    assert trained.count('loaded 1549 tensors from imagenet.pth') == 1
+    weights = torch.load(tmp_path / 'a' / 'epoch_1.pth', weights_only=False)['state_dict']
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+@needs_data
+def test_a_segmenter_trains_and_tests_alike_on_two_processes(tmp_path, port):
     config = tmp_path / 'config.py'
     config.write_text(SEGMENTATION)
     trained = run('train', config, '--work-dir', 'one', folder=tmp_path, data='ade_tiny')
     run('train', config, '--work-dir', 'two', '--cfg-options', 'train_dataloader.batch_size=1', folder=tmp_path,
-        data='ade_tiny', processes=2)
+        data='ade_tiny', processes=2, port=port)
     weights = [torch.load(tmp_path / name / 'iter_4.pth', weights_only=False)['state_dict'] for name in ('one', 'two')]
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
     middle = torch.load(tmp_path / 'one' / 'iter_2.pth', weights_only=False)['state_dict']
@@ -117,7 +133,8 @@ def test_a_segmenter_trains_and_tests_alike_on_two_processes(tmp_path):
     torch.testing.assert_close(again, weights[0])
     one = run('test', config, 'one/iter_4.pth', '--out', 'one.pkl', '--show-dir', 'drawn', folder=tmp_path,
               data='ade_tiny')
-    two = run('test', config, 'one/iter_4.pth', '--out', 'two.pkl', folder=tmp_path, data='ade_tiny', processes=2)
+    two = run('test', config, 'one/iter_4.pth', '--out', 'two.pkl', folder=tmp_path, data='ade_tiny', processes=2,
+              port=port)
     assert score(one, 'mIoU') == score(two, 'mIoU') == score(trained, 'mIoU')
     assert re.search(r'\|\s+person\s+\|', one)
     assert len(list((tmp_path / 'drawn').rglob('*.png'))) == 4

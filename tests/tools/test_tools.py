@@ -81,23 +81,23 @@ def test_mistakes_are_one_sentence_and_code_2(tmp_path, toy, command, sentence):
 
 
 @pytest.mark.slow
-def test_training_on_two_cpu_processes_equals_one(tmp_path, toy):
+def test_training_on_two_cpu_processes_equals_one(tmp_path, toy, port):
     one = run(TOOLS / 'train.py', toy, '--work-dir', 'one', folder=tmp_path)
     two = run(TOOLS / 'dist_train.sh', toy, '2', '--work-dir', 'two', '--cfg-options', 'train_dataloader.batch_size=1',
-              folder=tmp_path, PORT='29541')
+              folder=tmp_path, PORT=port)
     assert len(metrics(one)) == 2
     assert metrics(two) == metrics(one)
     torch.testing.assert_close(weights(tmp_path / 'two' / 'epoch_2.pth'), weights(tmp_path / 'one' / 'epoch_2.pth'))
 
 
 @pytest.mark.slow
-def test_syncbn_trains_on_two_cpu_processes_and_tests_alike_on_one(tmp_path, toy):
+def test_syncbn_trains_on_two_cpu_processes_and_tests_alike_on_one(tmp_path, toy, port):
     toy.write_text(CONFIG.replace('norm_cfg=None', "norm_cfg=dict(type='SyncBN')"))
-    trained = run(TOOLS / 'dist_train.sh', toy, '2', '--work-dir', 'a', folder=tmp_path, PORT='29542')
+    trained = run(TOOLS / 'dist_train.sh', toy, '2', '--work-dir', 'a', folder=tmp_path, PORT=port)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert trained.stdout.count('SyncBN needs GPUs') == 1
     checkpoint = tmp_path / 'a' / 'epoch_2.pth'
-    two = run(TOOLS / 'dist_test.sh', toy, checkpoint, '2', folder=tmp_path, PORT='29543')
+    two = run(TOOLS / 'dist_test.sh', toy, checkpoint, '2', folder=tmp_path, PORT=port)
     one = run(TOOLS / 'test.py', toy, checkpoint, folder=tmp_path)
     # The last validation of the training, too: the statistics were averaged before both.
     assert metrics(one) == metrics(two) == metrics(trained)[-1:]
