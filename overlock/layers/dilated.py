@@ -59,7 +59,7 @@ class DilatedReparamConv(nn.Module):
             return y
         y = self.bn(y)
         for branch in self.branches.values():
-            y = y + branch(x)
+            y = y + branch.bn(depthwise_conv2d(x, branch.conv.weight, dilation=branch.conv.dilation[0]))
         return y
 
     def switch_to_deploy(self) -> None:

@@ -9,54 +9,69 @@ from torch.nn import functional as F
 FFT_MIN_KERNEL = 11
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """A depthwise convolution of stride 1 that keeps the size of the map.
 
     Args:
         x: (B, C, H, W), any float dtype.
         weight: (C, 1, K, K), K odd.
         bias: (C,) or None.
+        dilation: Distance of the taps.
 
     Returns:
         (B, C, H, W).
     """
-    trains = torch.is_grad_enabled() and weight.requires_grad
-    if x.device.type == 'cpu' and trains and weight.shape[-1] >= FFT_MIN_KERNEL and not torch.compiler.is_compiling():
+    if _takes_own_gradient(x, weight, dilation):
         if torch.is_autocast_enabled('cpu'):
             x, weight = (t.to(torch.get_autocast_dtype('cpu')) for t in (x, weight))
-        y = _FFTWeightGradient.apply(x, weight)
+        y = _FFTWeightGradient.apply(x, weight, dilation)
         return y if bias is None else y + bias.view(-1, 1, 1)
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return _conv(x, weight, dilation, bias)
+
+
+def _takes_own_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
+    if x.device.type != 'cpu' or not (torch.is_grad_enabled() and weight.requires_grad):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    # oneDNN (PyTorch 2.11) gives wrong, even non-finite weight gradients for dilated kernels in bfloat16, channels_last.
+    return weight.shape[-1] >= FFT_MIN_KERNEL or (dilation > 1 and dtype in (torch.bfloat16, torch.float16))
+
+
+def _conv(x: Tensor, weight: Tensor, dilation: int, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2 * dilation, dilation=dilation,
+                    groups=weight.shape[0])
 
 
 class _FFTWeightGradient(torch.autograd.Function):
     """The same convolution, whose weight gradient is one circular correlation of the padded maps."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        ctx.dilation = dilation
+        return _conv(x, weight, dilation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=weight.shape[-1] // 2, groups=weight.shape[0])
-        return grad_x, _weight_gradient(x, grad, weight.shape[-1]).to(weight.dtype)
+        grad_x = _conv(grad, weight.flip(2, 3), ctx.dilation) if ctx.needs_input_grad[0] else None
+        return grad_x, _weight_gradient(x, grad, weight.shape[-1], ctx.dilation).to(weight.dtype), None
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, kernel_size: int) -> Tensor:
+def _weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """(C, 1, K, K): for each offset, the sum over batch and pixels of `grad` times the shifted `x`."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    radius = kernel_size // 2
-    # Zeros of at least the radius behind each axis keep the ends from meeting.
-    size = [length + radius for length in x.shape[2:]]
+    reach = kernel_size // 2 * dilation
+    # Zeros of at least the reach behind each axis keep the ends from meeting.
+    size = [length + reach for length in x.shape[2:]]
     spectrum = torch.fft.rfft2(x.to(wide), s=size) * torch.fft.rfft2(grad.to(wide), s=size).conj()
     correlation = torch.fft.irfft2(spectrum.sum(0), s=size)
-    # Maps narrower than the radius never see the outermost offsets: these get zero, and not a wrapped-around value.
+    # Maps narrower than the reach never see the outermost offsets: these get zero, and not a wrapped-around value.
     height, width = x.shape[2:]
-    rows, cols = min(radius, height - 1), min(radius, width - 1)
+    rows, cols = min(reach, height - 1), min(reach, width - 1)
     seen = correlation.roll((rows, cols), dims=(1, 2))[:, :2 * rows + 1, :2 * cols + 1]
-    return F.pad(seen, (radius - cols,) * 2 + (radius - rows,) * 2).unsqueeze(1)
+    offsets = F.pad(seen, (reach - cols,) * 2 + (reach - rows,) * 2)
+    return offsets[:, ::dilation, ::dilation].unsqueeze(1)

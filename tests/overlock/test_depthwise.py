@@ -31,6 +31,24 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(depthwise_conv2d, (x, weight))
 
 
+@pytest.mark.parametrize(('kernel_size', 'dilation'), [(3, 7), (9, 2), (7, 2), (3, 2), (5, 1)])
+@pytest.mark.parametrize('size', [(48, 64), (5, 30)], ids=str)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bfloat16_gradients_of_dilated_kernels_are_near_those_of_float32(kernel_size, dilation, size, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 56, *size, generator=generator).bfloat16().contiguous(memory_format=memory_format)
+               for _ in range(2))
+    weight = torch.randn(56, 1, kernel_size, kernel_size, generator=generator).bfloat16()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        tensors = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        y = (depthwise_conv2d(*tensors, dilation=dilation) if dtype == torch.bfloat16 else F.conv2d(
+            *tensors, padding=kernel_size // 2 * dilation, dilation=dilation, groups=56))
+        gradients.append(torch.autograd.grad(y, tensors, grad.to(dtype)))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[torch.bfloat16])
+
+
 def test_gradients_keep_the_dtype_of_a_bfloat16_weight():
     x = torch.randn(1, 2, 12, 12, dtype=torch.bfloat16)
     weight = torch.randn(2, 1, 13, 13, dtype=torch.bfloat16, requires_grad=True)
