@@ -52,6 +52,13 @@ def prepare_launch(cfg: Config) -> None:
                         f'{torch.cuda.device_count()}; start no more processes than GPUs.')
 
 
+def finish_launch() -> None:
+    """Leave the process group together: at exit, a process whose peers are gone already can abort."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def _prepare_cpu(cfg: Config, ranks: list[str]) -> None:
     """Form the process group here, because mmengine sets a CUDA device before it does, and wrap the model for CPUs."""
     env_cfg = cfg.get('env_cfg', {})

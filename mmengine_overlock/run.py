@@ -30,7 +30,7 @@ from mmengine_overlock.config import (
 )
 from mmengine_overlock.data import check_data
 from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook
-from mmengine_overlock.launch import is_first_of_machine, prepare_launch
+from mmengine_overlock.launch import finish_launch, is_first_of_machine, prepare_launch
 from overlock.checkpoint import CheckpointError
 
 
@@ -73,6 +73,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     if cfg.resume:
         _forget_pretrained(runner)
     runner.train()
+    finish_launch()
     return runner
 
 

@@ -68,7 +68,8 @@ def test_pretrained_weights_load_in_a_distributed_run(tmp_path):
     torch.save(OverLoCK(TINY).state_dict(), tmp_path / 'imagenet.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'imagenet.pth'))
     code = ('import torch, logging; from mmdet_overlock import OverLoCK; '
-            f'torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1); '
+            f'store = torch.distributed.FileStore({str(tmp_path / "store")!r}, 1); '
+            'torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1); '
             f'model = OverLoCK({TINY}, init_cfg={init_cfg}); logging.disable(); model.init_weights(); '
             'stem = model.base_net.stem[0].conv.weight; '
             f'given = torch.load({init_cfg["checkpoint"]!r})["base_net.stem.0.conv.weight"]; '

@@ -32,7 +32,8 @@ test_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=False),
     dict(type='PackSegInputs'),
 ]
-dataset = dict(data_root=data_root, metainfo=metainfo, reduce_zero_label=False)
+# ADE20K's own class would refuse names that are not ADE20K's.
+dataset = dict(type='BaseSegDataset', data_root=data_root, metainfo=metainfo, reduce_zero_label=False)
 
 # Total batch size 4 = 1 device x 4.
 train_dataloader = dict(

@@ -35,7 +35,7 @@ def _takes_own_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
     if torch.compiler.is_compiling():
         return False
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-    # oneDNN (PyTorch 2.11) gives wrong, even non-finite weight gradients for dilated kernels in bfloat16, channels_last.
+    # oneDNN (PyTorch 2.11) gives wrong, even infinite weight gradients for dilated kernels in bfloat16, channels_last.
     return weight.shape[-1] >= FFT_MIN_KERNEL or (dilation > 1 and dtype in (torch.bfloat16, torch.float16))
 
 

@@ -3,11 +3,14 @@
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
 
+from mmengine_overlock.config import set_data_root
 from mmengine_overlock.demo import pipeline
 from mmengine_overlock.demo.scenes import CLASSES
 from mmengine_overlock.demo.shapes import draw
@@ -39,6 +42,19 @@ def test_detector_configuration_has_heads_for_the_drawn_classes():
 def test_segmenter_configuration_has_heads_for_the_ground_too():
     model = Config.fromfile(SEGMENTER).model
     assert model.decode_head.num_classes == model.auxiliary_head.num_classes == len(CLASSES) + 1
+
+
+@pytest.mark.parametrize(('path', 'folder'), [(DETECTOR, 'coco'), (SEGMENTER, 'ade')])
+def test_data_sets_of_the_configurations_read_the_drawn_data(path, folder, tmp_path):
+    cfg = Config.fromfile(path)
+    set_data_root(cfg, draw(tmp_path / 'data', train=6, val=5, size=64) / folder)
+    register_all = import_module(f'{cfg.default_scope}.utils').register_all_modules
+    register_all(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        for loader, count in ((cfg.train_dataloader, 6), (cfg.val_dataloader, 5)):
+            dataset = DATASETS.build(loader.dataset)
+            assert len(dataset) == count
+            assert dataset[0]['inputs'].shape[0] == 3
 
 
 def test_files_of_others_are_not_cleared(tmp_path):
