@@ -114,7 +114,9 @@ def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = N
             evaluator.setdefault('classwise', True)
     if out is not None:
         save_predictions(cfg, out)
-    return _build_runner(cfg, 'test', strict=True).test()
+    scores = _build_runner(cfg, 'test', strict=True).test()
+    finish_launch()
+    return scores
 
 
 def _existing(checkpoint: str) -> str:
