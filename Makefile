@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast clean
+.PHONY: help setup demo test test-fast test-natten clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -27,6 +27,10 @@ test: setup  ## run the whole test suite
 
 test-fast: setup  ## run the tests that take seconds
 	'$(VENV)/bin/python' -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-natten: setup  ## build natten 0.17.5, some minutes, and run ContMix's tests with it
+	'$(VENV)/bin/python' tools/setup_natten.py
+	'$(VENV)/bin/python' -m pytest tests/overlock/test_contmix.py $(PYTEST_ARGS)
 
 clean:  ## remove .venv and what the tools left behind; work_dirs and compiled wheels stay
 	rm -rf .venv *.egg-info build .pytest_cache .ruff_cache .hypothesis

@@ -243,8 +243,21 @@ def test_interrupted_set_up_is_continued_and_only_then_stamped(checkout, monkeyp
     console = RecordingConsole(venv)
     setup_env.set_up(venv, checkout, {}, console)
     assert setup_env.is_set_up(venv, checkout, {})
-    assert console.text.count('[') == 5 and '[5/5] this package' in console.text
-    assert console.commands[-1][-2:] == ['-e', str(checkout)]
+    assert console.text.count('[') == 6 and '[5/6] this package' in console.text
+    assert console.commands[-2][-2:] == ['-e', str(checkout)]
+    assert console.commands[-1][-2:] == ['-m', 'overlock.ops.extension']
+
+
+def test_set_up_goes_on_without_the_optional_operators(checkout, monkeypatch):
+    venv, interpreter = checkout / '.venv', an_interpreter(mmcv='2.1.0')
+    for name, stub in dict(
+            probe=lambda python: interpreter, probe_surely=lambda python: interpreter, visible_gpus=lambda found: [],
+            create_environment=lambda *_: interpreter, install_mmcv=lambda *_: None).items():
+        monkeypatch.setattr(setup_env, name, stub)
+    console = RecordingConsole(venv, **{'overlock.ops.extension': stops})
+    setup_env.set_up(venv, checkout, {}, console)
+    assert setup_env.is_set_up(venv, checkout, {})
+    assert 'optional and could not be compiled' in console.text
 
 
 def test_one_set_up_waits_for_another(tmp_path, capsys):
@@ -655,7 +668,7 @@ def test_step_is_numbered_and_tells_its_time(tmp_path):
         pass
     with pytest.raises(SetupError), console.step('second'):
         raise SetupError('no')
-    assert console.out.getvalue().splitlines() == ['[1/5] first', '      done in 0:00', '[2/5] second']
+    assert console.out.getvalue().splitlines() == ['[1/6] first', '      done in 0:00', '[2/6] second']
 
 
 def test_interruption_ends_the_command_and_its_children(tmp_path):

@@ -75,7 +75,7 @@ class Console:
         every: Seconds between two lines of progress where `out` is no terminal.
     """
 
-    STEPS = 5
+    STEPS = 6
 
     def __init__(self, log: Path, out: TextIO = sys.stdout, every: float = 30.0) -> None:
         self.log, self.out, self.every = log, out, every

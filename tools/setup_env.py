@@ -60,7 +60,7 @@ def stamp_key(root: Path, interpreter: Interpreter) -> str:
     """Returns a digest of all that decides what the set-up installs."""
     digest = hashlib.sha256()
     for path in sorted([*root.glob('requirements/*.txt'), *root.glob('tools/setup_*.py'), root / 'setup.cfg',
-                        root / 'pyproject.toml']):
+                        root / 'pyproject.toml', *root.glob('overlock/ops/**/*.cpp')]):
         digest.update(f'{path.name}\n'.encode() + path.read_bytes())
     packages = sorted(path.parent.name for path in root.glob('*overlock*/__init__.py'))
     digest.update(repr((str(root), packages, interpreter.version, interpreter.torch)).encode())
@@ -198,6 +198,11 @@ def set_up(venv: Path, root: Path, environ: Mapping[str, str], console: Console)
         install_mmcv(interpreter, plan, wheel_folder(cache_folder(environ), interpreter, plan), console, environ)
     with console.step('this package'):
         console.run(pip_install(interpreter, '--no-deps', '--no-build-isolation', '-e', str(root)))
+    with console.step('operators for this CPU'):
+        try:
+            console.run([interpreter.python, '-m', 'overlock.ops.extension'])
+        except SetupError as error:
+            console.note(f'they are optional and could not be compiled: {error}')
     write_stamp(venv, stamp_key(root, interpreter), plan.target)
 
 

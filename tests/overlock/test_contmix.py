@@ -5,6 +5,7 @@ import torch
 
 from overlock.ops import contmix, explain
 from overlock.ops.contmix import eager
+from overlock.ops.contmix.dispatch import OPERATORS, choose
 from tests.overlock.conftest import TOLERANCES, assert_relative
 
 # (height, width, K): odd, non-square, just large enough, and near and far of the dense product's limit.
@@ -12,13 +13,14 @@ MAPS = [(13, 13, 13), (14, 14, 13), (13, 29, 13), (21, 17, 13), (7, 7, 7), (7, 8
         (6, 11, 5), (3, 3, 3), (4, 7, 3)]
 
 
-def natten_missing() -> str:
-    reason = explain()['natten']
-    return '' if reason == 'available' else reason
+def here(name: str):
+    """A backend as a test parameter, skipped with the reason where it cannot run."""
+    reason = explain()[name]
+    return pytest.param(name, marks=pytest.mark.skipif(reason != 'available', reason=f'{name}: {reason}'))
 
 
-needs_natten = pytest.mark.skipif(bool(natten_missing()), reason=natten_missing() or 'natten runs here')
-BACKENDS = ['eager', pytest.param('natten', marks=needs_natten)]
+FUSED = ['eager', here('compiled')]
+BACKENDS = [*FUSED, here('natten')]
 
 
 def inputs(height, width, kernel_size, small=3, groups=2, dims=3, batch=2, regions=7, dtype=torch.float64):
@@ -49,7 +51,7 @@ def test_backend_gives_the_output_and_gradients_of_the_reference(backend, size):
 
 
 @pytest.mark.parametrize('size', [(9, 11, 3), (3, 3, 3), (3, 4, 3)], ids=str)
-@pytest.mark.parametrize('backend', ['reference', 'eager'])
+@pytest.mark.parametrize('backend', ['reference', *BACKENDS])
 def test_gradients_are_those_of_finite_differences(backend, size):
     tensors, options = inputs(*size, groups=1, dims=1, batch=1, regions=2)
     assert torch.autograd.gradcheck(lambda *t: contmix(*t, **options, backend=backend), tensors)
@@ -63,7 +65,7 @@ def test_border_queries_share_the_window_that_moved_inward(length):
     for tap_row, tap_col in ((0, 0), (3, 6), (6, 6)):
         weights = torch.zeros(1, 1, kernel_size ** 2, length, length, dtype=torch.float64)
         weights[:, :, tap_row * kernel_size + tap_col] = 1
-        seen = eager.aggregate(weights, value, kernel_size)[0, 0, 0]
+        seen = eager.aggregate(weights, value)[0, 0, 0]
         starts = [min(max(i - kernel_size // 2, 0), length - kernel_size) for i in range(length)]
         expected = torch.tensor([[(r + tap_row) * length + c + tap_col for c in starts] for r in starts])
         assert torch.equal(seen, expected.double())
@@ -81,18 +83,154 @@ def test_dense_product_and_taps_agree(size, monkeypatch):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('size', [(13, 14, 13), (20, 24, 13)], ids=str)
-def test_narrow_dtypes_stay_near_the_reference_and_keep_their_dtype(size, dtype):
+@pytest.mark.parametrize('backend', FUSED)
+def test_narrow_dtypes_stay_near_the_reference_and_keep_their_dtype(backend, size, dtype):
     tensors, options = inputs(*size, dtype=dtype)
-    expected = contmix(*(t.double() for t in tensors), **options, backend='reference')
-    actual = contmix(*tensors, **options, backend='eager')
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    expected = contmix(*exact, **options, backend='reference')
+    actual = contmix(*tensors, **options, backend=backend)
     assert actual.dtype == dtype
     assert_relative(actual.detach(), expected.detach(), TOLERANCES[dtype])
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = (torch.autograd.grad(out, t, grad.to(out.dtype)) for out, t in ((actual, tensors), (expected, exact)))
+    for ours, truth in zip(*gradients, strict=True):
+        assert ours.dtype == dtype
+        assert_relative(ours, truth, TOLERANCES[dtype])
 
 
-def test_large_logits_do_not_overflow_in_float16():
+@pytest.mark.parametrize('backend', FUSED)
+def test_large_logits_do_not_overflow_in_float16(backend):
     tensors, options = inputs(14, 14, 13, dtype=torch.float16)
     query = (tensors[0].detach() * 40,)
-    assert contmix(*query, *tensors[1:], **options, backend='eager').isfinite().all()
+    assert contmix(*query, *tensors[1:], **options, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize('dims', [8, 10, 16, 20])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('backend', FUSED)
+def test_any_width_of_groups_and_memory_format_gives_the_reference(backend, memory_format, dims):
+    tensors, options = inputs(9, 20, 7, dims=dims, small=5)
+    tensors = [t.detach().contiguous(memory_format=memory_format) if t.ndim == 4 else t.detach() for t in tensors]
+    tensors = [t.requires_grad_() for t in tensors]
+    expected = contmix(*tensors, **options, backend='reference')
+    actual = contmix(*tensors, **options, backend=backend)
+    assert actual.is_contiguous(memory_format=memory_format)
+    assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float64])
+    gradients = (torch.autograd.grad(out.square().sum(), tensors) for out in (actual, expected))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_slices_of_larger_maps_are_read_by_their_strides(backend):
+    tensors, options = inputs(8, 9, 7)
+    tensors = [t.detach() for t in tensors]
+    wide = torch.full((2, 18, 10, 9), float('nan'), dtype=torch.float64)
+    wide[:, 2:8, 1:9], wide[:, 6:18, 1:9] = tensors[0], 0
+    value = torch.full((2, 30, 8, 18), float('nan'), dtype=torch.float64)
+    value[:, ::2, :, ::2][:, 1:13] = tensors[2]
+    views = [wide[:, 2:8, 1:9].clone(), tensors[1], value[:, ::2, :, ::2][:, 1:13], *tensors[3:]]
+    expected = contmix(views[0].contiguous(), views[1], tensors[2], *views[3:], **options, backend='reference')
+    assert_relative(contmix(*views, **options, backend=backend), expected, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_backward_pass_keeps_no_tap_weights(backend):
+    tensors, options = inputs(24, 24, 13)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        contmix(*tensors, **options, backend=backend)
+    # The weights of the large kernel alone are 169 maps of two groups, and the largest map kept is the value.
+    assert max(kept) == tensors[2].numel()
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_gradients_of_some_inputs_alone_are_the_same(backend):
+    tensors, options = inputs(8, 9, 7)
+    truth = torch.autograd.grad(contmix(*tensors, **options, backend=backend).square().sum(), tensors)
+    for i, tensor in enumerate(tensors):
+        alone = [t if t is tensor else t.detach() for t in tensors]
+        grad, = torch.autograd.grad(contmix(*alone, **options, backend=backend).square().sum(), tensor)
+        assert torch.equal(grad, truth[i])
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_result_is_deterministic(backend):
+    tensors, options = inputs(20, 24, 13, dtype=torch.float32)
+
+    def run():
+        out = contmix(*tensors, **options, backend=backend)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def projected(height, width, kernel_size, dtype=torch.float64, memory_format=torch.contiguous_format):
+    """What the operators take: the regions already projected to taps."""
+    (query, key, value, weight, *rest), options = inputs(height, width, kernel_size, dtype=dtype)
+    kernel = key.detach().reshape(2, 2, 3, -1) @ weight.detach().t() * options['scale']
+    query, value = (t.detach().contiguous(memory_format=memory_format) for t in (query, value))
+    return [t.detach().requires_grad_() for t in (query, kernel, value, *rest)]
+
+
+@pytest.mark.parametrize('size', [(8, 9, 5), (14, 20, 7)], ids=str)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('backend', FUSED)
+def test_operator_keeps_the_rules_of_torch_library(backend, memory_format, size):
+    for dtype in (torch.float64, torch.float32):
+        args = projected(*size, dtype=dtype, memory_format=memory_format)
+        torch.library.opcheck(getattr(torch.ops.overlock, f'contmix_{backend}').default, args)
+        out = OPERATORS[backend](*args)
+        lse = torch.zeros(2, 2, 2, *size[:2], dtype=dtype)
+        grad_args = [torch.randn_like(out), lse, *(t.detach() for t in args)]
+        torch.library.opcheck(getattr(torch.ops.overlock, f'contmix_{backend}_backward').default, grad_args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['auto', *FUSED])
+def test_compiled_graph_is_whole_and_one_for_every_size(backend):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    _, options = inputs(14, 20, 7)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def run(*tensors):
+        return contmix(*tensors, **options, backend=backend)
+    for size in ((14, 20, 7), (15, 9, 7), (30, 31, 7)):
+        tensors, _ = inputs(*size)
+        out, truth = run(*tensors), contmix(*tensors, **options, backend='reference')
+        assert_relative(out.detach(), truth.detach(), TOLERANCES[torch.float64])
+        gradients = (torch.autograd.grad(o.square().sum(), tensors) for o in (out, truth))
+        for ours, expected in zip(*gradients, strict=True):
+            assert_relative(ours, expected, TOLERANCES[torch.float64])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_exported_program_needs_no_operator_of_ours_and_takes_other_sizes():
+    class Mix(torch.nn.Module):
+        def forward(self, *tensors):
+            return contmix(*tensors, **options)
+
+    tensors, options = inputs(14, 20, 7)
+    height, width = (torch.export.Dim(name, min=7, max=64) for name in ('height', 'width'))
+    free = {2: height, 3: width}
+    program = torch.export.export(Mix(), tuple(t.detach() for t in tensors),
+                                  dynamic_shapes=((free, None, free, None, None, None, None),))
+    assert 'overlock' not in str(program.graph)
+    for size in ((14, 20, 7), (7, 33, 7), (13, 8, 7)):
+        other, _ = inputs(*size)
+        other = [t.detach() for t in other]
+        expected = contmix(*other, **options, backend='reference')
+        assert_relative(program.module()(*other), expected, TOLERANCES[torch.float64])
+
+
+@pytest.mark.skipif(explain()['compiled'] != 'available', reason='compiled: ' + explain()['compiled'])
+def test_auto_takes_the_compiled_backend_where_it_can():
+    value = torch.zeros(1, 8, 20, 20)
+    assert choose(value, (5, 13)) == 'compiled'
+    assert choose(value, (5, 17)) == 'eager'
+    assert choose(value.to('meta'), (5, 13)) == 'eager'
 
 
 def test_auto_runs_without_options_and_explain_names_every_backend():
@@ -101,12 +239,12 @@ def test_auto_runs_without_options_and_explain_names_every_backend():
                     TOLERANCES[torch.float64])
     reasons = explain()
     assert reasons['reference'] == reasons['eager'] == 'available'
-    assert set(reasons) == {'reference', 'eager', 'natten'}
+    assert set(reasons) == {'reference', 'eager', 'compiled', 'triton', 'natten'}
 
 
 def test_unknown_backend_names_the_known_ones():
     tensors, options = inputs(8, 8, 5)
-    with pytest.raises(ValueError, match="'auto' or one of reference, eager, natten, got 'cuda'"):
+    with pytest.raises(ValueError, match="'auto' or one of reference, eager, compiled, triton, natten, got 'cuda'"):
         contmix(*tensors, **options, backend='cuda')
 
 
@@ -122,7 +260,8 @@ def test_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
     (dict(kernel_sizes=(3, 9)), 'at least 9 pixels high and wide, got 8x8'),
     (dict(kernel_sizes=(3, 4)), r'must be odd, got \(3, 4\)'),
     (dict(num_groups=5), 'multiple of 2 x 5 groups'),
-    (dict(kernel_sizes=(5, 5)), r'weight must have shape \(50, 49\), got \(34, 49\)')])
+    (dict(kernel_sizes=(5, 5)), r'weight must have shape \(50, 49\), got \(34, 49\)'),
+    (dict(num_groups=3), r'rpb must have shape \(3, 5, 5\), got \(2, 5, 5\)')])
 def test_wrong_shapes_are_one_clear_sentence(change, message):
     tensors, options = inputs(8, 8, 5)
     with pytest.raises(ValueError, match=message):

@@ -2,14 +2,17 @@
 
 import importlib.metadata
 import importlib.util
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from overlock.ops.contmix import eager
 
 
-@lru_cache(maxsize=1)
+@cache
 def verify() -> tuple[bool, str]:
     """Whether natten has `na2d_av` and imports here, and if not, why not."""
     if importlib.util.find_spec('natten') is None:
@@ -24,18 +27,36 @@ def verify() -> tuple[bool, str]:
     return True, ''
 
 
-def _na2d_av():
-    from natten.functional import na2d_av
+@cache
+def _na2d_av() -> Callable[[Tensor, Tensor, int], Tensor]:
+    with _names_of_older_torch():
+        from natten.functional import na2d_av
     return na2d_av
 
 
-def contmix(*args, **kwargs) -> Tensor:
-    """See `overlock.ops.contmix`."""
-    return eager.contmix(*args, **kwargs, aggregation=_aggregate)
+@contextmanager
+def _names_of_older_torch() -> Iterator[None]:
+    """Supplies what natten 0.17.5 takes from torch.cuda while it is imported: torch 2.11 dropped the first name, and
+    without a GPU the second raises."""
+    stand_ins = {} if hasattr(torch.cuda, '_device_t') else {'_device_t': object}
+    if not torch.cuda.is_available():
+        stand_ins['get_device_capability'] = lambda device=None: (0, 0)
+    missing = object()
+    kept = {name: getattr(torch.cuda, name, missing) for name in stand_ins}
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            delattr(torch.cuda, name) if value is missing else setattr(torch.cuda, name, value)
 
 
-def _aggregate(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:
-    """Weights (B, G, K^2, H, W) and value (B, G, d, H, W) to (B, G, d, H, W)."""
-    weights = weights.to(value.dtype).permute(0, 1, 3, 4, 2).contiguous()
-    value = value.permute(0, 1, 3, 4, 2).contiguous()
-    return _na2d_av()(weights, value, kernel_size).permute(0, 1, 4, 2, 3)
+def plain(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor) -> Tensor:
+    """See `overlock.ops.contmix.library.register`; natten has gradients of its own."""
+    outs = []
+    for taps, tap_bias, rpb, half, _ in eager.halves(kernel, bias, rpb_small, rpb_large, value, value):
+        weights = eager.compute_logits(query, taps, tap_bias, rpb, half.shape[3:]).softmax(2).to(value.dtype)
+        weights, half = (t.permute(0, 1, 3, 4, 2).contiguous() for t in (weights, half))
+        outs.append(_na2d_av()(weights, half, round(taps.shape[3] ** 0.5)).permute(0, 1, 4, 2, 3).flatten(1, 2))
+    return torch.cat(outs, 1)
