@@ -36,11 +36,11 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def _static_stage(arch: Arch, stage: int, rates: Sequence[float], deploy: bool) -> nn.Sequential:
+def _static_stage(arch: Arch, stage: int, rates: Sequence[float]) -> nn.Sequential:
     """The blocks of stage 0 to 3; the two deep stages have layer scale."""
     return nn.Sequential(*(
         StaticBlock(arch.embed_dims[stage], arch.kernel_sizes[stage], arch.static_mlp_ratio, rate,
-                    layer_scale=stage >= 2, deploy=deploy) for rate in rates))
+                    layer_scale=stage >= 2) for rate in rates))
 
 
 class BaseNet(nn.Module):
@@ -52,11 +52,10 @@ class BaseNet(nn.Module):
         rates: Drop-path rates, a list for each stage.
         num_stages: How many of the three stages are built.
         with_cp: Whether to checkpoint blocks.
-        deploy: Whether to build the merged form.
     """
 
     def __init__(self, arch: Arch, in_channels: int, rates: Sequence[Sequence[float]], num_stages: int = 3,
-                 with_cp: bool = False, deploy: bool = False) -> None:
+                 with_cp: bool = False) -> None:
         super().__init__()
         c1, c2, c3, _ = arch.embed_dims
         half = c1 // 2
@@ -65,13 +64,13 @@ class BaseNet(nn.Module):
         self.stem = nn.Sequential(
             ConvNorm(in_channels, half, 3, stride=2, act=nn.GELU()), ConvNorm(half, half, 3, act=nn.GELU()),
             ConvNorm(half, c1, 3, stride=2, act=nn.GELU()), ConvNorm(c1, c1, 3))
-        self.stage1 = _static_stage(arch, 0, rates[0], deploy)
+        self.stage1 = _static_stage(arch, 0, rates[0])
         if num_stages > 1:
             self.downsample2 = ConvNorm(c1, c2, 3, stride=2)
-            self.stage2 = _static_stage(arch, 1, rates[1], deploy)
+            self.stage2 = _static_stage(arch, 1, rates[1])
         if num_stages > 2:
             self.downsample3 = ConvNorm(c2, c3, 3, stride=2)
-            self.stage3 = _static_stage(arch, 2, rates[2], deploy)
+            self.stage3 = _static_stage(arch, 2, rates[2])
 
     def forward(self, x: Tensor, stage2_norm: nn.Module | None = None) -> list[Tensor]:
         """Encodes an image.
@@ -106,14 +105,13 @@ class OverviewNet(nn.Module):
         arch: The variant.
         rates: Drop-path rate of each block.
         with_cp: Whether to checkpoint blocks.
-        deploy: Whether to build the merged form.
     """
 
-    def __init__(self, arch: Arch, rates: Sequence[float], with_cp: bool = False, deploy: bool = False) -> None:
+    def __init__(self, arch: Arch, rates: Sequence[float], with_cp: bool = False) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.downsample = ConvNorm(arch.embed_dims[2], arch.embed_dims[3], 3, stride=2)
-        self.stage = _static_stage(arch, 3, rates, deploy)
+        self.stage = _static_stage(arch, 3, rates)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C3, H / 16, W / 16) to the overview (B, C4, H / 32, W / 32)."""
@@ -131,12 +129,11 @@ class FocusNet(nn.Module):
         rates: Drop-path rates, a list for each of the two stages.
         num_stages: 2, or 1 to leave the stage at stride 32 out.
         with_cp: Whether to checkpoint blocks.
-        deploy: Whether to build the merged form.
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
 
     def __init__(self, arch: Arch, rates: Sequence[Sequence[float]], num_stages: int = 2, with_cp: bool = False,
-                 deploy: bool = False, contmix_backend: str = 'auto') -> None:
+                 contmix_backend: str = 'auto') -> None:
         super().__init__()
         _, _, c3, c4 = arch.embed_dims
         self.with_cp = with_cp
@@ -149,7 +146,7 @@ class FocusNet(nn.Module):
                 DynamicBlock(arch.embed_dims[2 + index], arch.context_dims, arch.dynamic_kernel_sizes[index],
                              arch.small_kernel_size, arch.focus_groups[index], arch.kernel_sizes[2 + index],
                              arch.dynamic_mlp_ratio, rate, mix_prior=(index, i) != (0, 0),
-                             split=(index, i) != (1, last), deploy=deploy, contmix_backend=contmix_backend)
+                             split=(index, i) != (1, last), contmix_backend=contmix_backend)
                 for i, rate in enumerate(rates[index]))
 
         self.stage3 = stage(0)

@@ -16,6 +16,7 @@ from overlock.layers import (
     SqueezeExcite,
 )
 from overlock.ops import contmix
+from overlock.reparam import fold_bn_into_next, fold_bn_into_previous, switch_children
 
 # Each side of the grid of regions whose affinities make the kernels.
 NUM_REGIONS = 7
@@ -35,13 +36,12 @@ class DynamicBlock(nn.Module):
         drop_path_rate: Probability of dropping the branch of a sample.
         mix_prior: Whether the context is first mixed with its prior (all blocks of Focus-Net but the first).
         split: Whether to split the output into features and context again.
-        deploy: Whether to build the merged form.
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
 
     def __init__(self, channels: int, context_channels: int, kernel_size: int, small_kernel_size: int = 5,
                  num_groups: int = 8, local_kernel_size: int | None = None, mlp_ratio: int = 3,
-                 drop_path_rate: float = 0.0, mix_prior: bool = True, split: bool = True, deploy: bool = False,
+                 drop_path_rate: float = 0.0, mix_prior: bool = True, split: bool = True,
                  contmix_backend: str = 'auto') -> None:
         super().__init__()
         width = channels + context_channels
@@ -69,7 +69,7 @@ class DynamicBlock(nn.Module):
         num_taps = small_kernel_size ** 2 + kernel_size ** 2
         self.weight_proj = nn.Conv2d(NUM_REGIONS ** 2, num_taps, 1)
         self.dynamic_proj = ConvNorm(channels, channels)
-        self.local = nn.Sequential(DilatedReparamConv(channels, local_kernel_size or kernel_size, deploy),
+        self.local = nn.Sequential(DilatedReparamConv(channels, local_kernel_size or kernel_size),
                                    nn.BatchNorm2d(channels))
         self.se = SqueezeExcite(channels)
         self.gate = ConvNorm(channels, channels, act=nn.SiLU())
@@ -84,11 +84,11 @@ class DynamicBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         """Features (B, C, H, W), context and prior (B, P, H, W) to features and context, or (B, C + P, H, W)."""
         if self.mix_prior:
-            context = self.context_scale(context) + self.prior_scale(prior)
+            context = self.context_scale(context, self.prior_scale(prior))
         y = self.dwconv1(torch.cat([x, context], dim=1))
-        y = self.ls1(y) + self.drop_path(self.mix(self.norm1(y)))
+        y = self.ls1(y, self.drop_path(self.mix(self.norm1(y))))
         y = self.dwconv2(y)
-        y = self.ls2(y) + self.drop_path(self.ffn(self.norm2(y)))
+        y = self.ls2(y, self.drop_path(self.ffn(self.norm2(y))))
         if not self.split:
             return y
         return y[:, :self.channels], y[:, self.channels:]
@@ -111,6 +111,25 @@ class DynamicBlock(nn.Module):
                       self.rpb_large, kernel_sizes=self.kernel_sizes, num_groups=self.num_groups, scale=self.scale,
                       backend=self.contmix_backend)
         return F.adaptive_avg_pool2d(out, size) if enlarged != size else out
+
+    def switch_to_deploy(self) -> None:
+        """Folds all that is linear, in place and idempotently."""
+        dilated, bn = self.local
+        if isinstance(bn, nn.Identity):
+            return
+        switch_children(self)
+        self.dwconv1 = self.dwconv1.without_shortcut()
+        self.dwconv2 = self.dwconv2.without_shortcut()
+        # The affine of `norm1` and the shift of the GRN in `fusion` stay: padded convolutions take them.
+        fold_bn_into_previous(dilated.conv, bn)
+        self.local[1] = nn.Identity()
+        fold_bn_into_next(*self.proj)
+        self.proj[0] = nn.Identity()
+        self.norm2.fold_affine_into(self.ffn.fc1)
+        self.ls1.fold_bias_into(self.proj[1])
+        self.ls2.fold_bias_into(self.ffn.fc2)
+        if self.mix_prior:
+            self.context_scale.move_bias_to(self.prior_scale)
 
     def extra_repr(self) -> str:
         return f'kernel_sizes={self.kernel_sizes}, num_groups={self.num_groups}'

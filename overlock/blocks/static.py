@@ -9,8 +9,10 @@ from overlock.layers import (
     DropPath,
     LayerNorm2d,
     ResidualDWConv,
+    Shortcut,
     SqueezeExcite,
 )
+from overlock.reparam import fold_bn_into_previous, switch_children
 
 
 class StaticBlock(nn.Module):
@@ -22,23 +24,34 @@ class StaticBlock(nn.Module):
         mlp_ratio: Hidden width of the feed-forward over `channels`.
         drop_path_rate: Probability of dropping the branch of a sample.
         layer_scale: Whether the shortcut is scaled by a learned affine a channel.
-        deploy: Whether to build the merged form.
     """
 
     def __init__(self, channels: int, kernel_size: int, mlp_ratio: int = 4, drop_path_rate: float = 0.0,
-                 layer_scale: bool = False, deploy: bool = False) -> None:
+                 layer_scale: bool = False) -> None:
         super().__init__()
         self.dwconv = ResidualDWConv(channels)
         self.norm = LayerNorm2d(channels)
-        self.dilated = DilatedReparamConv(channels, kernel_size, deploy)
+        self.dilated = DilatedReparamConv(channels, kernel_size)
         self.bn = nn.BatchNorm2d(channels)
         self.se = SqueezeExcite(channels)
         self.ffn = ConvFFN(channels, channels * mlp_ratio)
         self.drop_path = DropPath(drop_path_rate)
-        self.ls = ChannelAffine(channels) if layer_scale else nn.Identity()
+        self.ls = ChannelAffine(channels) if layer_scale else Shortcut()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         x = self.dwconv(x)
         y = self.se(self.bn(self.dilated(self.norm(x))))
-        return self.ls(x) + self.drop_path(self.ffn(y))
+        return self.ls(x, self.drop_path(self.ffn(y)))
+
+    def switch_to_deploy(self) -> None:
+        """Folds all that is linear, in place and idempotently."""
+        if isinstance(self.bn, nn.Identity):
+            return
+        switch_children(self)
+        self.dwconv = self.dwconv.without_shortcut()
+        # The affine of `norm` stays: the padding of `dilated` puts zeros where its shift would be.
+        fold_bn_into_previous(self.dilated.conv, self.bn)
+        self.bn = nn.Identity()
+        if isinstance(self.ls, ChannelAffine):
+            self.ls.fold_bias_into(self.ffn.fc2)

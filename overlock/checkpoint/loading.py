@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from overlock.checkpoint.files import CheckpointError, find_file, read_state_dict
+from overlock.checkpoint.forms import form_of, must_fold
 from overlock.checkpoint.names import from_published
 
 # What a dense-prediction backbone adds to the ImageNet network, and what it leaves out.
@@ -16,7 +17,7 @@ DROPPED_PARTS = ('head.', 'aux_head.')
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names, ours, of what a file gave a model.
+    """Names, ours and in the form of the file, of what a file gave a model.
 
     Attributes:
         source: Where the weights came from.
@@ -69,8 +70,8 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
                     prefix: str | None = None) -> LoadReport:
     """Loads a state dict in published or our names; nothing is loaded unless all that must fit fits.
 
-    Only the norms and the projection of dense prediction may be missing, and only classifier heads, and nets that the
-    model leaves out, may be left over.
+    A model of the folded form (`deploy=True`) takes the other forms too. Only the norms and the projection of dense
+    prediction may be missing, and only classifier heads, and nets that the model leaves out, may be left over.
 
     Raises:
         CheckpointError: If the state dict is not of this model.
@@ -80,6 +81,9 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
     given = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
     given = from_published(given)
     wanted = model.state_dict()
+    form = form_of(given)
+    if must_fold(form, form_of(wanted), source):
+        wanted = model.unfolded(form).state_dict()
     loaded = tuple(name for name in wanted if name in given)
     new = tuple(name for name in wanted if name not in given)
     dropped = tuple(name for name in given if name not in wanted)

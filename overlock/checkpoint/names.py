@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TypeVar
 
+from overlock.checkpoint.files import CheckpointError
+from overlock.checkpoint.forms import form_of
+
 T = TypeVar('T')
 
 _DILATED = {'lk_origin': 'conv', 'origin_bn': 'bn', 'dil_conv_k#_#': 'branches.k#_d#.conv',
@@ -82,8 +85,20 @@ def from_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T
 
 
 def to_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
-    """Renames our entries below `prefix` to the published names; all others stay as they are."""
-    return {_under(name, prefix, False): value for name, value in state_dict.items()}
+    """Renames our entries below `prefix` to the published names; all others stay as they are.
+
+    Raises:
+        CheckpointError: If the state dict has the folded form, for which no names were published.
+    """
+    if form_of(name for name in state_dict if name.startswith(prefix)) == 'folded':
+        raise CheckpointError('the state dict has the folded form of switch_to_deploy(), for which there are no '
+                              'published names; give that of the model before it was folded')
+    return {published_name(name, prefix): value for name, value in state_dict.items()}
+
+
+def published_name(name: str, prefix: str = '') -> str:
+    """The published name of one of our entries below `prefix`; any other name as it is."""
+    return _under(name, prefix, False)
 
 
 def _under(name: str, prefix: str, to_ours: bool) -> str:

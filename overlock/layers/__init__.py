@@ -5,8 +5,8 @@ from overlock.layers.dilated import DilatedReparamConv
 from overlock.layers.drop import DropPath
 from overlock.layers.ffn import ConvFFN
 from overlock.layers.norm import GRN, LayerNorm2d
-from overlock.layers.scale import ChannelAffine
+from overlock.layers.scale import ChannelAffine, Shortcut
 from overlock.layers.se import SqueezeExcite
 
 __all__ = ['ChannelAffine', 'ConvFFN', 'ConvNorm', 'DilatedReparamConv', 'DropPath', 'GRN', 'LayerNorm2d',
-           'ResidualDWConv', 'SqueezeExcite']
+           'ResidualDWConv', 'Shortcut', 'SqueezeExcite']

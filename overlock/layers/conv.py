@@ -1,6 +1,9 @@
 """Convolutions with what always comes with them."""
 
+import torch
 from torch import Tensor, nn
+
+from overlock.reparam import fold_bn_into_previous, set_conv
 
 
 class ConvNorm(nn.Module):
@@ -28,6 +31,13 @@ class ConvNorm(nn.Module):
         """(B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride))."""
         return self.act(self.bn(self.conv(x)))
 
+    def switch_to_deploy(self) -> None:
+        """Folds the BatchNorm into the convolution, in place; does nothing if that is done."""
+        if isinstance(self.bn, nn.Identity):
+            return
+        fold_bn_into_previous(self.conv, self.bn)
+        self.bn = nn.Identity()
+
 
 class ResidualDWConv(nn.Conv2d):
     """A depthwise 3x3 convolution around a shortcut: `x + conv(x)`."""
@@ -38,3 +48,13 @@ class ResidualDWConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         return x + super().forward(x)
+
+    @torch.no_grad()
+    def without_shortcut(self) -> nn.Conv2d:
+        """The same map as a plain depthwise convolution, with 1 more in the centre of its kernels."""
+        plain = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, groups=self.groups, device='meta')
+        plain.weight = self.weight
+        weight = self.weight.double().clone()
+        weight[..., 1, 1] += 1
+        set_conv(plain, weight, self.bias)
+        return plain.train(self.training)

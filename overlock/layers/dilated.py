@@ -1,10 +1,11 @@
 """The large depthwise kernel with parallel dilated branches (UniRepLKNet's dilated re-parameterised block)."""
 
+import torch
 from torch import Tensor, nn
 
 from overlock.layers.conv import ConvNorm
 from overlock.ops.depthwise import depthwise_conv2d
-from overlock.reparam import fuse_conv_bn, pad_kernel
+from overlock.reparam import fuse_conv_bn, pad_kernel, set_conv
 
 # (kernel size, dilation) of the branches beside a large kernel.
 BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -26,19 +27,16 @@ class DilatedReparamConv(nn.Module):
     Args:
         channels: Channels in and out.
         kernel_size: K, one of `BRANCHES`.
-        deploy: Whether to build the merged form.
 
     Raises:
         ValueError: If there are no branches for `kernel_size`.
     """
 
-    def __init__(self, channels: int, kernel_size: int, deploy: bool = False) -> None:
+    def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         if kernel_size not in BRANCHES:
             raise ValueError(f'kernel_size must be one of {sorted(BRANCHES)}, got {kernel_size}')
-        self.conv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=deploy)
-        if deploy:
-            return
+        self.conv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
         self.bn = nn.BatchNorm2d(channels)
         self.branches = nn.ModuleDict()
         for size, dilation in BRANCHES[kernel_size]:
@@ -47,31 +45,23 @@ class DilatedReparamConv(nn.Module):
             branch.conv.padding = (size // 2 * dilation,) * 2
             self.branches[f'k{size}_d{dilation}'] = branch
 
-    @property
-    def deployed(self) -> bool:
-        """Whether the branches are merged."""
-        return self.conv.bias is not None
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
-        y = depthwise_conv2d(x, self.conv.weight, self.conv.bias)
-        if self.deployed:
-            return y
-        y = self.bn(y)
+        y = self.bn(depthwise_conv2d(x, self.conv.weight, self.conv.bias))
         for branch in self.branches.values():
             y = y + branch.bn(depthwise_conv2d(x, branch.conv.weight, dilation=branch.conv.dilation[0]))
         return y
 
+    @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Merges every branch into `conv`, in place; does nothing if that is done."""
-        if self.deployed:
+        if isinstance(self.bn, nn.Identity):
             return
-        size = self.conv.kernel_size[0]
         weight, bias = fuse_conv_bn(self.conv, self.bn)
         for branch in self.branches.values():
             branch_weight, branch_bias = fuse_conv_bn(branch.conv, branch.bn)
-            weight = weight + pad_kernel(branch_weight, branch.conv.dilation[0], size)
+            weight = weight + pad_kernel(branch_weight, branch.conv.dilation[0], self.conv.kernel_size[0])
             bias = bias + branch_bias
-        self.conv.weight.data = weight.to(self.conv.weight.dtype)
-        self.conv.bias = nn.Parameter(bias.to(self.conv.weight.dtype), self.conv.weight.requires_grad)
-        del self.bn, self.branches
+        set_conv(self.conv, weight, bias)
+        self.bn = nn.Identity()
+        self.branches = nn.ModuleDict()

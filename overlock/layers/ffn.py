@@ -25,3 +25,10 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         return self.fc2(self.grn(self.dwconv(self.act(self.fc1(x)))))
+
+    def switch_to_deploy(self) -> None:
+        """Folds the shortcut of the depthwise convolution and the shift of GRN, in place and idempotently."""
+        if self.grn.beta is None:
+            return
+        self.dwconv = self.dwconv.without_shortcut()
+        self.grn.fold_beta_into(self.fc2)

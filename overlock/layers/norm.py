@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from overlock.reparam import fold_affine_into_next
+
 
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of each pixel of a (B, C, H, W) map, eps 1e-6 (ConvNeXt's convention)."""
@@ -18,11 +20,20 @@ class LayerNorm2d(nn.LayerNorm):
         # The memory format of the input goes on; for channels_last there is nothing to copy.
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
+    def fold_affine_into(self, conv: nn.Conv2d) -> None:
+        """Moves scale and shift into the 1x1 convolution that alone takes the output."""
+        fold_affine_into_next(self.weight, self.bias, conv)
+        self.weight = self.bias = None
+        self.elementwise_affine = False
+
 
 class GRN(nn.Module):
     """Global response normalisation (ConvNeXt V2): `(gamma * N + 1) * x + beta`.
 
     N is the L2 norm of each channel over space, over its mean over channels plus 1e-6.
+
+    Attributes:
+        beta: (1, channels, 1, 1), or None once it is part of the convolution behind.
     """
 
     def __init__(self, channels: int) -> None:
@@ -37,4 +48,9 @@ class GRN(nn.Module):
         response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=wide)
         response = response / (response.mean(dim=1, keepdim=True) + 1e-6)
         scale = (self.gamma * response + 1).to(x.dtype)
-        return torch.addcmul(self.beta.to(x.dtype), x, scale)
+        return x * scale if self.beta is None else torch.addcmul(self.beta.to(x.dtype), x, scale)
+
+    def fold_beta_into(self, conv: nn.Conv2d) -> None:
+        """Moves beta into the bias of the 1x1 convolution that alone takes the output."""
+        fold_affine_into_next(1.0, self.beta.flatten(), conv)
+        self.beta = None

@@ -32,8 +32,6 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
 def _takes_own_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
     if x.device.type != 'cpu' or not (torch.is_grad_enabled() and weight.requires_grad):
         return False
-    if torch.compiler.is_compiling():
-        return False
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
     # oneDNN (PyTorch 2.11) gives wrong, even infinite weight gradients for dilated kernels in bfloat16, channels_last.
     return weight.shape[-1] >= FFT_MIN_KERNEL or (dilation > 1 and dtype in (torch.bfloat16, torch.float16))
@@ -58,20 +56,28 @@ class _FFTWeightGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad_x = _conv(grad, weight.flip(2, 3), ctx.dilation) if ctx.needs_input_grad[0] else None
-        return grad_x, _weight_gradient(x, grad, weight.shape[-1], ctx.dilation).to(weight.dtype), None
+        return grad_x, weight_gradient(x, grad, weight.shape[-1], ctx.dilation).to(weight.dtype), None
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """(C, 1, K, K): for each offset, the sum over batch and pixels of `grad` times the shifted `x`."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+# An operator, because torch.compile would take complex arithmetic apart and put it together slower.
+@torch.library.custom_op('overlock::depthwise_weight_gradient', mutates_args=())
+def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """(C, 1, K, K), at least float32: for each offset, the sum over batch and pixels of `grad` times the shifted `x`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     reach = kernel_size // 2 * dilation
     # Zeros of at least the reach behind each axis keep the ends from meeting.
     size = [length + reach for length in x.shape[2:]]
-    spectrum = torch.fft.rfft2(x.to(wide), s=size) * torch.fft.rfft2(grad.to(wide), s=size).conj()
+    # Inside an operator a compiled graph ignores the lazy conj().
+    spectrum = torch.fft.rfft2(x.to(wide), s=size) * torch.conj_physical(torch.fft.rfft2(grad.to(wide), s=size))
     correlation = torch.fft.irfft2(spectrum.sum(0), s=size)
     # Maps narrower than the reach never see the outermost offsets: these get zero, and not a wrapped-around value.
     height, width = x.shape[2:]
     rows, cols = min(reach, height - 1), min(reach, width - 1)
     seen = correlation.roll((rows, cols), dims=(1, 2))[:, :2 * rows + 1, :2 * cols + 1]
     offsets = F.pad(seen, (reach - cols,) * 2 + (reach - rows,) * 2)
-    return offsets[:, ::dilation, ::dilation].unsqueeze(1)
+    return offsets[:, ::dilation, ::dilation].unsqueeze(1).contiguous()
+
+
+@weight_gradient.register_fake
+def _(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size), dtype=torch.promote_types(x.dtype, torch.float32))

@@ -52,14 +52,20 @@ def image(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal((batch, 3, height, width)))
 
 
-def randomise_statistics(model: torch.nn.Module) -> None:
-    """Gives every BatchNorm statistics and an affine that no merging could get right by accident."""
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives every parameter and statistic of a model values that no folding could get right by accident."""
     generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for tensor, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.5, 2),
-                                      (module.weight.data, 0.5, 1.5), (module.bias.data, -1, 1)):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            if tensor.ndim > 1 and tensor[0].numel() > 1:
+                noise = (noise - 0.5) * 2 / tensor[0].numel() ** 0.5
+            elif name.endswith(('weight', 'running_var')):
+                noise = noise + 0.5
+            else:
+                noise = noise - 0.5
+            tensor.copy_(noise)
+    return model
 
 
 @pytest.fixture(scope='session')

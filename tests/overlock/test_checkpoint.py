@@ -20,7 +20,7 @@ from tests.overlock.conftest import published_weights
 from tests.overlock.test_model import TINY
 
 ARCHS = ['xt', 't', 's', 'b']
-KINDS = {'cls': lambda arch: OverLoCK(arch), 'cls_reparam': lambda arch: OverLoCK(arch, deploy=True),
+KINDS = {'cls': lambda arch: OverLoCK(arch), 'cls_reparam': lambda arch: OverLoCK(arch).unfolded('merged'),
          'det': lambda arch: OverLoCKBackbone(arch),
          'seg': lambda arch: OverLoCKBackbone(arch, overview_residual=False)}
 

@@ -57,3 +57,25 @@ def test_gradients_keep_the_dtype_of_a_bfloat16_weight():
                                             groups=2).sum(), wide)[0]
     assert weight.grad.dtype == torch.bfloat16
     assert_relative(weight.grad, expected, TOLERANCES[torch.bfloat16])
+
+
+def test_weight_gradient_keeps_the_rules_of_torch_library():
+    x, grad = (torch.randn(2, 3, 20, 14, dtype=torch.float64) for _ in range(2))
+    for kernel_size, dilation in ((13, 1), (3, 2)):
+        torch.library.opcheck(torch.ops.overlock.depthwise_weight_gradient.default, (x, grad, kernel_size, dilation))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kernel_size', 'dilation', 'dtype'), [(13, 1, torch.float64), (7, 2, torch.bfloat16)], ids=str)
+def test_compiled_gradients_are_our_own_too(kernel_size, dilation, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 8, 20, 24, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+               for _ in range(2))
+    weight = torch.randn(8, 1, kernel_size, kernel_size, generator=generator).to(dtype)
+    tensors = [t.requires_grad_() for t in (x, weight)]
+    gradients = []
+    for function in (torch.compile(depthwise_conv2d, fullgraph=True), depthwise_conv2d):
+        y = function(*tensors, dilation=dilation)
+        gradients.append(torch.autograd.grad(y, tensors, grad))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[dtype])

@@ -59,6 +59,19 @@ def test_outputs_are_contiguous_for_operators_that_read_memory_as_it_lies(memory
     assert all(out.is_contiguous() for out in outs)
 
 
+@pytest.mark.parametrize('given', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(('asked', 'inside'), [
+    (None, torch.channels_last), (torch.contiguous_format, torch.contiguous_format),
+    (torch.channels_last, torch.channels_last)], ids=str)
+def test_maps_inside_have_the_memory_format_asked_for(asked, inside, given):
+    model, seen = OverLoCKBackbone(TINY).eval(), []
+    model.memory_format = asked
+    model.base_net.stage1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(image(2, 64, 64).float().contiguous(memory_format=given))
+    assert all(x.is_contiguous(memory_format=inside) for x in seen)
+
+
 @pytest.mark.parametrize('model_class', [OverLoCK, OverLoCKBackbone])
 def test_too_small_an_image_is_refused_in_one_sentence(model_class):
     with pytest.raises(ValueError, match='at least 32x32 pixels, got 31x64'):

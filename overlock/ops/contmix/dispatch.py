@@ -19,7 +19,6 @@ def explain() -> dict[str, str]:
     return {name: _why_not(name) or 'available' for name in BACKENDS}
 
 
-@torch.compiler.assume_constant_result  # it looks into files, which torch.compile cannot follow
 def _why_not(backend: str) -> str:
     runs, reason = BACKENDS[backend].verify()
     return '' if runs else reason
@@ -60,10 +59,14 @@ def choose(value: Tensor, kernel_sizes: tuple[int, int]) -> str:
     return fused
 
 
-@torch.compiler.assume_constant_result
 @cache
 def _log_once(message: str) -> None:
     _logger.info(message)
+
+
+# torch.compile cannot follow these into files and logs, and takes what they return for constant. This is what
+# torch.compiler.assume_constant_result does; calling it here would import torch._dynamo, and with it triton.
+_why_not._dynamo_marked_constant = _log_once._dynamo_marked_constant = True
 
 
 def _is_exporting() -> bool:
@@ -129,6 +132,3 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, rpb
     for size, rpb in ((small, rpb_small), (large, rpb_large)):
         if rpb.shape != (num_groups, 2 * size - 1, 2 * size - 1):
             raise ValueError(f'rpb must have shape {(num_groups, 2 * size - 1, 2 * size - 1)}, got {tuple(rpb.shape)}')
-
-
-resolve = check_backend
