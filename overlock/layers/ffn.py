@@ -1,6 +1,7 @@
 """The feed-forward part of a block."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from overlock.layers.conv import ResidualDWConv
 from overlock.layers.norm import GRN
@@ -24,7 +25,12 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
-        return self.fc2(self.grn(self.dwconv(self.act(self.fc1(x)))))
+        y = self.dwconv(self.act(self.fc1(x)))
+        if self.grn.beta is None and len(y) == 1:
+            # One sample has one scale: it goes into the weights, which are smaller than the map.
+            weight = self.fc2.weight * self.grn.scale(y).view(1, -1, 1, 1)
+            return F.conv2d(y, weight.to(self.fc2.weight.dtype), self.fc2.bias)
+        return self.fc2(self.grn(y))
 
     def switch_to_deploy(self) -> None:
         """Folds the shortcut of the depthwise convolution and the shift of GRN, in place and idempotently."""

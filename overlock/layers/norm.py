@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from overlock.ops import spatial_norm
 from overlock.reparam import fold_affine_into_next
 
 
@@ -43,12 +44,13 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same, in the dtype of `x`."""
-        # A sum of squares over a map leaves float16's range, so half types sum in float32.
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=wide)
-        response = response / (response.mean(dim=1, keepdim=True) + 1e-6)
-        scale = (self.gamma * response + 1).to(x.dtype)
+        scale = self.scale(x).to(x.dtype)
         return x * scale if self.beta is None else torch.addcmul(self.beta.to(x.dtype), x, scale)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """`gamma * N + 1`: (B, C, H, W) to (B, C, 1, 1), in float32 at least."""
+        response = spatial_norm(x)
+        return self.gamma * (response / (response.mean(dim=1, keepdim=True) + 1e-6)) + 1
 
     def fold_beta_into(self, conv: nn.Conv2d) -> None:
         """Moves beta into the bias of the 1x1 convolution that alone takes the output."""
