@@ -31,12 +31,14 @@ from mmengine_overlock.config import (
 from mmengine_overlock.data import check_data
 from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook
 from mmengine_overlock.launch import finish_launch, is_first_of_machine, prepare_launch
+from mmengine_overlock.speed import compile_backbones, narrow_backbones, tune_process
 from overlock.checkpoint import CheckpointError
 
 
 def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | None = None, amp: bool = False,
-          auto_scale_lr: bool = False, tensorboard: bool = False, data_root: str | Path | None = None,
-          weights: str | None = None, cfg_options: dict[str, Any] | None = None, launcher: str = 'none') -> Runner:
+          auto_scale_lr: bool = False, compile: bool = False, tensorboard: bool = False,
+          data_root: str | Path | None = None, weights: str | None = None, cfg_options: dict[str, Any] | None = None,
+          launcher: str = 'none') -> Runner:
     """Train a detector or segmenter.
 
     Args:
@@ -45,6 +47,7 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
         resume: A checkpoint to go on from, or 'auto' for the last whole one in the work folder, if there is any.
         amp: Train in bfloat16 where the device has it, else in float16.
         auto_scale_lr: Scale the learning rate with the total batch size.
+        compile: Compile the blocks of the backbone with torch.compile.
         tensorboard: Write scalars for TensorBoard too.
         data_root: Folder of the data, instead of the configuration's.
         weights: Weights of the backbone to start from, instead of the configuration's.
@@ -72,14 +75,16 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     runner = _build_runner(cfg, 'train', 'val', strict=cfg.resume)
     if cfg.resume:
         _forget_pretrained(runner)
+    if compile:
+        compile_backbones(runner.model)
     runner.train()
     finish_launch()
     return runner
 
 
 def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = None, out: str | Path | None = None,
-         show_dir: str | Path | None = None, show: bool = False, tta: bool = False,
-         data_root: str | Path | None = None, cfg_options: dict[str, Any] | None = None,
+         show_dir: str | Path | None = None, show: bool = False, tta: bool = False, amp: bool = False,
+         compile: bool = False, data_root: str | Path | None = None, cfg_options: dict[str, Any] | None = None,
          launcher: str = 'none') -> dict[str, float]:
     """Evaluate a trained detector or segmenter.
 
@@ -91,6 +96,8 @@ def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = N
         show_dir: Folder for images with the predictions drawn beside the truth.
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
+        amp: Run the backbone in bfloat16.
+        compile: Compile the blocks of the backbone with torch.compile.
         data_root: Folder of the data, instead of the configuration's.
         cfg_options: Settings by dotted name, over those of the configuration.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
@@ -114,7 +121,12 @@ def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = N
             evaluator.setdefault('classwise', True)
     if out is not None:
         save_predictions(cfg, out)
-    scores = _build_runner(cfg, 'test', strict=True).test()
+    runner = _build_runner(cfg, 'test', strict=True)
+    if amp:
+        narrow_backbones(runner.model)
+    if compile:
+        compile_backbones(runner.model)
+    scores = runner.test()
     finish_launch()
     return scores
 
@@ -144,6 +156,7 @@ def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
     if is_first_of_machine(cfg.launcher):
         check_data(cfg, *splits)
     use_safe_files()
+    tune_process()
     prepare_launch(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ProgressBarHook())

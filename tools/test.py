@@ -26,6 +26,8 @@ def parse_args() -> argparse.Namespace:
                         help='folder for images with the predictions drawn beside the truth')
     parser.add_argument('--show', action='store_true', help='show these images in windows')
     parser.add_argument('--tta', action='store_true', help='merge the predictions for several views of each image')
+    parser.add_argument('--amp', action='store_true', help='run the backbone in bfloat16')
+    parser.add_argument('--compile', action='store_true', help='compile the backbone with torch.compile')
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data, for every data set and evaluator')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='settings over those of the configuration, as key=value, key="[a,b]" or key=a,b')

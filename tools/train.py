@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
                         help='train in bfloat16 where the device has it, else in float16')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the total batch size')
+    parser.add_argument('--compile', action='store_true', help='compile the backbone with torch.compile')
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data, for every data set and evaluator')
     parser.add_argument('--weights', metavar='FILE', help="weights of the backbone, instead of the configuration's")
     parser.add_argument('--tensorboard', action='store_true', help='write scalars for TensorBoard too')

@@ -1,5 +1,6 @@
 """Stochastic depth."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -9,14 +10,16 @@ class DropPath(nn.Module):
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         self.rate = rate
+        self.drops = rate > 0
+        # A tensor: out of a number torch.compile would make one graph for each block, as the rates all differ.
+        self.register_buffer('keep', torch.tensor(1 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to the same; survivors are scaled by 1 / (1 - rate)."""
-        if not self.training or self.rate == 0:
+        if not self.training or not self.drops:
             return x
-        keep = 1 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * (mask / keep)
+        keep = self.keep.to(x.dtype).expand((x.shape[0],) + (1,) * (x.ndim - 1))
+        return x * (torch.bernoulli(keep) / keep)
 
     def extra_repr(self) -> str:
         return f'rate={self.rate:.3f}'

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from overlock.layers import ConvFFN
+from overlock.layers import ConvFFN, LayerNorm2d
 from overlock.ops import spatial_norm
 from tests.overlock.conftest import TOLERANCES, assert_relative, randomise
 
@@ -45,3 +45,19 @@ def test_folded_feed_forward_gives_the_same_for_one_sample_and_for_more(batch):
         expected = ffn(x)
         ffn.switch_to_deploy()
         assert_relative(ffn(x), expected, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layer_norm_in_bfloat16_has_the_gradients_of_float32_on_a_large_map(memory_format):
+    x = torch.randn(2, 4, 180, 180, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = x.contiguous(memory_format=memory_format)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        norm = LayerNorm2d(4)
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = norm(x.to(dtype))
+        assert y.dtype == dtype
+        (y * (x > 0)).sum().backward()
+        gradients.append((norm.weight.grad, norm.bias.grad))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[torch.bfloat16])

@@ -70,7 +70,10 @@ _why_not._dynamo_marked_constant = _log_once._dynamo_marked_constant = True
 
 
 def _is_exporting() -> bool:
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    """Whether a graph is being made for elsewhere, where our operators are unknown."""
+    # torch.compile (2.11) takes is_exporting() for true while it traces.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return exporting or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, rpb_small: Tensor,

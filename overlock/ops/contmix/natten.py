@@ -54,9 +54,11 @@ def _names_of_older_torch() -> Iterator[None]:
 
 def plain(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor) -> Tensor:
     """See `overlock.ops.contmix.library.register`; natten has gradients of its own."""
+    # natten ends the process over half types on CPUs.
+    dtype = torch.promote_types(value.dtype, torch.float32) if value.device.type == 'cpu' else value.dtype
     outs = []
     for taps, tap_bias, rpb, half, _ in eager.halves(kernel, bias, rpb_small, rpb_large, value, value):
-        weights = eager.compute_logits(query, taps, tap_bias, rpb, half.shape[3:]).softmax(2).to(value.dtype)
-        weights, half = (t.permute(0, 1, 3, 4, 2).contiguous() for t in (weights, half))
+        weights = eager.compute_logits(query, taps, tap_bias, rpb, half.shape[3:]).softmax(2)
+        weights, half = (t.permute(0, 1, 3, 4, 2).to(dtype).contiguous() for t in (weights, half))
         outs.append(_na2d_av()(weights, half, round(taps.shape[3] ** 0.5)).permute(0, 1, 4, 2, 3).flatten(1, 2))
-    return torch.cat(outs, 1)
+    return torch.cat(outs, 1).to(value.dtype)

@@ -1,13 +1,248 @@
-"""Placeholder until the kernels are here."""
+"""ContMix fused in Triton kernels: logits, bias, softmax and aggregation in one; the backward pass recomputes the weights.
+
+No tensor of the size of the tap weights is ever in memory. Where the channels of a pixel and group are not side by side
+and a power of two, maps are copied to where they are: scattered loads for every tap would cost more.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The first that multiplies float64.
+OLDEST = (3, 5)
+# Queries of one row in a tile: what a product on tensor cores takes.
+COLS = 16
+# Rows of queries away from the borders whose gradients of the position bias are summed together.
+STEP = 4
+# About how many partial sums of a tap's gradient there are, over all images and groups.
+PARTIALS = 1024
 
 
 def verify() -> tuple[bool, str]:
-    return False, 'not written yet'
+    """Whether Triton is installed and has a GPU, or its interpreter, to run on; if not, why not."""
+    missing = _missing()
+    if missing or _interpreted():
+        return not missing, missing
+    if not torch.cuda.is_available():
+        return False, 'no CUDA device'
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return False, f'CUDA capability {capability[0]}.{capability[1]} is below 8.0'
+    return True, ''
 
 
-def forward(*inputs):
-    raise NotImplementedError
+@lru_cache(maxsize=1)
+def _missing() -> str:
+    """What is wrong with the Triton installed, found out without importing it; '' if nothing is."""
+    if importlib.util.find_spec('triton') is None:
+        return 'triton is not installed'
+    # Nightly builds of torch bring it under another name.
+    versions = [importlib.metadata.version(name) for name in ('triton', 'pytorch-triton') if _is_package(name)]
+    if versions and tuple(int(part) for part in versions[0].split('.')[:2]) < OLDEST:
+        return f'triton {versions[0]} is older than {OLDEST[0]}.{OLDEST[1]}'
+    return ''
 
 
-def backward(*inputs):
-    raise NotImplementedError
+def _is_package(name: str) -> bool:
+    return any(importlib.metadata.distributions(name=name))
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter is asked for, which runs kernels on tensors of the CPU."""
+    return os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType:
+    from overlock.ops.contmix import triton_kernels
+    if _interpreted():
+        _repair_interpreter()
+    return triton_kernels
+
+
+def _repair_interpreter() -> None:
+    """Lets loops run: their bounds are arrays of one element in the interpreter, which numpy 2.4 takes for no integers."""
+    from triton.runtime import interpreter
+    patch = interpreter._patch_lang_tensor
+
+    def repaired(tensor: type, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = repaired
+
+
+class _Operands(NamedTuple):
+    """What the kernels take: packed maps, tables of biases, sizes (B, G, H, W), (k, K) and compile-time constants."""
+
+    query: Tensor
+    kernel: Tensor
+    value: Tensor
+    tables: tuple[Tensor, ...]
+    sizes: tuple[int, int, int, int]
+    kernel_sizes: tuple[int, int]
+    constants: dict[str, Any]
+
+
+def forward(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
+            rpb_large: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixes a map, and gives the log-sum-exp of the logits for the backward pass.
+
+    Args:
+        query: (B, G d, H, W), any float dtype; this and all that follow have any strides.
+        kernel: (B, G, d, k^2 + K^2), the regions projected to taps and scaled, in the dtype of `query`.
+        value: (B, 2 G d, H, W), in the dtype of `query`; the first half of the channels meets the small kernel.
+        bias: (k^2 + K^2,), any float dtype.
+        rpb_small: (G, 2k - 1, 2k - 1), any float dtype.
+        rpb_large: (G, 2K - 1, 2K - 1), any float dtype.
+
+    Returns:
+        The mixed map, like `value`, and (2, B, G, H, W), float32 or where `value` is that float64, small and large.
+    """
+    with torch.cuda.device_of(value):
+        operands = _prepare(query, kernel, value, bias, rpb_small, rpb_large)
+        out = torch.empty_like(value)
+        lse = torch.empty(2, *operands.sizes, dtype=operands.tables[0].dtype, device=value.device)
+        rows = 2
+        _kernels().forward[_grid(operands, rows, COLS)](
+            operands.query, operands.kernel, operands.value, *operands.tables, out, lse, operands.query.stride(),
+            operands.value.stride(), out.stride(), *operands.sizes, **operands.constants, ROWS=rows,
+            **_options(operands, num_warps=rows, registers=128))
+    return out, lse
+
+
+def backward(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
+             rpb_large: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `forward`'s arguments in their order, like them, from that of its output and its log-sum-exp."""
+    with torch.cuda.device_of(value):
+        operands = _prepare(query, kernel, value, bias, rpb_small, rpb_large)
+        grad = _packed(_by_group(grad, 2 * kernel.shape[1]), operands.constants['P'])
+        lse = lse.contiguous()
+        delta = torch.empty_like(lse)
+        grad_query = _query_grad(operands, grad, lse, delta, query)
+        grad_value = _value_grad(operands, grad, lse, value)
+        partial, *rpb_partials = _tap_grads(operands, grad, lse, delta)
+        taps = partial.sum(0)
+        small = [torch.empty_like(kernel).copy_(taps[..., :-1].transpose(2, 3)),
+                 torch.empty_like(bias).copy_(taps[..., -1].sum((0, 1)))]
+        small += [torch.empty_like(rpb).copy_(part.sum((0, 1)))
+                  for rpb, part in zip((rpb_small, rpb_large), rpb_partials, strict=True)]
+    return grad_query, small[0], grad_value, *small[1:]
+
+
+def _query_grad(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor, query: Tensor) -> Tensor:
+    """dquery; fills `delta`, which the gradients of the taps take."""
+    grad_query = torch.empty_like(query)
+    rows = 2
+    _kernels().query_grad[_grid(operands, rows, COLS)](
+        operands.query, operands.kernel, operands.value, grad, *operands.tables, lse, delta, grad_query,
+        operands.query.stride(), operands.value.stride(), grad.stride(), grad_query.stride(), *operands.sizes,
+        **operands.constants, ROWS=rows, **_options(operands, num_warps=rows, registers=168))
+    return grad_query
+
+
+def _value_grad(operands: _Operands, grad: Tensor, lse: Tensor, value: Tensor) -> Tensor:
+    """dvalue, a launch for each half of the channels."""
+    grad_value = torch.empty_like(value)
+    for half, (size, table) in enumerate(zip(operands.kernel_sizes, operands.tables, strict=True)):
+        keys = _keys(size, operands.constants['P_COLS'])
+        _kernels().value_grad[_grid(operands, 1, keys)](
+            operands.query, operands.kernel, grad, table, lse, grad_value, operands.query.stride(), grad.stride(),
+            grad_value.stride(), *operands.sizes, HALF=half, **operands.constants, KEYS=keys,
+            **_options(operands, num_warps=1, registers=160))
+    return grad_value
+
+
+def _keys(size: int, most: int) -> int:
+    """Pixels of a row, at most so many, of which the queries that see them fill their tiles best."""
+    fitting = (min(most, tiles * COLS - size + 1) for tiles in range(size // COLS + 1, size // COLS + 4))
+    return max(fitting, key=lambda keys: keys / -(-(keys + size - 1) // COLS))
+
+
+def _tap_grads(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+    """Partial sums: (parts, B, G, T, d + 1) of dkernel and, last, dbias; (B, runs, G, 2K - 1, 2K - 1) of each drpb."""
+    batch, groups, height, _ = operands.sizes
+    edge = max(operands.kernel_sizes) // 2
+    runs = 2 * edge + -(-(height - 2 * edge) // STEP)
+    span = max(1, runs * batch * groups // PARTIALS)
+    parts, rows = -(-runs // span), 2
+    taps = sum(size ** 2 for size in operands.kernel_sizes)
+    partials = [torch.empty(parts, batch, groups, taps, operands.constants['D'] + 1, dtype=lse.dtype, device=lse.device)]
+    for half, (size, table) in enumerate(zip(operands.kernel_sizes, operands.tables, strict=True)):
+        span_rpb = 2 * size - 1
+        partials.append(lse.new_zeros(batch, runs, groups, span_rpb, span_rpb))
+        _kernels().tap_grad[(batch * groups * parts * -(-size // rows),)](
+            operands.query, operands.kernel, operands.value, grad, table, lse, delta, partials[0], partials[-1],
+            operands.query.stride(), operands.value.stride(), grad.stride(), *operands.sizes, edge, STEP, runs, span,
+            HALF=half, **operands.constants, P_RPB=max(COLS, _power_of_two(span_rpb)), ROWS=rows,
+            **_options(operands, num_warps=rows, registers=168))
+    return tuple(partials)
+
+
+def _prepare(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
+             rpb_large: Tensor) -> _Operands:
+    groups, dims = kernel.shape[1:3]
+    rpbs = (rpb_small, rpb_large)
+    small, large = kernel_sizes = tuple((rpb.shape[-1] + 1) // 2 for rpb in rpbs)
+    # The interpreter multiplies the bits of bfloat16 as if they were integers.
+    product = torch.float32 if _interpreted() and value.dtype == torch.bfloat16 else value.dtype
+    constants = dict(K_SMALL=small, K_LARGE=large, D=dims, P=max(16, _power_of_two(dims)),
+                     P_TAPS=max(16, _power_of_two(max(kernel_sizes) + 1)),
+                     P_COLS=_power_of_two(COLS + max(kernel_sizes) - 1), COLS=COLS,
+                     DOT=getattr(_kernels().tl, str(product).removeprefix('torch.')))
+    tables = [_table(part, rpb, size, constants['P_TAPS'], value.dtype) for part, rpb, size in
+              zip(bias.split([small ** 2, large ** 2]), rpbs, kernel_sizes, strict=True)]
+    return _Operands(_packed(_by_group(query, groups), constants['P']),
+                     # A kernel is packed like a map of one row.
+                     _packed(kernel.transpose(2, 3).unsqueeze(2), constants['P'], copy=True),
+                     _packed(_by_group(value, 2 * groups), constants['P']),
+                     tuple(tables), (value.shape[0], groups, *value.shape[2:]), kernel_sizes, constants)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(B, G d, H, W) to (B, G, H, W, d), a view."""
+    return x.unflatten(1, (groups, -1)).permute(0, 1, 3, 4, 2)
+
+
+def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
+    """(B, G, H, W, d) to (B, G, H, W, `width`), zeros behind the d; `x` itself where it is so and no copy is asked for."""
+    if x.shape[-1] == width and x.stride(-1) == 1 and not copy:
+        return x
+    batch, groups, height, length, dims = x.shape
+    target = torch.empty(batch, groups, height, length, width, dtype=x.dtype, device=x.device)
+    columns = 32
+    _kernels().pack[(batch * groups * height * -(-length // columns),)](
+        x, target, x.stride(), groups, height, length, D=dims, P=width, COLS=columns, num_warps=1)
+    return target
+
+
+def _table(bias: Tensor, rpb: Tensor, size: int, width: int, dtype: torch.dtype) -> Tensor:
+    """(K^2,) and (G, 2K - 1, 2K - 1) to (G, K, K, K, `width`): see the kernel."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    table = torch.empty(rpb.shape[0], size, size, size, width, dtype=wide, device=rpb.device)
+    _kernels().bias_table[(rpb.shape[0] * size * size,)](
+        bias, rpb, table, bias.stride(0), rpb.stride(), K=size, P_TAPS=width, num_warps=1)
+    return table
+
+
+def _grid(operands: _Operands, rows: int, cols: int) -> tuple[int]:
+    """A program for each tile of `rows` x `cols` pixels."""
+    batch, groups, height, width = operands.sizes
+    return (batch * groups * -(-height // rows) * -(-width // cols),)
+
+
+def _options(operands: _Operands, num_warps: int, registers: int) -> dict[str, int]:
+    """Launch options; only what the number of registers was chosen for, up to 16 half-precision channels, is held to it."""
+    chosen = operands.value.element_size() == 2 and operands.constants['P'] == 16
+    return dict(num_warps=num_warps, num_stages=2) | (dict(maxnreg=registers) if chosen else {})
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Benchmarks of the operator and of the network; README.md beside this file."""

@@ -1,0 +1,77 @@
+"""What makes runs faster changes nothing that they compute, or stays near it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mmengine_overlock.speed import compile_backbones, narrow_backbones
+from overlock import OverLoCKBackbone
+
+TINY = dict(embed_dims=(8, 16, 32, 48), base_depths=(1, 2, 2), overview_depth=2, focus_depths=(3, 2),
+            focus_groups=(2, 2))
+
+
+class Detector(nn.Module):
+    """Something with a backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = OverLoCKBackbone(TINY, drop_path_rate=0.3)
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+def image(height=256, width=224, batch=2):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def test_backbone_in_bfloat16_gives_float32_near_the_exact_maps():
+    torch.manual_seed(0)
+    model = Detector().eval()
+    with torch.no_grad():
+        expected = model(image())
+        narrow_backbones(model)
+        actual = model(image())
+    for ours, truth in zip(actual, expected, strict=True):
+        assert ours.dtype == torch.float32
+        deviation = (ours - truth).abs().max() / truth.abs().max()
+        assert 0 < deviation < 5e-2
+
+
+def test_narrow_backbone_can_be_copied_and_the_copy_uses_its_own_weights():
+    model = Detector().eval()
+    narrow_backbones(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert other(image())[0].abs().max() == 0 < model(image())[0].abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [False, True])
+def test_compiled_blocks_give_the_same_in_few_graphs_for_every_size(training):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = Detector().train(training)
+    names = list(model.state_dict())
+    compiled = copy.deepcopy(model)
+    compile_backbones(compiled, backend='aot_eager', fullgraph=True)
+    for size in ((256, 224), (288, 352), (224, 416)):
+        outputs = []
+        for each in (model, compiled):
+            torch.manual_seed(1)
+            outs = each(image(*size)) if training else torch.no_grad()(each)(image(*size))
+            if training:
+                sum(out.square().mean() for out in outs).backward()
+            outputs.append([*outs, *(p.grad for p in each.parameters() if training)])
+        largest = max(t.abs().max() for t in outputs[0])
+        for ours, truth in zip(*outputs, strict=True):
+            assert (ours - truth).abs().max() <= 1e-5 * largest
+    assert list(compiled.state_dict()) == names
+    # Four static stages and the first, middle and last dynamic blocks of two; not one for each of 12 blocks and 3 sizes.
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] <= 9
