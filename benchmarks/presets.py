@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.published import aggregation, published
-from overlock import OverLoCK, OverLoCKBackbone
+from overlock import OverLoCK, OverLoCKBackbone, keep_freed_memory
 
 DTYPES = {'fp32': torch.float32, 'fp64': torch.float64, 'bf16': torch.bfloat16}
 FORWARD = ('published', 'train', 'deploy', 'compile')
@@ -117,6 +117,14 @@ def channels_last(model: nn.Module) -> nn.Module:
         model.switch_to_deploy()
     model.memory_format = torch.channels_last
     return model.to(memory_format=torch.channels_last)
+
+
+def keep_memory(model: nn.Module) -> nn.Module:
+    """`train` or `deploy`, as the mode is, in a process that keeps freed memory; 'benchmarks.presets:keep_memory'."""
+    if not model.training:
+        model.switch_to_deploy()
+    keep_freed_memory()
+    return model
 
 
 def beside(name: str, network: str, size: tuple[int, int]) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import OverLoCKBackbone
 
-TINY = dict(embed_dims=(8, 16, 32, 48), base_depths=(1, 2, 2), overview_depth=2, focus_depths=(3, 2),
+TINY = dict(embed_dims=(8, 16, 32, 48), base_depths=(1, 1, 2), overview_depth=1, focus_depths=(3, 1),
             focus_groups=(2, 2))
 
 
@@ -52,26 +52,25 @@ def test_narrow_backbone_can_be_copied_and_the_copy_uses_its_own_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('training', [False, True])
-def test_compiled_blocks_give_the_same_in_few_graphs_for_every_size(training):
+def test_compiled_blocks_train_the_same_in_few_graphs_for_every_size():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
-    model = Detector().train(training)
+    model = Detector().train()
     names = list(model.state_dict())
     compiled = copy.deepcopy(model)
     compile_backbones(compiled, backend='aot_eager', fullgraph=True)
-    for size in ((256, 224), (288, 352), (224, 416)):
-        outputs = []
+    for size in ((256, 224), (288, 352)):
+        results = []
         for each in (model, compiled):
             torch.manual_seed(1)
-            outs = each(image(*size)) if training else torch.no_grad()(each)(image(*size))
-            if training:
-                sum(out.square().mean() for out in outs).backward()
-            outputs.append([*outs, *(p.grad for p in each.parameters() if training)])
-        largest = max(t.abs().max() for t in outputs[0])
-        for ours, truth in zip(*outputs, strict=True):
+            outs = each(image(*size))
+            each.zero_grad()
+            sum(out.square().mean() for out in outs).backward()
+            results.append([*outs, *(parameter.grad for parameter in each.parameters())])
+        largest = max(t.abs().max() for t in results[0])
+        for ours, truth in zip(*results, strict=True):
             assert (ours - truth).abs().max() <= 1e-5 * largest
     assert list(compiled.state_dict()) == names
-    # Four static stages and the first, middle and last dynamic blocks of two; not one for each of 12 blocks and 3 sizes.
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] <= 9
+    # Four static stages; dynamic blocks without a prior, with one, and the last: not one for each of 9 blocks and 2 sizes.
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 7

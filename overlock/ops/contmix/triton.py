@@ -1,4 +1,4 @@
-"""ContMix fused in Triton kernels: logits, bias, softmax and aggregation in one; the backward pass recomputes the weights.
+"""ContMix fused in Triton kernels: logits, bias, softmax and aggregation in one, recomputed in the backward pass.
 
 No tensor of the size of the tap weights is ever in memory. Where the channels of a pixel and group are not side by side
 and a power of two, maps are copied to where they are: scattered loads for every tap would cost more.
@@ -67,7 +67,7 @@ def _kernels() -> ModuleType:
 
 
 def _repair_interpreter() -> None:
-    """Lets loops run: their bounds are arrays of one element in the interpreter, which numpy 2.4 takes for no integers."""
+    """Lets loops run: the interpreter has arrays of one element for bounds, which numpy 2.4 refuses as integers."""
     from triton.runtime import interpreter
     patch = interpreter._patch_lang_tensor
 
@@ -108,7 +108,7 @@ def forward(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_smal
     with torch.cuda.device_of(value):
         operands = _prepare(query, kernel, value, bias, rpb_small, rpb_large)
         out = torch.empty_like(value)
-        lse = torch.empty(2, *operands.sizes, dtype=operands.tables[0].dtype, device=value.device)
+        lse = operands.tables[0].new_empty(2, *operands.sizes)
         rows = 2
         _kernels().forward[_grid(operands, rows, COLS)](
             operands.query, operands.kernel, operands.value, *operands.tables, out, lse, operands.query.stride(),
@@ -173,14 +173,14 @@ def _tap_grads(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor) ->
     span = max(1, runs * batch * groups // PARTIALS)
     parts, rows = -(-runs // span), 2
     taps = sum(size ** 2 for size in operands.kernel_sizes)
-    partials = [torch.empty(parts, batch, groups, taps, operands.constants['D'] + 1, dtype=lse.dtype, device=lse.device)]
+    partials = [lse.new_empty(parts, batch, groups, taps, operands.constants['D'] + 1)]
     for half, (size, table) in enumerate(zip(operands.kernel_sizes, operands.tables, strict=True)):
-        span_rpb = 2 * size - 1
-        partials.append(lse.new_zeros(batch, runs, groups, span_rpb, span_rpb))
+        offsets = 2 * size - 1
+        partials.append(lse.new_zeros(batch, runs, groups, offsets, offsets))
         _kernels().tap_grad[(batch * groups * parts * -(-size // rows),)](
             operands.query, operands.kernel, operands.value, grad, table, lse, delta, partials[0], partials[-1],
             operands.query.stride(), operands.value.stride(), grad.stride(), *operands.sizes, edge, STEP, runs, span,
-            HALF=half, **operands.constants, P_RPB=max(COLS, _power_of_two(span_rpb)), ROWS=rows,
+            HALF=half, **operands.constants, P_RPB=max(COLS, _power_of_two(offsets)), ROWS=rows,
             **_options(operands, num_warps=rows, registers=168))
     return tuple(partials)
 
@@ -211,11 +211,11 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 
 
 def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
-    """(B, G, H, W, d) to (B, G, H, W, `width`), zeros behind the d; `x` itself where it is so and no copy is asked for."""
+    """(B, G, H, W, d) to (B, G, H, W, `width`), zeros behind the d; without `copy`, `x` itself where it is so."""
     if x.shape[-1] == width and x.stride(-1) == 1 and not copy:
         return x
     batch, groups, height, length, dims = x.shape
-    target = torch.empty(batch, groups, height, length, width, dtype=x.dtype, device=x.device)
+    target = x.new_empty(batch, groups, height, length, width)
     columns = 32
     _kernels().pack[(batch * groups * height * -(-length // columns),)](
         x, target, x.stride(), groups, height, length, D=dims, P=width, COLS=columns, num_warps=1)
@@ -225,7 +225,7 @@ def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
 def _table(bias: Tensor, rpb: Tensor, size: int, width: int, dtype: torch.dtype) -> Tensor:
     """(K^2,) and (G, 2K - 1, 2K - 1) to (G, K, K, K, `width`): see the kernel."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    table = torch.empty(rpb.shape[0], size, size, size, width, dtype=wide, device=rpb.device)
+    table = rpb.new_empty(rpb.shape[0], size, size, size, width, dtype=wide)
     _kernels().bias_table[(rpb.shape[0] * size * size,)](
         bias, rpb, table, bias.stride(0), rpb.stride(), K=size, P_TAPS=width, num_warps=1)
     return table
@@ -238,7 +238,7 @@ def _grid(operands: _Operands, rows: int, cols: int) -> tuple[int]:
 
 
 def _options(operands: _Operands, num_warps: int, registers: int) -> dict[str, int]:
-    """Launch options; only what the number of registers was chosen for, up to 16 half-precision channels, is held to it."""
+    """Launch options; `registers` was found for up to 16 channels in half precision, and holds for these alone."""
     chosen = operands.value.element_size() == 2 and operands.constants['P'] == 16
     return dict(num_warps=num_warps, num_stages=2) | (dict(maxnreg=registers) if chosen else {})
 

@@ -131,8 +131,9 @@ def bias_table(bias, rpb, table, bias_stride, strides, K: tl.constexpr, P_TAPS: 
 
 
 @triton.jit
-def _mix(q, kernel, value, table, group, row, col, inside, first, value_row, K: tl.constexpr, P: tl.constexpr, P_TAPS: tl.constexpr,
-         P_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
+def _mix(q, kernel, value, table, group, row, col, inside, first, value_row, K: tl.constexpr, P: tl.constexpr,
+         P_TAPS: tl.constexpr, P_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
+         ACC: tl.constexpr):
     """Output (ROWS COLS, P) and log-sum-exp of a tile: one pass over the window's rows with a running maximum."""
     peak = tl.full([ROWS * COLS], float('-inf'), ACC)
     total = tl.zeros([ROWS * COLS, P_TAPS], ACC)
@@ -219,7 +220,9 @@ def _query_half(q, kernel, value, grad, table, lse, delta, value_strides, grad_s
         weights = tl.exp2(logits * LOG2E - norm)
         seen = _dot(grads, tl.trans(tl.load(value), 0, 2, 1),
                     tl.broadcast_to(-origin[:, :, None], [ROWS, COLS, P_COLS]), DOT)
-        dweights = _to_taps(tl.reshape(seen, [ROWS * COLS, P_COLS]).to(grads.dtype), _for_rows(start - left, ROWS), P_TAPS)
+        # Rounded like the maps, of which they are products, they take half the way through shared memory.
+        seen = tl.reshape(seen, [ROWS * COLS, P_COLS]).to(grads.dtype)
+        dweights = _to_taps(seen, _for_rows(start - left, ROWS), P_TAPS)
         share = weights * dweights.to(norm.dtype)
         excess += share
         moment = _dot(share.to(taps.dtype), taps, moment, DOT)
@@ -261,9 +264,9 @@ def _run(run, RUNS, EDGE, STEP, H):
 
 
 @triton.jit
-def _tap_grad_tile(query, value, grad, lse, delta, taps, bias, dtaps, query_strides, value_strides, grad_strides, a, begin,
-                   end, j0, H, W, K: tl.constexpr, P: tl.constexpr, P_TAPS: tl.constexpr, P_COLS: tl.constexpr,
-                   ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
+def _tap_grad_tile(query, value, grad, lse, delta, taps, bias, dtaps, query_strides, value_strides, grad_strides, a,
+                   begin, end, j0, H, W, K: tl.constexpr, P: tl.constexpr, P_TAPS: tl.constexpr,
+                   P_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
     """dlogits (ROWS, COLS, P_TAPS) of COLS columns, summed over query rows begin to end, and dtaps with them added."""
     cols = j0 + tl.arange(0, COLS)
     j = tl.minimum(cols, W - 1)
@@ -338,7 +341,8 @@ def tap_grad(query, kernel, value, grad, table, lse, delta, partial, rpb_partial
 @triton.jit
 def value_grad(query, kernel, grad, table, lse, grad_value, query_strides, grad_strides, grad_value_strides,
                B, G, H, W, HALF: tl.constexpr, K_SMALL: tl.constexpr, K_LARGE: tl.constexpr, D: tl.constexpr,
-               P: tl.constexpr, P_TAPS: tl.constexpr, P_COLS: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr):
+               P: tl.constexpr, P_TAPS: tl.constexpr, P_COLS: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr,
+               DOT: tl.constexpr):
     """dv of KEYS pixels of one row: a sum over the queries whose windows hold them."""
     K: tl.constexpr = K_LARGE if HALF else K_SMALL
     image, group, y, x0 = _tile(G, H, W, 1, KEYS)
@@ -363,8 +367,8 @@ def value_grad(query, kernel, grad, table, lse, grad_value, query_strides, grad_
             taps = tl.reshape(_taps(kernel, y - top, K, P, P_TAPS), [P_TAPS, P])
             q = tl.reshape(tl.load(query + _pixels(query_strides, row, j, P)), [COLS, P])
             grads = tl.reshape(tl.load(grad + _pixels(grad_strides, row, j, P)), [COLS, P])
-            # An infinite log-sum-exp takes out the queries beyond the range.
-            norm = tl.load(lse + i * W + cols, mask=cols < j_end, other=float('inf'))
+            # An infinite log-sum-exp takes out the queries beyond the map.
+            norm = tl.load(lse + i * W + cols, mask=cols < W, other=float('inf'))
             bias = _bias(table, group, row - top, j - start, inside, y - _start(i, H, K), K, P_TAPS)
             logits = _dot(q, tl.trans(taps), bias, DOT)
             weights = tl.exp2((logits - norm[:, None]) * LOG2E)
