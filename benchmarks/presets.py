@@ -127,6 +127,14 @@ def keep_memory(model: nn.Module) -> nn.Module:
     return model
 
 
+def checkpointed(model: nn.Module) -> nn.Module:
+    """`train` with `with_cp=True`; the preset 'benchmarks.presets:checkpointed'."""
+    for module in model.modules():
+        if hasattr(module, 'with_cp'):
+            module.with_cp = True
+    return model
+
+
 def beside(name: str, network: str, size: tuple[int, int]) -> nn.Module:
     """A network of timm with random weights: its four maps where ours is a backbone, else its classifier."""
     import timm

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.ops import igemm
+
 # On a CPU, oneDNN's weight gradient takes K^2 passes; from this kernel size on one correlation by FFT is faster:
 # 7 times at 17x17 on a 64x64 map, 7 times at 13x13 on 16x16 (one AVX-512 core, float32).
 FFT_MIN_KERNEL = 11
@@ -21,11 +23,14 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     Returns:
         (B, C, H, W).
     """
+    if igemm.fits(x, weight, dilation):
+        y = igemm.depthwise_conv2d(x, weight)
+        return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
     if _takes_own_gradient(x, weight, dilation):
         if torch.is_autocast_enabled('cpu'):
             x, weight = (t.to(torch.get_autocast_dtype('cpu')) for t in (x, weight))
         y = _FFTWeightGradient.apply(x, weight, dilation)
-        return y if bias is None else y + bias.view(-1, 1, 1)
+        return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
     return _conv(x, weight, dilation, bias)
 
 

@@ -261,6 +261,20 @@ def test_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
         contmix(*tensors, **options, backend='natten')
 
 
+@pytest.mark.parametrize(('backend', 'device', 'kernel_size', 'message'), [
+    ('compiled', 'meta', 5, 'it runs on the CPU and the maps are on meta'),
+    ('compiled', 'cpu', 17, r'it has kernels of 3, .*, 15 and kernel_sizes are \(3, 17\)'),
+    ('triton', 'cpu', 5, 'it runs on CUDA devices and the maps are on cpu')])
+def test_backend_that_cannot_take_the_inputs_says_why(backend, device, kernel_size, message, monkeypatch):
+    from overlock.ops.contmix import compiled, triton
+    for module in (compiled, triton):
+        monkeypatch.setattr(module, 'verify', lambda: (True, ''))
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    tensors, options = inputs(20, 20, kernel_size)
+    with pytest.raises(RuntimeError, match=f'{backend!r} was asked for but cannot take these inputs: {message}'):
+        contmix(*(t.detach().to(device) for t in tensors), **options, backend=backend)
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(kernel_sizes=(3, 9)), 'at least 9 pixels high and wide, got 8x8'),
     (dict(kernel_sizes=(3, 4)), r'must be odd, got \(3, 4\)'),

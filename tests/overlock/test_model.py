@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from overlock import ARCHS, Arch, OverLoCK, OverLoCKBackbone, get_arch
 from overlock.layers import DropPath
@@ -230,3 +231,25 @@ def test_an_arch_of_ones_own_may_be_a_dict_or_a_dataclass():
 
 def test_other_input_channels_work():
     assert OverLoCKBackbone(TINY, in_channels=5).eval()(torch.zeros(1, 5, 32, 32))[0].shape[1] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [False, True])
+def test_compiled_network_is_one_graph_for_every_size(training):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('aot_eager')
+    torch.manual_seed(0)
+    model = OverLoCKBackbone(TINY).train(training)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend=counter)
+    for size in ((256, 288), (288, 224), (416, 480)):
+        results = []
+        for each in (model, compiled):
+            each.zero_grad()
+            outs = each(image(2, *size).float())
+            sum(out.square().mean() for out in outs).backward()
+            results.append([*outs, *(parameter.grad for parameter in each.parameters())])
+        largest = max(t.abs().max() for t in results[0])
+        for ours, truth in zip(*results, strict=True):
+            assert (ours - truth).abs().max() <= TOLERANCES[torch.float32] * largest
+        graphs = counter.frame_count if size == (256, 288) else graphs
+    assert counter.frame_count == graphs

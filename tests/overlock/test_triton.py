@@ -40,7 +40,7 @@ def device():
         runs, reason = backend.verify()
         if not runs:
             pytest.skip(reason)
-        yield torch.device('cpu' if backend._interpreted() else 'cuda')
+        yield torch.device('cpu' if backend.interpreted() else 'cuda')
 
 
 @pytest.fixture
@@ -127,6 +127,17 @@ def test_two_runs_are_equal_to_the_last_bit(device):
     tensors = inputs(torch.float32, (1, 1, 3, 5, 18, 3, 5), device=device)
     for first, second in zip(both(tensors), both(tensors), strict=True):
         assert torch.equal(first, second)
+
+
+@needs_triton
+def test_gradients_of_taps_do_not_depend_on_how_many_partial_sums_there_are(device, monkeypatch, poisoned):
+    # Six runs of query rows, four at the borders and two between, in two sums instead of six.
+    tensors = inputs(WIDE, (1, 1, 3, 9, 5, 3, 5), device=device)
+    out, norm = backend.forward(*tensors)
+    expected = backend.backward(incoming(out), norm, *tensors)
+    monkeypatch.setattr(backend, 'PARTIALS', 2)
+    for ours, truth in zip(backend.backward(incoming(out), norm, *tensors), expected, strict=True):
+        assert_relative(ours.cpu(), truth.cpu(), TOLERANCES[WIDE])
 
 
 @needs_triton

@@ -46,17 +46,27 @@ def choose(value: Tensor, kernel_sizes: tuple[int, int]) -> str:
     On 2 AVX-512 cores `compiled` is 6 to 12 times faster than `eager`, forward and backward, at each of the network's
     shapes (benchmarks/results).
     """
-    if value.device.type == 'cpu' and set(kernel_sizes) <= set(compiled.KERNEL_SIZES):
-        fused = 'compiled'
-    elif value.device.type == 'cuda' and value.dtype != torch.float64:
-        fused = 'triton'
-    else:
+    fused = {'cpu': 'compiled', 'cuda': 'triton'}.get(value.device.type)
+    # Triton's float64 is for tests: its kernels spill registers.
+    if fused is None or _misfit(fused, value, kernel_sizes) or (fused == 'triton' and value.dtype == torch.float64):
         return 'eager'
     reason = _why_not(fused)
     if reason:
         _log_once(f'ContMix falls back to the eager backend: {fused}: {reason}')
         return 'eager'
     return fused
+
+
+def _misfit(backend: str, value: Tensor, kernel_sizes: tuple[int, int]) -> str:
+    """Why a backend that runs here cannot take these inputs, or ''."""
+    device = value.device.type
+    if backend == 'compiled' and device != 'cpu':
+        return f'it runs on the CPU and the maps are on {device}'
+    if backend == 'compiled' and not set(kernel_sizes) <= set(compiled.KERNEL_SIZES):
+        return f'it has kernels of {", ".join(map(str, compiled.KERNEL_SIZES))} and kernel_sizes are {kernel_sizes}'
+    if backend == 'triton' and device != 'cuda' and not triton.interpreted():
+        return f'it runs on CUDA devices and the maps are on {device}'
+    return ''
 
 
 @cache
@@ -102,10 +112,13 @@ def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Ten
 
     Raises:
         ValueError: If the map is smaller than the large kernel or shapes do not fit.
-        RuntimeError: If the backend asked for cannot run here.
+        RuntimeError: If the backend asked for cannot run here, or not on these inputs.
     """
     _check_shapes(query, key, value, weight, rpb_small, rpb_large, kernel_sizes, num_groups)
     check_backend(backend)
+    misfit = _misfit(backend, value, kernel_sizes)
+    if misfit:
+        raise RuntimeError(f'contmix backend {backend!r} was asked for but cannot take these inputs: {misfit}')
     if backend == 'reference':
         return reference.contmix(query, key, value, weight, bias, rpb_small, rpb_large, kernel_sizes, num_groups, scale)
     # Affinities and their projection are linear, so the regions are projected and not the affinities of every pixel.

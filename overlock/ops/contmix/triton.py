@@ -27,7 +27,7 @@ PARTIALS = 1024
 def verify() -> tuple[bool, str]:
     """Whether Triton is installed and has a GPU, or its interpreter, to run on; if not, why not."""
     missing = _missing()
-    if missing or _interpreted():
+    if missing or interpreted():
         return not missing, missing
     if not torch.cuda.is_available():
         return False, 'no CUDA device'
@@ -53,7 +53,7 @@ def _is_package(name: str) -> bool:
     return any(importlib.metadata.distributions(name=name))
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton's interpreter is asked for, which runs kernels on tensors of the CPU."""
     return os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
 
@@ -61,7 +61,7 @@ def _interpreted() -> bool:
 @lru_cache(maxsize=1)
 def _kernels() -> ModuleType:
     from overlock.ops.contmix import triton_kernels
-    if _interpreted():
+    if interpreted():
         _repair_interpreter()
     return triton_kernels
 
@@ -191,7 +191,7 @@ def _prepare(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_sma
     rpbs = (rpb_small, rpb_large)
     small, large = kernel_sizes = tuple((rpb.shape[-1] + 1) // 2 for rpb in rpbs)
     # The interpreter multiplies the bits of bfloat16 as if they were integers.
-    product = torch.float32 if _interpreted() and value.dtype == torch.bfloat16 else value.dtype
+    product = torch.float32 if interpreted() and value.dtype == torch.bfloat16 else value.dtype
     constants = dict(K_SMALL=small, K_LARGE=large, D=dims, P=max(16, _power_of_two(dims)),
                      P_TAPS=max(16, _power_of_two(max(kernel_sizes) + 1)),
                      P_COLS=_power_of_two(COLS + max(kernel_sizes) - 1), COLS=COLS,
