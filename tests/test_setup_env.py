@@ -245,7 +245,7 @@ def test_interrupted_set_up_is_continued_and_only_then_stamped(checkout, monkeyp
     assert setup_env.is_set_up(venv, checkout, {})
     assert console.text.count('[') == 6 and '[5/6] this package' in console.text
     assert console.commands[-2][-2:] == ['-e', str(checkout)]
-    assert console.commands[-1][-2:] == ['-m', 'overlock.ops.extension']
+    assert console.commands[-1][-2:] == ['-m', 'overlock.ops.build']
 
 
 def test_set_up_goes_on_without_the_optional_operators(checkout, monkeypatch):
@@ -254,7 +254,7 @@ def test_set_up_goes_on_without_the_optional_operators(checkout, monkeypatch):
             probe=lambda python: interpreter, probe_surely=lambda python: interpreter, visible_gpus=lambda found: [],
             create_environment=lambda *_: interpreter, install_mmcv=lambda *_: None).items():
         monkeypatch.setattr(setup_env, name, stub)
-    console = RecordingConsole(venv, **{'overlock.ops.extension': stops})
+    console = RecordingConsole(venv, **{'overlock.ops.build': stops})
     setup_env.set_up(venv, checkout, {}, console)
     assert setup_env.is_set_up(venv, checkout, {})
     assert 'optional and could not be compiled' in console.text

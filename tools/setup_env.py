@@ -200,7 +200,7 @@ def set_up(venv: Path, root: Path, environ: Mapping[str, str], console: Console)
         console.run(pip_install(interpreter, '--no-deps', '--no-build-isolation', '-e', str(root)))
     with console.step('operators for this CPU'):
         try:
-            console.run([interpreter.python, '-m', 'overlock.ops.extension'])
+            console.run([interpreter.python, '-m', 'overlock.ops.build'])
         except SetupError as error:
             console.note(f'they are optional and could not be compiled: {error}')
     write_stamp(venv, stamp_key(root, interpreter), plan.target)
