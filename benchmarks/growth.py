@@ -39,6 +39,8 @@ def parse_args() -> argparse.Namespace:
                         help='at the first of the sizes (default: 1 2 4 8)')
     parser.add_argument('--dtype', default='fp32', choices=['fp32', 'bf16'],
                         help='bf16 is autocast (default: %(default)s)')
+    parser.add_argument('--preset', default='deploy', metavar='NAME',
+                        help='as in network.py, such as benchmarks.presets:keep_memory (default: %(default)s)')
     parser.add_argument('--plot', type=Path, metavar='JSON', help='measure nothing, draw this result')
     parser.add_argument('--figure', type=Path, default=FIGURE, metavar='PNG',
                         help='where to draw (default: %(default)s)')
@@ -53,7 +55,7 @@ def main() -> int:
         rows = [row for arch in args.arch for row in measure_arch(args, arch)]
         source = write_result(args.results, f"growth-{'-'.join(args.arch)}-{args.dtype}", args.device, vars(args), rows)
         columns = ('variant and images', 'median', 'quartiles', 'memory above base')
-        show('forward, deploy form', columns, map(_line, rows))
+        show(f'forward, {args.preset}', columns, map(_line, rows))
         print(source)
         if not all('seconds' in row.get('modes', {}).get('forward', {}) for row in rows):
             return 1
@@ -66,7 +68,7 @@ def measure_arch(args: argparse.Namespace, arch: str) -> list[dict[str, Any]]:
     """A row for each size at batch 1 and for each batch at the first size."""
     common = {'arch': arch, 'network': 'backbone', 'mode': 'forward', 'dtype': args.dtype, 'device': args.device}
     shapes = dict.fromkeys([*((image, 1) for image in args.sizes), *((args.sizes[0], batch) for batch in args.batches)])
-    tasks = {f'{arch} {batch}x3x{image[0]}x{image[1]}': {**common, 'preset': 'deploy', 'size': image, 'batch': batch}
+    tasks = {f'{arch} {batch}x3x{image[0]}x{image[1]}': {**common, 'preset': args.preset, 'size': image, 'batch': batch}
              for image, batch in shapes}
     # One comparison serves all shapes: the form is the same.
     gate = Gate({**common, 'size': args.sizes[0], 'batch': 1}, args.threads)
@@ -156,7 +158,8 @@ def _caption(record: dict[str, Any]) -> str:
     machine = record['machine']
     where = machine.get('gpu') or f"{machine['cpu']}, {machine['threads']} threads"
     commit = (record['commit']['hash'] or 'unknown')[:7]
-    return (f"Dense-prediction backbone, forward pass in the deploy form, {record['settings']['dtype']}; {where};\n"
+    preset = record['settings']['preset'].rpartition(':')[2]
+    return (f"Dense-prediction backbone, forward pass, preset {preset}, {record['settings']['dtype']}; {where};\n"
             f"torch {record['versions']['torch']}; {record['date'][:10]}, commit {commit}")
 
 

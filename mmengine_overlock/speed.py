@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from mmengine.device import get_device
 from torch import Tensor, nn
 
+from mmengine_overlock.errors import UserError
 from overlock import keep_freed_memory
 from overlock.blocks import DynamicBlock, StaticBlock
 from overlock.model import Trunk
@@ -39,6 +39,8 @@ def compile_backbones(model: nn.Module, **options: Any) -> None:
 def narrow_backbones(model: nn.Module) -> None:
     """Runs every OverLoCK backbone in a model in bfloat16 autocast; what it gives is float32 again, for all behind it.
 
+    On a GPU without bfloat16 it is float16.
+
     Boxes at hundreds of pixels need more than the 8 bits of bfloat16, and mmcv's operators have no bfloat16.
     """
     for backbone in _backbones(model):
@@ -50,10 +52,15 @@ class _Narrow:
         self.backbone = backbone
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        # A GPU without bfloat16 has float16.
+        narrow = torch.bfloat16 if x.device.type != 'cuda' or torch.cuda.is_bf16_supported() else torch.float16
+        with torch.autocast(x.device.type, narrow):
             outs = type(self.backbone).forward(self.backbone, x)
         return tuple(out.float() for out in outs)
 
 
-def _backbones(model: nn.Module) -> Iterator[Trunk]:
-    return (module for module in model.modules() if isinstance(module, Trunk))
+def _backbones(model: nn.Module) -> list[Trunk]:
+    found = [module for module in model.modules() if isinstance(module, Trunk)]
+    if not found:
+        raise UserError('--compile and --amp work on the OverLoCK backbone, and this model has none; leave them out.')
+    return found

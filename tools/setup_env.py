@@ -60,7 +60,8 @@ def stamp_key(root: Path, interpreter: Interpreter) -> str:
     """Returns a digest of all that decides what the set-up installs."""
     digest = hashlib.sha256()
     for path in sorted([*root.glob('requirements/*.txt'), *root.glob('tools/setup_*.py'), root / 'setup.cfg',
-                        root / 'pyproject.toml', *root.glob('overlock/ops/**/*.cpp')]):
+                        root / 'pyproject.toml', *root.glob('overlock/ops/**/*.cpp'),
+                        *root.glob('overlock/ops/extension.py')]):
         digest.update(f'{path.name}\n'.encode() + path.read_bytes())
     packages = sorted(path.parent.name for path in root.glob('*overlock*/__init__.py'))
     digest.update(repr((str(root), packages, interpreter.version, interpreter.torch)).encode())

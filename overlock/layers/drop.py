@@ -1,5 +1,7 @@
 """Stochastic depth."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +11,25 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        self.rate = rate
-        self.drops = rate > 0
         # A tensor: out of a number torch.compile would make one graph for each block, as the rates all differ.
-        self.register_buffer('keep', torch.tensor(1 - rate), persistent=False)
+        self.register_buffer('keep', torch.empty(()), persistent=False)
+        self.rate = rate
+
+    @property
+    def rate(self) -> float:
+        """The probability."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        self._rate, self.drops = rate, rate > 0
+        self.keep.fill_(1 - rate)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'DropPath':
+        super()._apply(fn, recurse)
+        # What was on the meta device has no value yet.
+        self.keep.fill_(1 - self._rate)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to the same; survivors are scaled by 1 / (1 - rate)."""

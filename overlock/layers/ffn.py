@@ -1,12 +1,12 @@
 """The feed-forward part of a block."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from overlock.layers.conv import ResidualDWConv
 from overlock.layers.norm import GRN
+from overlock.ops.context import is_eager
 
 
 class ConvFFN(nn.Module):
@@ -28,7 +28,7 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         hidden = self.fc1(x)
-        if hidden.requires_grad and not torch.compiler.is_compiling():
+        if hidden.requires_grad and is_eager():
             # Of five maps as wide, this one alone is kept; the others are cheap to compute again, fc2 is not computed.
             return checkpoint(self.rest, hidden, use_reentrant=False, preserve_rng_state=False)
         return self.rest(hidden)
@@ -36,7 +36,7 @@ class ConvFFN(nn.Module):
     def rest(self, hidden: Tensor) -> Tensor:
         """What comes behind `fc1`: (B, hidden, H, W) to (B, C, H, W)."""
         y = self.dwconv(self.act(hidden))
-        if self.grn.beta is None and len(y) == 1:
+        if self.grn.beta is None and is_eager() and len(y) == 1:
             # One sample has one scale: it goes into the weights, which are smaller than the map.
             weight = self.fc2.weight * self.grn.scale(y).view(1, -1, 1, 1)
             return F.conv2d(y, weight.to(self.fc2.weight.dtype), self.fc2.bias)

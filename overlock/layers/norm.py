@@ -16,12 +16,13 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same, in the dtype of `x`."""
-        y = x.permute(0, 2, 3, 1)
+        y, weight, bias = x.permute(0, 2, 3, 1), self.weight, self.bias
         if x.device.type == 'cpu' and torch.is_grad_enabled():
             # On CPUs (PyTorch 2.11) the gradients of weight and bias are summed in the dtype of the map: bfloat16 keeps
             # next to nothing of a sum over a large one.
-            y = y.to(torch.promote_types(x.dtype, torch.float32))
-        y = F.layer_norm(y, self.normalized_shape, self.weight, self.bias, self.eps)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            y, weight, bias = (t if t is None else t.to(wide) for t in (y, weight, bias))
+        y = F.layer_norm(y, self.normalized_shape, weight, bias, self.eps)
         y = y.permute(0, 3, 1, 2).to(x.dtype)
         # The memory format of the input goes on; for channels_last there is nothing to copy.
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()

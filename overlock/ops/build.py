@@ -5,27 +5,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from torch.utils import cpp_extension
-
-from overlock.ops.extension import FLAGS, NAME, SOURCES, library_path
+from overlock.ops.extension import NAME, SOURCES, compiler_flags, library_path
 
 
 def build() -> Path:
     """Compiles the operators where that is not done yet, and returns the library's path.
 
+    Compiling loads them too, which a process survives once: it is for one that does nothing else.
+
     Raises:
         RuntimeError: If there is no working C++ compiler or no ninja; what was there before stays.
+        ImportError: If there is no setuptools.
     """
     path = library_path()
     if path.exists():
         return path
+    from torch.utils import cpp_extension  # needs setuptools
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # -Wno-psabi: vectors are passed between inlined functions only, so no caller cares about their convention.
-        flags = ['-O3', '-fopenmp', '-Wno-psabi', *FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
-        cpp_extension.load(NAME, [str(source) for source in SOURCES], extra_cflags=flags, is_python_module=False,
-                           build_directory=folder)
+        cpp_extension.load(NAME, [str(source) for source in SOURCES], extra_cflags=compiler_flags(),
+                           is_python_module=False, build_directory=folder)
         os.replace(Path(folder) / f'{NAME}.so', path)
     return path
 
@@ -36,7 +35,7 @@ def main() -> int:
     os.environ['PATH'] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get('PATH', '')))
     try:
         print(build())
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
         print(f'the C++ operators were not compiled; all runs without them, slower on CPUs: {error}', file=sys.stderr)
         return 1
     return 0

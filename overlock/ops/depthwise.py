@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops import igemm
+from overlock.ops.context import compute_dtype
 
 # On a CPU, oneDNN's weight gradient takes K^2 passes; from this kernel size on one correlation by FFT is faster:
 # 7 times at 17x17 on a 64x64 map, 7 times at 13x13 on 16x16 (one AVX-512 core, float32).
@@ -27,8 +28,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
         y = igemm.depthwise_conv2d(x, weight)
         return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
     if _takes_own_gradient(x, weight, dilation):
-        if torch.is_autocast_enabled('cpu'):
-            x, weight = (t.to(torch.get_autocast_dtype('cpu')) for t in (x, weight))
+        x, weight = (t.to(compute_dtype(x)) for t in (x, weight))
         y = _FFTWeightGradient.apply(x, weight, dilation)
         return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
     return _conv(x, weight, dilation, bias)
@@ -37,7 +37,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
 def _takes_own_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
     if x.device.type != 'cpu' or not (torch.is_grad_enabled() and weight.requires_grad):
         return False
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    dtype = compute_dtype(x)
     # oneDNN (PyTorch 2.11) gives wrong, even infinite weight gradients for dilated kernels in bfloat16, channels_last.
     return weight.shape[-1] >= FFT_MIN_KERNEL or (dilation > 1 and dtype in (torch.bfloat16, torch.float16))
 

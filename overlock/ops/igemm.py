@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from overlock.ops.context import compute_dtype
+
 PACKAGE = 'depthwise_conv2d_implicit_gemm'
 ASKED = os.environ.get('OVERLOCK_IGEMM') == '1'
 # Its autograd functions, by the dtype that they take.
@@ -36,17 +38,12 @@ def package() -> ModuleType:
 
 def fits(x: Tensor, weight: Tensor, dilation: int) -> bool:
     """Whether it is asked for and has a kernel for these inputs: large and undilated, float32 or float16 on CUDA."""
-    return (ASKED and x.device.type == 'cuda' and _dtype(x) in FUNCTIONS and dilation == 1
+    return (ASKED and x.device.type == 'cuda' and compute_dtype(x) in FUNCTIONS and dilation == 1
             and weight.shape[-1] >= MIN_KERNEL)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """(B, C, H, W) and (C, 1, K, K) to (B, C, H, W); see `fits`."""
-    dtype = _dtype(x)
+    dtype = compute_dtype(x)
     function = getattr(package(), FUNCTIONS[dtype])
     return function.apply(x.to(dtype).contiguous(), weight.to(dtype).contiguous())
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from overlock.ops.context import is_eager
+
 # Elements of a map whose squares are held at a time: 1 MiB in float32, which stays in a core's cache.
 CHUNK = 2 ** 18
 
@@ -18,7 +20,7 @@ def spatial_norm(x: Tensor) -> Tensor:
     """
     # PyTorch's reduction over the outer axes of a channels_last map is scalar code on CPUs: 29 against 5 ms for
     # 1x224x200x336 on two AVX-512 cores.
-    if x.device.type == 'cpu' and not torch.compiler.is_compiling() and not x.is_contiguous():
+    if x.device.type == 'cpu' and is_eager() and not x.is_contiguous():
         return _ChunkedNorm.apply(x)
     return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 

@@ -165,6 +165,25 @@ def test_result_is_deterministic(backend):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize('backend', FUSED)
+def test_empty_batch_gives_an_empty_map_and_gradients(backend):
+    tensors, options = inputs(8, 9, 7, batch=0)
+    out = contmix(*tensors, **options, backend=backend)
+    assert out.shape == (0, 12, 8, 9)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert all(grad.shape == t.shape and not grad.any() for grad, t in zip(gradients, tensors, strict=True))
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_infinite_value_reaches_no_query_that_does_not_see_it(backend):
+    tensors, options = inputs(20, 24, 7)
+    with torch.no_grad():
+        tensors[2][:, :, 3, 4] = float('inf')
+    grad, = torch.autograd.grad(contmix(*tensors, **options, backend=backend)[..., 12:].sum(), tensors[0])
+    # Windows of 7 x 7 around column 12 begin at column 9.
+    assert grad[..., 12:].isfinite().all()
+
+
 def projected(height, width, kernel_size, dtype=torch.float64, memory_format=torch.contiguous_format):
     """What the operators take: the regions already projected to taps."""
     (query, key, value, weight, *rest), options = inputs(height, width, kernel_size, dtype=dtype)

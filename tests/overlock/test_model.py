@@ -253,3 +253,37 @@ def test_compiled_network_is_one_graph_for_every_size(training):
             assert (ours - truth).abs().max() <= TOLERANCES[torch.float32] * largest
         graphs = counter.frame_count if size == (256, 288) else graphs
     assert counter.frame_count == graphs
+
+
+def test_drop_path_follows_its_rate_and_survives_the_meta_device():
+    x = torch.ones(1000, 2)
+    layer = DropPath(0.25).train()
+    layer.rate = 0.5
+    assert 300 < (layer(x)[:, 0] == 0).sum() < 700 and set(layer(x).unique().tolist()) == {0.0, 2.0}
+    layer.rate = 0.0
+    assert torch.equal(layer(x), x)
+    with torch.device('meta'):
+        made = DropPath(0.5).train()
+    made = made.to_empty(device='cpu')
+    assert set(made(x).unique().tolist()) == {0.0, 2.0}
+    assert not made.state_dict()
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+def test_traced_network_can_be_saved_and_takes_other_batches(deploy, tmp_path):
+    model = OverLoCKBackbone(TINY, deploy=deploy).eval()
+    # The outputs are checked below; torch's own check compares the text of graphs.
+    with torch.no_grad():
+        torch.jit.trace(model, image(1, 224, 256).float(), check_trace=False).save(tmp_path / 'traced.pt')
+    traced = torch.jit.load(tmp_path / 'traced.pt')
+    with torch.no_grad():
+        for x in (image(1, 224, 256).float(), image(3, 224, 256).float()):
+            for ours, truth in zip(traced(x), model(x), strict=True):
+                assert_relative(ours, truth, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+def test_network_trains_in_other_dtypes(dtype):
+    model = OverLoCKBackbone(TINY).to(dtype).train()
+    sum(out.float().square().mean() for out in model(image(2, 64, 96).to(dtype))).backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())

@@ -61,3 +61,12 @@ def test_layer_norm_in_bfloat16_has_the_gradients_of_float32_on_a_large_map(memo
         gradients.append((norm.weight.grad, norm.bias.grad))
     for ours, truth in zip(*gradients, strict=True):
         assert_relative(ours, truth, TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_layer_norm_of_narrow_parameters_trains(dtype):
+    norm = LayerNorm2d(4).to(dtype)
+    y = norm(torch.randn(2, 4, 5, 6, dtype=dtype, requires_grad=True))
+    y.square().sum().backward()
+    assert y.dtype == norm.weight.grad.dtype == dtype
+    assert norm.weight.grad.isfinite().all() and norm.weight.grad.abs().max() > 0

@@ -1,4 +1,4 @@
-"""ContMix in C++ for CPUs (csrc/contmix.cpp): a pixel at a time, its tap weights in registers."""
+"""ContMix in C++ for CPUs (contmix.cpp): a pixel at a time, its tap weights in registers."""
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def backward(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Te
         size, lanes = taps[0].shape[3:]
         by_tap = F.pad(taps[0][..., :size].flatten(3).transpose(2, 3), (0, packed_query.shape[-1] - dims)).contiguous()
         # Channel after channel: what a row of taps sees of one of them is one load, past the map's end at most.
-        rows = F.pad(half.to(wide).reshape(*taps[0].shape[:3], -1), (0, lanes))
+        rows = F.pad(half.to(wide).flatten(2).unflatten(1, (groups, dims)), (0, lanes))
         grads = torch.ops.overlock_cpu.contmix_backward(
             _pack(half_grad, groups, wide), half_lse, packed_query, taps[0], by_tap, rows, *taps[1:])
         sums.append(grads[0])

@@ -185,6 +185,8 @@ void backward_map(const Shape& shape, std::int64_t map, const T* grad, const T* 
   T* grad_rpb = to.rpb + map * (2 * K - 1) * R;
   T* grad_bias = to.bias + map * K * P;
   T slopes[CHUNK * K * P];
+  Row live;  // padding sees pixels outside of the window, and these may be infinite
+  for (int lane = 0; lane < P; ++lane) live[lane] = lane < K;
   for (std::int64_t i = 0; i < height; ++i) {
     const std::int64_t top = window_start(i, height, K), bias_row = (top - i + K - 1) * R;
     for (std::int64_t chunk = 0; chunk < width; chunk += CHUNK) {
@@ -202,6 +204,7 @@ void backward_map(const Shape& shape, std::int64_t map, const T* grad, const T* 
 #pragma GCC unroll 16
           for (int a = 0; a < K; ++a) slope[a] += grad_out[c] * load<Row>(seen + a * width);
         }
+        for (int a = 0; a < K; ++a) slope[a] = live != 0 ? slope[a] : Row{};
         Row products = {};
         for (int a = 0; a < K; ++a) products += weights[a] * slope[a];
         const T mean = sum<T, P>(products);

@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from overlock.ops.context import is_exporting
 from overlock.ops.contmix import compiled, eager, library, natten, reference, triton
 
 BACKENDS = {'reference': reference, 'eager': eager, 'compiled': compiled, 'triton': triton, 'natten': natten}
@@ -79,13 +80,6 @@ def _log_once(message: str) -> None:
 _why_not._dynamo_marked_constant = _log_once._dynamo_marked_constant = True
 
 
-def _is_exporting() -> bool:
-    """Whether a graph is being made for elsewhere, where our operators are unknown."""
-    # torch.compile (2.11) takes is_exporting() for true while it traces.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    return exporting or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
-
-
 def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, rpb_small: Tensor,
             rpb_large: Tensor, *, kernel_sizes: tuple[int, int], num_groups: int, scale: float,
             backend: str = 'auto') -> Tensor:
@@ -122,11 +116,11 @@ def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Ten
     if backend == 'reference':
         return reference.contmix(query, key, value, weight, bias, rpb_small, rpb_large, kernel_sizes, num_groups, scale)
     # Affinities and their projection are linear, so the regions are projected and not the affinities of every pixel.
-    kernel = (scale * key).reshape(key.shape[0], num_groups, -1, weight.shape[1]) @ weight.t()
+    kernel = (scale * key).flatten(2).unflatten(1, (num_groups, -1)) @ weight.t()
     inputs = query.to(value.dtype), kernel.to(value.dtype), value, bias, rpb_small, rpb_large
     if backend == 'natten':
         return natten.plain(*inputs)
-    if backend in ('auto', 'eager') and _is_exporting():
+    if backend in ('auto', 'eager') and is_exporting():  # elsewhere our operators are unknown
         return eager.plain(*inputs)
     return OPERATORS[choose(value, kernel_sizes) if backend == 'auto' else backend](*inputs)
 

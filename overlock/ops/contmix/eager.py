@@ -46,7 +46,7 @@ def backward(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Te
         grad_bias.append(by_tap)
         grad_rpb.append(by_window.to(rpb.dtype))
         slopes = slopes.flatten(3).to(query.dtype)
-        grad_taps.append(query.reshape(*taps.shape[:3], -1) @ slopes.mT)
+        grad_taps.append(query.flatten(2).unflatten(1, taps.shape[1:3]) @ slopes.mT)
         grad_query += (taps @ slopes).reshape(query.shape)
     return grad_query, torch.cat(grad_taps, -1), grad_value, torch.cat(grad_bias).to(bias.dtype), *grad_rpb
 
@@ -76,7 +76,7 @@ def halves(kernel: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor, v
 
 def compute_logits(query: Tensor, kernel: Tensor, bias: Tensor, rpb: Tensor, size: tuple[int, int]) -> Tensor:
     """Query (B, G d, H, W) and kernel (B, G, d, K^2) to the logits (B, G, K^2, H, W), in float32 at least."""
-    logits = (kernel.mT @ query.reshape(*kernel.shape[:3], -1)).unflatten(-1, size)
+    logits = (kernel.mT @ query.flatten(2).unflatten(1, kernel.shape[1:3])).unflatten(-1, size)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(wide) + position_bias(rpb.to(wide), bias.to(wide), *size)
 

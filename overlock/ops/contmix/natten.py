@@ -17,7 +17,10 @@ def verify() -> tuple[bool, str]:
     """Whether natten has `na2d_av` and imports here, and if not, why not."""
     if importlib.util.find_spec('natten') is None:
         return False, 'natten is not installed; install natten==0.17.5'
-    version = importlib.metadata.version('natten')
+    try:
+        version = importlib.metadata.version('natten')
+    except importlib.metadata.PackageNotFoundError:
+        return False, 'what imports as natten is no installed package; install natten==0.17.5'
     if tuple(int(part) for part in version.split('.')[:2]) >= (0, 20):
         return False, f'natten {version} has no na2d_av; install natten==0.17.5'
     try:

@@ -7,6 +7,7 @@ and a power of two, maps are copied to where they are: scattered loads for every
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,8 +30,10 @@ def verify() -> tuple[bool, str]:
     missing = _missing()
     if missing or interpreted():
         return not missing, missing
-    if not torch.cuda.is_available():
+    if torch.version.hip or not torch.cuda.is_available():
         return False, 'no CUDA device'
+    if not os.environ.get('CC') and not any(map(shutil.which, ('gcc', 'clang', 'cc'))):
+        return False, 'Triton needs a C compiler, and there is no gcc, clang or cc; install one or set CC'
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         return False, f'CUDA capability {capability[0]}.{capability[1]} is below 8.0'
