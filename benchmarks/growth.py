@@ -158,7 +158,7 @@ def _caption(record: dict[str, Any]) -> str:
     machine = record['machine']
     where = machine.get('gpu') or f"{machine['cpu']}, {machine['threads']} threads"
     commit = (record['commit']['hash'] or 'unknown')[:7]
-    preset = record['settings']['preset'].rpartition(':')[2]
+    preset = record['settings'].get('preset', 'deploy').rpartition(':')[2]
     return (f"Dense-prediction backbone, forward pass, preset {preset}, {record['settings']['dtype']}; {where};\n"
             f"torch {record['versions']['torch']}; {record['date'][:10]}, commit {commit}")
 
