@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmengine_overlock.errors import UserError
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import OverLoCKBackbone
 
@@ -49,6 +50,12 @@ def test_narrow_backbone_can_be_copied_and_the_copy_uses_its_own_weights():
         for parameter in other.parameters():
             parameter.zero_()
         assert other(image())[0].abs().max() == 0 < model(image())[0].abs().max()
+
+
+@pytest.mark.parametrize('function', [narrow_backbones, compile_backbones])
+def test_model_without_the_backbone_is_refused(function):
+    with pytest.raises(UserError, match='work on the OverLoCK backbone, and this model has none'):
+        function(nn.Linear(1, 1))
 
 
 @pytest.mark.slow
