@@ -161,6 +161,16 @@ def checkout(tmp_path):
 
 
 @pytest.fixture
+def installed(monkeypatch):
+    """A set-up that finds everything installed, but for what its console runs."""
+    interpreter = an_interpreter(mmcv='2.1.0')
+    for name, stub in dict(
+            probe=lambda python: interpreter, probe_surely=lambda python: interpreter, visible_gpus=lambda found: [],
+            create_environment=lambda *_: interpreter, install_mmcv=lambda *_: None).items():
+        monkeypatch.setattr(setup_env, name, stub)
+
+
+@pytest.fixture
 def stamped(checkout, monkeypatch):
     """A checkout whose environment is set up, and the interpreter that the probe finds there."""
     found = [an_interpreter()]
@@ -231,12 +241,8 @@ def test_second_run_of_the_script_sets_nothing_up(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.count('is set up') == 2
 
 
-def test_interrupted_set_up_is_continued_and_only_then_stamped(checkout, monkeypatch):
-    venv, interpreter = checkout / '.venv', an_interpreter(mmcv='2.1.0')
-    for name, stub in dict(
-            probe=lambda python: interpreter, probe_surely=lambda python: interpreter, visible_gpus=lambda found: [],
-            create_environment=lambda *_: interpreter, install_mmcv=lambda *_: None).items():
-        monkeypatch.setattr(setup_env, name, stub)
+def test_interrupted_set_up_is_continued_and_only_then_stamped(checkout, installed):
+    venv = checkout / '.venv'
     with pytest.raises(SetupError):
         setup_env.set_up(venv, checkout, {}, RecordingConsole(venv, **{'--no-deps': stops}))
     assert not setup_env.is_set_up(venv, checkout, {})
@@ -248,12 +254,8 @@ def test_interrupted_set_up_is_continued_and_only_then_stamped(checkout, monkeyp
     assert console.commands[-1][-2:] == ['-m', 'overlock.ops.build']
 
 
-def test_set_up_goes_on_without_the_optional_operators(checkout, monkeypatch):
-    venv, interpreter = checkout / '.venv', an_interpreter(mmcv='2.1.0')
-    for name, stub in dict(
-            probe=lambda python: interpreter, probe_surely=lambda python: interpreter, visible_gpus=lambda found: [],
-            create_environment=lambda *_: interpreter, install_mmcv=lambda *_: None).items():
-        monkeypatch.setattr(setup_env, name, stub)
+def test_set_up_goes_on_without_the_optional_operators(checkout, installed):
+    venv = checkout / '.venv'
     console = RecordingConsole(venv, **{'overlock.ops.build': stops})
     setup_env.set_up(venv, checkout, {}, console)
     assert setup_env.is_set_up(venv, checkout, {})

@@ -26,12 +26,12 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     """
     if igemm.fits(x, weight, dilation):
         y = igemm.depthwise_conv2d(x, weight)
-        return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
-    if _takes_own_gradient(x, weight, dilation):
-        x, weight = (t.to(compute_dtype(x)) for t in (x, weight))
-        y = _FFTWeightGradient.apply(x, weight, dilation)
-        return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
-    return _conv(x, weight, dilation, bias)
+    elif _takes_own_gradient(x, weight, dilation):
+        dtype = compute_dtype(x)
+        y = _FFTWeightGradient.apply(x.to(dtype), weight.to(dtype), dilation)
+    else:
+        return _conv(x, weight, dilation, bias)
+    return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
 
 
 def _takes_own_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
@@ -67,7 +67,7 @@ class _FFTWeightGradient(torch.autograd.Function):
 # An operator, because torch.compile would take complex arithmetic apart and put it together slower.
 @torch.library.custom_op('overlock::depthwise_weight_gradient', mutates_args=())
 def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """(C, 1, K, K), at least float32: for each offset, the sum over batch and pixels of `grad` times the shifted `x`."""
+    """(C, 1, K, K), at least float32: for each offset, the sum over batch and pixels of `grad` times shifted `x`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     reach = kernel_size // 2 * dilation
     # Zeros of at least the reach behind each axis keep the ends from meeting.

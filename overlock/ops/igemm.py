@@ -1,4 +1,4 @@
-"""Depthwise convolution by implicit matrix products on CUDA: the package `depthwise_conv2d_implicit_gemm`, if asked for.
+"""Depthwise convolution by implicit matrix products on CUDA: `depthwise_conv2d_implicit_gemm`, if asked for.
 
 That package comes with RepLKNet (its fork of CUTLASS) and has to be compiled by hand; `OVERLOCK_IGEMM=1` in the
 environment asks for it. The one file that imports it.

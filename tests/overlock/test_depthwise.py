@@ -66,7 +66,8 @@ def test_weight_gradient_keeps_the_rules_of_torch_library():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('kernel_size', 'dilation', 'dtype'), [(13, 1, torch.float64), (7, 2, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(('kernel_size', 'dilation', 'dtype'), [(13, 1, torch.float64), (7, 2, torch.bfloat16)],
+                         ids=str)
 def test_compiled_gradients_are_our_own_too(kernel_size, dilation, dtype):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(2, 8, 20, 24, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)

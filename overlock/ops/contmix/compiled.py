@@ -19,7 +19,7 @@ def forward(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_smal
             rpb_large: Tensor) -> tuple[Tensor, Tensor]:
     """See `overlock.ops.contmix.library.register`."""
     groups, dims = kernel.shape[1:3]
-    wide = _wide(value)
+    wide = torch.promote_types(value.dtype, torch.float32)
     query = _pack(query, groups, wide)
     out, lses = torch.empty_like(value), []
     for taps, half, to in zip(_halves(kernel, bias, rpb_small, rpb_large, wide), value.chunk(2, 1), out.chunk(2, 1),
@@ -34,7 +34,7 @@ def backward(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Te
              rpb_large: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `overlock.ops.contmix.library.register`."""
     groups, dims = kernel.shape[1:3]
-    wide = _wide(value)
+    wide = torch.promote_types(value.dtype, torch.float32)
     packed_query = _pack(query, groups, wide)
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     sums, grad_taps, grad_bias, grad_rpb = [], [], [], []
@@ -55,10 +55,6 @@ def backward(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Te
     _unpack(sums[0] + sums[1], dims, grad_query)
     return (grad_query, torch.cat(grad_taps, -1).to(kernel.dtype), grad_value, torch.cat(grad_bias).to(bias.dtype),
             *grad_rpb)
-
-
-def _wide(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def _pack(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:

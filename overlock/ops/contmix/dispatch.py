@@ -44,8 +44,8 @@ def check_backend(backend: str) -> None:
 def choose(value: Tensor, kernel_sizes: tuple[int, int]) -> str:
     """What 'auto' stands for: the fused backend of the device, `eager` where it cannot run.
 
-    On 2 AVX-512 cores `compiled` is 6 to 12 times faster than `eager`, forward and backward, at each of the network's
-    shapes (benchmarks/results).
+    On 2 AVX-512 cores `compiled` is 5 to 36 times faster than `eager`, in forward and in training, at each of the
+    shapes of XT and S measured (benchmarks/results/operator-*.json).
     """
     fused = {'cpu': 'compiled', 'cuda': 'triton'}.get(value.device.type)
     # Triton's float64 is for tests: its kernels spill registers.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.ops.contmix.reference import window_starts
+
 # Up to this many times K^2 pixels, one product with a dense (H W, H W) matrix beats K^2 passes over the map.
 DENSE_LIMIT = 1.5
 
@@ -57,7 +59,7 @@ def plain(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small:
     for taps, tap_bias, rpb, half, _ in halves(kernel, bias, rpb_small, rpb_large, value, value):
         weights = compute_logits(query, taps, tap_bias, rpb, half.shape[3:]).softmax(2).to(value.dtype)
         size = (rpb.shape[1] + 1) // 2
-        rows, cols = (_starts(length, size, value.device).unsqueeze(1) + torch.arange(size, device=value.device)
+        rows, cols = (window_starts(length, size, value.device).unsqueeze(1) + torch.arange(size, device=value.device)
                       for length in half.shape[3:])
         out = 0
         for row, weight in zip(rows.unbind(1), weights.unflatten(2, (size, size)).unbind(2), strict=True):
@@ -88,7 +90,7 @@ def position_bias(rpb: Tensor, tap_bias: Tensor, height: int, width: int) -> Ten
     """
     size = (rpb.shape[1] + 1) // 2
     windows = rpb.unfold(1, size, 1).unfold(2, size, 1).permute(0, 3, 4, 1, 2).flatten(1, 2)
-    rows, cols = (_starts(length, size, rpb.device) - torch.arange(length, device=rpb.device) + size - 1
+    rows, cols = (window_starts(length, size, rpb.device) - torch.arange(length, device=rpb.device) + size - 1
                   for length in (height, width))
     return (windows + tap_bias.view(-1, 1, 1))[:, :, rows][..., cols]
 
@@ -170,15 +172,10 @@ def _dense(weights: Tensor) -> Tensor:
 def _dense_index(weights: Tensor) -> Tensor:
     """(B, G, K^2, H W): the pixel that each tap of each query sees."""
     size, (height, width) = _kernel_size(weights), weights.shape[3:]
-    rows, cols = (_starts(length, size, weights.device) for length in (height, width))
+    rows, cols = (window_starts(length, size, weights.device) for length in (height, width))
     taps = torch.arange(size, device=weights.device)
     index = (taps.view(-1, 1, 1, 1) + rows.view(-1, 1)) * width + taps.view(-1, 1, 1) + cols
     return index.reshape(size ** 2, -1).expand(*weights.shape[:2], -1, -1)
-
-
-def _starts(length: int, kernel_size: int, device: torch.device) -> Tensor:
-    """The first key of each query's window on one axis."""
-    return (torch.arange(length, device=device) - kernel_size // 2).clamp(0, length - kernel_size)
 
 
 def _blocks(length: int, kernel_size: int, tap: int) -> tuple[tuple[slice, slice], ...]:

@@ -63,5 +63,5 @@ def register(name: str, backend: ModuleType) -> Callable[..., Tensor]:
 
 def empty_lse(value: Tensor, kernel: Tensor) -> Tensor:
     """An empty (2, B, G, H, W) for the log-sum-exps."""
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return value.new_empty((2, *kernel.shape[:2], *value.shape[2:]), dtype=dtype)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.new_empty((2, *kernel.shape[:2], *value.shape[2:]), dtype=wide)

@@ -227,7 +227,7 @@ def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
 
 def _table(bias: Tensor, rpb: Tensor, size: int, width: int, dtype: torch.dtype) -> Tensor:
     """(K^2,) and (G, 2K - 1, 2K - 1) to (G, K, K, K, `width`): see the kernel."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(dtype, torch.float32)
     table = rpb.new_empty(rpb.shape[0], size, size, size, width, dtype=wide)
     _kernels().bias_table[(rpb.shape[0] * size * size,)](
         bias, rpb, table, bias.stride(0), rpb.stride(), K=size, P_TAPS=width, num_warps=1)
