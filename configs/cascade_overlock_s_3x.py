@@ -9,7 +9,5 @@ model = dict(
     backbone=dict(
         arch='s',
         drop_path_rate=0.4,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_s_in1k_224.pth')),
+        init_cfg=dict(type='Pretrained', checkpoint='overlock_s_in1k')),
     neck=dict(in_channels=[64, 128, 448, 640]))

@@ -10,7 +10,5 @@ model = dict(
         arch='xt',
         # Ours: the authors publish no XT configuration for dense prediction.
         drop_path_rate=0.1,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_xt_in1k_224.pth')),
+        init_cfg=dict(type='Pretrained', checkpoint='overlock_xt_in1k')),
     neck=dict(in_channels=[56, 112, 340, 420]))

@@ -9,7 +9,5 @@ model = dict(
     backbone=dict(
         arch='b',
         drop_path_rate=0.6,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_b_in1k_224.pth')),
+        init_cfg=dict(type='Pretrained', checkpoint='overlock_b_in1k')),
     neck=dict(in_channels=[80, 160, 528, 720]))

@@ -15,7 +15,7 @@ from mmengine.runner import autocast
 from torch import nn
 
 from mmengine_overlock.config import import_with
-from mmengine_overlock.errors import UserError
+from overlock.errors import UserError
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -48,6 +48,12 @@ def _float(outputs: Any) -> Any:
     return outputs.float() if isinstance(outputs, torch.Tensor) and outputs.is_floating_point() else outputs
 
 
+def half_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the kind of device computes in it without emulation, else float16."""
+    lacks = device == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if lacks else torch.bfloat16
+
+
 def enable_amp(cfg: Config) -> None:
     """Train in mixed precision.
 
@@ -66,7 +72,7 @@ def enable_amp(cfg: Config) -> None:
                         'configuration.')
     if device not in ('cpu', 'cuda'):
         raise UserError(f'--amp works on CUDA devices and CPUs, got {device}.')
-    if device == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if half_dtype(device) == torch.float16:
         wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
         return
     wrapper['type'] = 'BFloat16OptimWrapper'

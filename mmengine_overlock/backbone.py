@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 
-from mmengine.dist import barrier
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 
-from mmengine_overlock.checkpoint import weights_only
 from overlock import OverLoCKBackbone
-from overlock.checkpoint import LoadReport, find_file, load_pretrained
+from overlock.checkpoint import load_pretrained
 
 
 class BackboneModule(OverLoCKBackbone, BaseModule):
     """`overlock.OverLoCKBackbone` with mmengine's `init_cfg`.
 
-    `init_cfg=dict(type='Pretrained', checkpoint=PATH_OR_URL)` loads ImageNet weights, or those of the backbone in a
-    detector's or segmenter's file, tells in the log what was loaded and what was not, and refuses a file of another
-    variant. `prefix` says where else in the file the weights are.
+    `init_cfg=dict(type='Pretrained', checkpoint=...)` takes a name in `overlock.checkpoint.WEIGHTS`, a path or a URL.
+    It loads ImageNet weights, or those of the backbone in a detector's or segmenter's file, tells in the log what was
+    loaded and what was not, and refuses a file of another variant. `prefix` says where else in the file they are.
 
     Args:
         *args: Those of `overlock.OverLoCKBackbone`.
@@ -49,16 +46,7 @@ class BackboneModule(OverLoCKBackbone, BaseModule):
         finally:
             self.init_cfg = given
         for cfg in pretrained if first_call else ():
-            report = _load_on_every_rank(self, cfg['checkpoint'], cfg.get('prefix'))
+            report = load_pretrained(self, cfg['checkpoint'], cfg.get('prefix'))
             print_log(str(report), 'current', logging.INFO)
             if hasattr(self, '_params_init_info'):
                 update_init_info(self, init_info=f'Pretrained: {report.source}')
-
-
-def _load_on_every_rank(model: OverLoCKBackbone, source: str, prefix: str | None) -> LoadReport:
-    """Loads weights, which the first process of a machine fetches for all of its processes."""
-    if os.environ.get('LOCAL_RANK', '0') == '0':
-        find_file(source)
-    barrier()
-    with weights_only():
-        return load_pretrained(model, source, prefix)

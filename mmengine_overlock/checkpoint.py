@@ -2,88 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import functools
 import logging
-import os
-import pickle
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 
-from overlock.checkpoint import CheckpointError
-from overlock.checkpoint.files import UNREADABLE, unreadable
-
-_FORCED = {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '0'}
-
-
-def _answers_to(path: str) -> Callable[[Any], Any]:
-    """Give a class or function the name that files ask for; torch < 2.6 takes no (callable, name) pairs."""
-
-    def rename(target: Any) -> Any:
-        target.__module__, _, target.__name__ = path.rpartition('.')
-        target.__qualname__ = target.__name__
-        return target
-
-    return rename
-
-
-@_answers_to('mmengine.logging.history_buffer.HistoryBuffer')
-class _LoggedValues:
-    """Takes the numbers of a saved HistoryBuffer, and not the functions that its own class would take over."""
-
-    def __setstate__(self, state: dict) -> None:
-        self.arguments = state['_log_history'], state['_count_history'], state['max_length']
-
-
-@_answers_to('builtins.getattr')
-def _method_name(owner: object, name: str) -> str:
-    """Answers a saved HistoryBuffer, which names its functions by `getattr`, and nothing else."""
-    if owner is not _LoggedValues:
-        raise pickle.UnpicklingError('Unsupported global: GLOBAL builtins.getattr')
-    return name
-
-
-def _numpy_globals() -> list[Any]:
-    """What arrays and scalars of numbers are pickled by, under the module names of NumPy 1 and NumPy 2."""
-    functions = {'_reconstruct': np.ndarray(0).__reduce__()[0], 'scalar': np.float64().__reduce__()[0]}
-    numbers = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
-    return [
-        np.ndarray, np.dtype, *{type(np.dtype(code)) for code in numbers},
-        # The bytes of an array; torch allows the second by itself from 2.5 on.
-        bytes, codecs.encode,
-        *(_answers_to(f'{package}.multiarray.{name}')(functools.partial(function))
-          for name, function in functions.items() for package in ('numpy.core', 'numpy._core'))]
-
-
-_SAFE_GLOBALS = [_LoggedValues, _method_name, *_numpy_globals()]
-
-
-@contextmanager
-def weights_only() -> Iterator[None]:
-    """Let every `torch.load` inside take tensors, plain values and mmengine's logs, and refuse all else.
-
-    That holds for loads that ask for everything too, as those of mmengine and torch.hub do on some versions.
-    """
-    environment = {name: os.environ.get(name) for name in _FORCED}
-    allowed = list(torch.serialization.get_safe_globals())
-    os.environ.update(_FORCED)
-    torch.serialization.add_safe_globals(_SAFE_GLOBALS)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(allowed)
-        for name, value in environment.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+from overlock.checkpoint.unpickling import UNREADABLE, LoggedValues, unreadable, weights_only
+from overlock.errors import CheckpointError
+from overlock.files import whole_file
 
 
 def _safely(loader: Callable) -> Callable:
@@ -107,7 +40,7 @@ def _safely(loader: Callable) -> Callable:
 def _with_history(checkpoint: Any) -> Any:
     hub = checkpoint.get('message_hub') if isinstance(checkpoint, dict) else None
     for name, value in (hub or {}).get('log_scalars', {}).items():
-        if isinstance(value, _LoggedValues):
+        if isinstance(value, LoggedValues):
             hub['log_scalars'][name] = HistoryBuffer(*value.arguments)
     return checkpoint
 
@@ -116,17 +49,8 @@ class WholeFileBackend(LocalBackend):
     """mmengine's local files, except that a file of this name is either the old one or the complete new one."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        try:
-            with temporary.open('wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(filepath) as file:
+            file.write(obj)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
         self.put(obj.encode(encoding), filepath)

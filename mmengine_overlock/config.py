@@ -12,7 +12,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmengine_overlock.errors import UserError
+from overlock.checkpoint import find_file
+from overlock.errors import UserError
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 EVALUATORS = ('val_evaluator', 'test_evaluator')
@@ -124,11 +125,11 @@ def set_weights(cfg: Config, weights: str) -> None:
 
     Raises:
         UserError: There is no such file, or the model has no backbone.
+        CheckpointError: The file cannot be downloaded.
     """
     if 'backbone' not in cfg.model:
         raise UserError(f'--weights is for the backbone, and the model {cfg.model.type} has none.')
-    if '://' not in weights and not Path(weights).is_file():
-        raise UserError(f'The weight file {weights} given by --weights does not exist.')
+    find_file(weights)
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=weights)
 
 

@@ -13,7 +13,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch import distributed
 
 from mmengine_overlock.config import nodes
-from mmengine_overlock.errors import UserError
+from overlock.errors import UserError, local_rank
 
 # Where each launcher tells a process its rank, the number of processes, and its rank on the machine.
 _VARIABLES = {
@@ -25,7 +25,7 @@ _VARIABLES = {
 
 def is_first_of_machine(launcher: str) -> bool:
     """Whether this process is the one that does what one process of each machine has to do."""
-    return launcher == 'none' or os.environ.get(_VARIABLES[launcher][2], '0') == '0'
+    return launcher == 'none' or local_rank() == 0
 
 
 def prepare_launch(cfg: Config) -> None:
@@ -44,11 +44,11 @@ def prepare_launch(cfg: Config) -> None:
     if missing:
         raise UserError(f'--launcher {cfg.launcher} needs {", ".join(missing)} in the environment; start the run with '
                         'tools/dist_train.sh, tools/dist_test.sh, tools/slurm_train.sh or tools/slurm_test.sh.')
-    device, local_rank = get_device(), int(os.environ[names[2]])
+    device = get_device()
     if device == 'cpu':
         _prepare_cpu(cfg, [os.environ[name] for name in names])
-    elif device == 'cuda' and local_rank >= torch.cuda.device_count():
-        raise UserError(f'Process {local_rank} of this machine has no GPU, because the machine has '
+    elif device == 'cuda' and local_rank() >= torch.cuda.device_count():
+        raise UserError(f'Process {local_rank()} of this machine has no GPU, because the machine has '
                         f'{torch.cuda.device_count()}; start no more processes than GPUs.')
 
 

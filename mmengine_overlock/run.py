@@ -32,7 +32,8 @@ from mmengine_overlock.data import check_data
 from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook
 from mmengine_overlock.launch import finish_launch, is_first_of_machine, prepare_launch
 from mmengine_overlock.speed import compile_backbones, narrow_backbones, tune_process
-from overlock.checkpoint import CheckpointError
+from overlock.checkpoint import find_file
+from overlock.errors import CheckpointError
 
 
 def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | None = None, amp: bool = False,
@@ -90,7 +91,7 @@ def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = N
 
     Args:
         config: File of the configuration.
-        checkpoint: Path or URL of the weights; they must fit the whole model.
+        checkpoint: The weights, by their published name, path or URL; they must fit the whole model.
         work_dir: Folder for the log; by default `work_dirs/<name of the configuration>`.
         out: File (.pkl) for the predictions.
         show_dir: Folder for images with the predictions drawn beside the truth.
@@ -109,7 +110,7 @@ def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = N
         UserError, CheckpointError: What the user gave cannot be used; one sentence says why.
     """
     cfg = load_config(config, cfg_options, work_dir, launcher)
-    cfg.load_from, cfg.resume = _existing(checkpoint), False
+    cfg.load_from, cfg.resume = _local(checkpoint), False
     if data_root is not None:
         set_data_root(cfg, data_root)
     if tta:
@@ -131,10 +132,10 @@ def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = N
     return scores
 
 
-def _existing(checkpoint: str) -> str:
-    if '://' not in checkpoint and not Path(checkpoint).expanduser().is_file():
-        raise CheckpointError(f'The checkpoint {checkpoint} does not exist.')
-    return checkpoint
+def _local(checkpoint: str) -> str:
+    """The file of a published name, path or URL; mmengine has readers of its own for other schemes."""
+    schemes = '://' in checkpoint and not checkpoint.startswith(('http://', 'https://'))
+    return checkpoint if schemes else str(find_file(checkpoint))
 
 
 def _set_resume(cfg: Config, resume: str | None) -> None:
@@ -149,7 +150,7 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
                   logging.WARNING)
     cfg.resume = found is not None
     if cfg.get('load_from'):
-        _existing(cfg.load_from)
+        cfg.load_from = _local(cfg.load_from)
 
 
 def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:

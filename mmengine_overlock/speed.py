@@ -8,9 +8,10 @@ import torch
 from mmengine.device import get_device
 from torch import Tensor, nn
 
-from mmengine_overlock.errors import UserError
+from mmengine_overlock.amp import half_dtype
 from overlock import keep_freed_memory
 from overlock.blocks import DynamicBlock, StaticBlock
+from overlock.errors import UserError
 from overlock.model import Trunk
 
 
@@ -39,9 +40,8 @@ def compile_backbones(model: nn.Module, **options: Any) -> None:
 def narrow_backbones(model: nn.Module) -> None:
     """Runs every OverLoCK backbone in a model in bfloat16 autocast; what it gives is float32 again, for all behind it.
 
-    On a GPU without bfloat16 it is float16.
-
-    Boxes at hundreds of pixels need more than the 8 bits of bfloat16, and mmcv's operators have no bfloat16.
+    On a GPU without bfloat16 it is float16. Boxes at hundreds of pixels need more than the 8 bits of bfloat16, and
+    mmcv's operators have no bfloat16.
     """
     for backbone in _backbones(model):
         backbone.forward = _Narrow(backbone)
@@ -52,9 +52,7 @@ class _Narrow:
         self.backbone = backbone
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        # A GPU without bfloat16 has float16.
-        narrow = torch.bfloat16 if x.device.type != 'cuda' or torch.cuda.is_bf16_supported() else torch.float16
-        with torch.autocast(x.device.type, narrow):
+        with torch.autocast(x.device.type, half_dtype(x.device.type)):
             outs = type(self.backbone).forward(self.backbone, x)
         return tuple(out.float() for out in outs)
 

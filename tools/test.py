@@ -11,14 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmengine.config import DictAction  # noqa: E402
 
-from mmengine_overlock.errors import exit_on_user_error  # noqa: E402
 from mmengine_overlock.run import test  # noqa: E402
+from overlock.errors import exit_on_user_error  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='file of the configuration, see configs/')
-    parser.add_argument('checkpoint', help='path or URL of the weights')
+    parser.add_argument('checkpoint', help='the weights: a path, a URL, or a published name')
     parser.add_argument('--work-dir', metavar='DIR',
                         help='folder for the log (default: work_dirs/<name of the configuration>)')
     parser.add_argument('--out', metavar='FILE.pkl', help='file for the predictions')

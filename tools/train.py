@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmengine.config import DictAction  # noqa: E402
 
-from mmengine_overlock.errors import exit_on_user_error  # noqa: E402
 from mmengine_overlock.run import train  # noqa: E402
+from overlock.errors import exit_on_user_error  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,7 +28,8 @@ def parse_args() -> argparse.Namespace:
                         help='scale the learning rate with the total batch size')
     parser.add_argument('--compile', action='store_true', help='compile the backbone with torch.compile')
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data, for every data set and evaluator')
-    parser.add_argument('--weights', metavar='FILE', help="weights of the backbone, instead of the configuration's")
+    parser.add_argument('--weights', metavar='FILE',
+                        help="weights of the backbone, instead of the configuration's: a path, URL or published name")
     parser.add_argument('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='settings over those of the configuration, as key=value, key="[a,b]" or key=a,b')

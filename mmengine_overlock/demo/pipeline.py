@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmengine_overlock.errors import UserError
 from mmengine_overlock.run import test, train
+from overlock.errors import UserError
 
 from .pictures import draw_predictions
 from .report import APTable, ap_table, plot_curves, read_scalars, replacing

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mmengine_overlock.errors import UserError
+from overlock.errors import UserError
 
 from .scenes import CLASSES, Scene, draw_scene
 
@@ -45,8 +45,8 @@ def draw(root: str | os.PathLike, train: int = 320, val: int = 48, size: int = 1
         UserError: If a number is out of range, or `root` holds something else than a drawn data set.
     """
     if min(train, val) < len(CLASSES) or size < 64:
-        raise UserError(f'The drawn data set needs at least {len(CLASSES)} images a split and a size of at least 64, got '
-                        f'train={train}, val={val}, size={size}; raise what is too low.')
+        raise UserError(f'The drawn data set needs at least {len(CLASSES)} images a split and a size of at least 64, '
+                        f'got train={train}, val={val}, size={size}; raise what is too low.')
     root = Path(root).absolute()
     counts = {'train': train, 'val': val}
     parameters = dict(version=_VERSION, **counts, size=size, seed=seed)

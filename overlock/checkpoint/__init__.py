@@ -1,8 +1,10 @@
-"""Weights: published names and ours, safe reading of files, and loading that tells what it did."""
+"""Weights: those that are published, names in files and ours, safe reading, and loading that tells what it did."""
 
-from overlock.checkpoint.files import CheckpointError, find_file, read_state_dict
+from overlock.checkpoint.files import find_file, load, read_state_dict
 from overlock.checkpoint.loading import LoadReport, load_pretrained, load_state_dict
 from overlock.checkpoint.names import from_published, to_published
+from overlock.checkpoint.registry import WEIGHTS, Preprocessing, Weights
+from overlock.errors import CheckpointError
 
-__all__ = ['CheckpointError', 'LoadReport', 'find_file', 'from_published', 'load_pretrained', 'load_state_dict',
-           'read_state_dict', 'to_published']
+__all__ = ['WEIGHTS', 'CheckpointError', 'LoadReport', 'Preprocessing', 'Weights', 'find_file', 'from_published',
+           'load', 'load_pretrained', 'load_state_dict', 'read_state_dict', 'to_published']

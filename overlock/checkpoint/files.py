@@ -1,71 +1,130 @@
 """Finding weight files and reading them without running anything that they hold."""
 
-import errno
+from __future__ import annotations
+
+import difflib
 import os
-import pickle
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from urllib.error import URLError
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 
+from overlock.checkpoint.download import download
+from overlock.checkpoint.registry import WEIGHTS
+from overlock.checkpoint.unpickling import UNREADABLE, unreadable, weights_only
+from overlock.errors import CheckpointError
+
 WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
 
-# What torch.load raises on files that are cut off, ask for code, or are something else by their first bytes.
-UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError,
-              AttributeError)
+# Where trainers put a state dict in a file, and the running average of one: timm, mmengine, and the older names.
+_WRAPPERS = ('state_dict', 'model')
+_EMA_WRAPPERS = ('state_dict_ema', 'model_ema', 'ema_state_dict')
 
 
-class CheckpointError(ValueError):
-    """A weight file that cannot be found, read or used for this model."""
+def load(source: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
+    """The tensors of published weights, of a file, or of a URL, by the names in the file, on the CPU.
+
+    Args:
+        source: A name in `overlock.checkpoint.WEIGHTS`, a path, or a URL, see `find_file`.
+        ema: Whether to take the running average of the weights, where the file has both.
+
+    Raises:
+        CheckpointError: See `find_file` and `read_state_dict`.
+    """
+    return read_state_dict(find_file(source), ema)
 
 
 def find_file(source: str | os.PathLike) -> Path:
-    """The local file of a path or URL.
+    """The local file of published weights, of a path, or of a URL.
 
-    A URL is looked for, by its file name, in the folder that `OVERLOCK_WEIGHTS` names, then in torch hub's cache, and
-    downloaded into that cache else.
+    Names in `overlock.checkpoint.WEIGHTS` stand for their URLs. The file of a URL is looked for, by its name, in the
+    folder that `OVERLOCK_WEIGHTS` names, then in torch hub's cache, and downloaded into that cache else: from its own
+    URL, or, where `OVERLOCK_WEIGHTS` is the URL of a folder, from there.
 
     Raises:
         CheckpointError: If there is no such file, or it cannot be downloaded.
     """
     source = os.fspath(source)
-    if urlparse(source).scheme not in ('http', 'https'):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise CheckpointError(f'weight file not found: {path}; give the path of a file or a URL')
+    if source in WEIGHTS and not os.path.isfile(source):
+        published = WEIGHTS[source]
+        return _find_url(published.url, published.size, published.sha256)
+    if _is_url(source):
+        return _find_url(source)
+    path = Path(source).expanduser()
+    if path.is_file():
         return path
-    name = Path(urlparse(source).path).name
-    cached = Path(torch.hub.get_dir()) / 'checkpoints' / name
-    local = [Path(os.environ[WEIGHTS_VARIABLE]).expanduser() / name] if os.environ.get(WEIGHTS_VARIABLE) else []
+    close = difflib.get_close_matches(source, WEIGHTS, 3)
+    raise CheckpointError(f'The weight file {path} does not exist; give the path of a file, a URL, or a name of '
+                          f'published weights, such as {", ".join(close or list(WEIGHTS)[:1])}.')
+
+
+def _is_url(text: str) -> bool:
+    return urlparse(text).scheme in ('http', 'https')
+
+
+def _find_url(url: str, size: int | None = None, sha256: str | None = None) -> Path:
+    name = Path(urlparse(url).path).name
+    place = os.environ.get(WEIGHTS_VARIABLE, '')
+    cached = Path(torch.hub.get_dir(), 'checkpoints', name)
+    local = [Path(place).expanduser() / name] if place and not _is_url(place) else []
     for path in (*local, cached):
         if path.is_file():
             return path
+    if _is_url(place):
+        url = f'{place.rstrip("/")}/{name}'
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        # Writes to a temporary file beside the target and moves it when it is whole.
-        torch.hub.download_url_to_file(source, str(cached))
-    except (URLError, OSError) as error:
+        download(url, cached, size, sha256)
+    except OSError as error:
         raise CheckpointError(
-            f'cannot download {source} ({error}); fetch {name} by other means and put it into the folder that '
-            f'{WEIGHTS_VARIABLE} names, or at {cached}') from error
+            f'cannot download {url} ({error}); try again, or fetch {name} by other means and put it into the folder '
+            f'that {WEIGHTS_VARIABLE} names, or at {cached}') from error
     return cached
 
 
-def unreadable(path: str | os.PathLike, error: Exception) -> CheckpointError:
-    """What to tell of a file on which `torch.load(..., weights_only=True)` raised one of `UNREADABLE`."""
-    wanted = re.search(r'GLOBAL (\S+)', str(error))
-    if wanted:
-        return CheckpointError(
-            f'{path} asks for the Python object {wanted[1]}, which a checkpoint could use to run code, and was not '
-            'loaded; save it again with tensors, numbers and strings only.')
-    # torch seeks before the start of a file that is too short.
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:
-        return CheckpointError(f'Cannot read the checkpoint {path} ({error}); give the path of a file on this machine.')
-    return CheckpointError(f'{path} is not a whole PyTorch checkpoint: it was cut off while it was written, or is '
-                           'another kind of file.')
+def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
+    """The tensors of a weight file (.pth or .safetensors), on the CPU, out of their usual wrappings.
+
+    Unwraps `state_dict`, `model`, `state_dict_ema`, `model_ema`, mmengine's `ema_state_dict`, and the prefix `module.`.
+
+    Args:
+        path: The file.
+        ema: Whether to take the running average of the weights, where the file has both.
+
+    Raises:
+        CheckpointError: If the file is damaged, holds no state dict, no average that was asked for, or would have to
+            run code to load.
+    """
+    path = Path(path)
+    if path.suffix == '.safetensors':
+        content = _read_safetensors(path)
+    else:
+        try:
+            with weights_only():
+                content = torch.load(path, map_location='cpu', weights_only=True)
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+    averages = _unwrap(content, _EMA_WRAPPERS)
+    if ema and averages is None:
+        raise CheckpointError(f'{path} holds no running average of weights: expected one of '
+                              f'{", ".join(_EMA_WRAPPERS)}; load its weights themselves')
+    plain = _unwrap(content, _WRAPPERS)
+    found = averages if ema or plain is None and averages is not None else content if plain is None else plain
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(
+        found, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(f'{path} holds no state dict')
+    # An averaged model counts its updates beside what it wraps.
+    if all(name.startswith('module.') for name in tensors if name != 'steps'):
+        tensors = {name.removeprefix('module.'): value for name, value in tensors.items() if name != 'steps'}
+    return tensors
+
+
+def _unwrap(content: Any, wrappers: tuple[str, ...]) -> Mapping | None:
+    inner = (content[name] for name in wrappers if isinstance(content, Mapping) and name in content)
+    return next((value for value in inner if isinstance(value, Mapping)), None)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -79,30 +138,3 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f'{path} is damaged: {error}') from error
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a weight file (.pth or .safetensors), on the CPU, out of their usual wrappings.
-
-    Unwraps `state_dict`, `model`, `state_dict_ema` and the prefix `module.`.
-
-    Raises:
-        CheckpointError: If the file is damaged, holds no state dict, or would have to run code to load.
-    """
-    path = Path(path)
-    if path.suffix == '.safetensors':
-        return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except UNREADABLE as error:
-        raise unreadable(path, error) from error
-    for wrapper in ('state_dict', 'model', 'state_dict_ema'):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f'{path} holds no state dict')
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if all(name.startswith('module.') for name in tensors):
-        tensors = {name.removeprefix('module.'): value for name, value in tensors.items()}
-    return tensors

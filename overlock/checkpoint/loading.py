@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from overlock.checkpoint.files import CheckpointError, find_file, read_state_dict
+from overlock.checkpoint.files import load
 from overlock.checkpoint.forms import form_of, must_fold
 from overlock.checkpoint.names import from_published
+from overlock.errors import CheckpointError
 
 # What a dense-prediction backbone adds to the ImageNet network, and what it leaves out.
 NEW_PARTS = ('output_norms.', 'overview_proj.', 'overview_scale.')
@@ -52,18 +53,20 @@ def _is_net(name: str) -> bool:
     return name.startswith(('base_net.', 'overview_net.', 'focus_net.'))
 
 
-def load_pretrained(model: nn.Module, source: str | os.PathLike, prefix: str | None = None) -> LoadReport:
+def load_pretrained(model: nn.Module, source: str | os.PathLike, prefix: str | None = None, ema: bool = False
+                    ) -> LoadReport:
     """Loads a weight file into a classifier or a backbone.
 
     Args:
         model: An `OverLoCK` or `OverLoCKBackbone`.
-        source: A path or URL, see `find_file`.
+        source: A name of published weights, a path, or a URL, see `find_file`.
         prefix: Use only the entries below this prefix, without it; by default `backbone.` where the file has it.
+        ema: Whether to take the running average of the weights, where the file has both.
 
     Raises:
         CheckpointError: If the file cannot be found or read, or is not of this model.
     """
-    return load_state_dict(model, read_state_dict(find_file(source)), os.fspath(source), prefix)
+    return load_state_dict(model, load(source, ema), os.fspath(source), prefix)
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = 'the state dict',

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TypeVar
 
-from overlock.checkpoint.files import CheckpointError
 from overlock.checkpoint.forms import form_of
+from overlock.errors import CheckpointError
 
 T = TypeVar('T')
 

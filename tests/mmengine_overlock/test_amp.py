@@ -5,8 +5,8 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from mmengine_overlock import amp
-from mmengine_overlock.errors import UserError
 from mmengine_overlock.run import train
+from overlock.errors import UserError
 
 
 def config(**optim_wrapper):

@@ -9,8 +9,9 @@ from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, save_checkpoint
 
-from mmengine_overlock.checkpoint import find_resumable, use_safe_files, weights_only
-from overlock.checkpoint import CheckpointError
+from mmengine_overlock.checkpoint import find_resumable, use_safe_files
+from overlock.checkpoint.unpickling import weights_only
+from overlock.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from mmengine_overlock.config import (
     set_weights,
     use_tta,
 )
-from mmengine_overlock.errors import UserError
+from overlock.errors import UserError
 
 
 def coco(root='data/coco/'):
@@ -63,7 +63,7 @@ def test_weights_replace_the_backbones_alone(tmp_path):
     cfg = Config(dict(model=dict(type='Detector', backbone=dict(init_cfg=dict(
         type='Pretrained', checkpoint='https://example.invalid/a.pth')), neck=dict(init_cfg='kept'))))
     path = tmp_path / 'w.pth'
-    with pytest.raises(UserError, match='w.pth given by --weights does not exist'):
+    with pytest.raises(UserError, match='weight file .*w.pth does not exist'):
         set_weights(cfg, str(path))
     path.touch()
     set_weights(cfg, str(path))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmengine_overlock.errors import UserError
 from mmengine_overlock.run import test as run_test
 from mmengine_overlock.run import train
 from overlock.checkpoint import CheckpointError
+from overlock.errors import UserError
 
 
 def history(runner, name):

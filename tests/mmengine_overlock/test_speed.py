@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmengine_overlock.errors import UserError
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import OverLoCKBackbone
+from overlock.errors import UserError
 
 TINY = dict(embed_dims=(8, 16, 32, 48), base_depths=(1, 1, 2), overview_depth=1, focus_depths=(3, 1),
             focus_groups=(2, 2))
@@ -83,5 +83,5 @@ def test_compiled_blocks_train_the_same_in_few_graphs_for_every_size():
         for ours, truth in zip(*results, strict=True):
             assert (ours - truth).abs().max() <= 1e-5 * largest
     assert list(compiled.state_dict()) == names
-    # Four static stages; dynamic blocks without a prior, with one, and the last: not one for each of 9 blocks and 2 sizes.
+    # Four static stages; dynamic blocks without a prior, with one, and the last: not one for each block and size.
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 7

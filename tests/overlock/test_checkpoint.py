@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from overlock.checkpoint import (
     CheckpointError,
     find_file,
     from_published,
+    load,
     load_pretrained,
     read_state_dict,
     to_published,
@@ -164,18 +166,26 @@ def test_safetensors_load_too(tmp_path):
         read_state_dict(tmp_path / 'cut.safetensors')
 
 
-def test_local_folder_stands_in_for_a_url(tmp_path, monkeypatch):
-    (tmp_path / 'weights.pth').write_bytes(b'x')
-    monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path))
-    assert find_file('https://example.invalid/v1/weights.pth') == tmp_path / 'weights.pth'
+@pytest.mark.parametrize(('wrap', 'plain', 'average'), [
+    (lambda plain, ema: {'state_dict': plain, 'state_dict_ema': ema, 'epoch': 3}, 1.0, 2.0),
+    (lambda plain, ema: {'model': plain, 'model_ema': ema, 'args': Namespace(lr=1e-3)}, 1.0, 2.0),
+    (lambda plain, ema: {'state_dict': plain, 'ema_state_dict': {
+        'steps': torch.tensor(5), **{f'module.{name}': value for name, value in ema.items()}}}, 1.0, 2.0),
+    (lambda plain, ema: {'state_dict_ema': ema}, 2.0, 2.0)])
+def test_running_averages_are_taken_where_they_are_asked_for_or_all_there_is(wrap, plain, average, tmp_path):
+    torch.save(wrap({'a.weight': torch.tensor(1.0)}, {'a.weight': torch.tensor(2.0)}), tmp_path / 'w.pth')
+    assert load(tmp_path / 'w.pth') == {'a.weight': plain}
+    assert load(tmp_path / 'w.pth', ema=True) == {'a.weight': average}
 
 
-def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    monkeypatch.delenv('OVERLOCK_WEIGHTS', raising=False)
-    # Nothing listens on the discard port.
-    with pytest.raises(CheckpointError, match='cannot download .*w.pth.* OVERLOCK_WEIGHTS names, or at .*w.pth'):
-        find_file('http://127.0.0.1:9/w.pth')
-    assert not list(tmp_path.rglob('w.pth*'))
-    with pytest.raises(CheckpointError, match='not found: nowhere.pth'):
+def test_missing_average_is_an_error(tmp_path):
+    torch.save({'state_dict': {'a.weight': torch.ones(1)}}, tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='w.pth holds no running average of weights: expected one of state_dict_'):
+        load(tmp_path / 'w.pth', ema=True)
+
+
+def test_path_that_is_nowhere_is_an_error_that_knows_similar_names():
+    with pytest.raises(CheckpointError, match='The weight file nowhere.pth does not exist; give'):
         find_file('nowhere.pth')
+    with pytest.raises(CheckpointError, match='such as .*overlock_s_in1k'):
+        find_file('overlock_s_ink')

@@ -71,7 +71,7 @@ def test_a_missing_data_set_is_one_sentence_and_code_2(tmp_path):
 
 @pytest.mark.parametrize('command, sentence', [
     (('train.py', 'absent.py'), 'The configuration absent.py does not exist; '),
-    (('test.py', 'toy_config.py', 'absent.pth'), 'The checkpoint absent.pth does not exist.'),
+    (('test.py', 'toy_config.py', 'absent.pth'), 'The weight file absent.pth does not exist; '),
     (('train.py', 'toy_config.py', '--data-root', 'absent'), 'The folder absent given by --data-root does not exist.'),
 ])
 def test_mistakes_are_one_sentence_and_code_2(tmp_path, toy, command, sentence):

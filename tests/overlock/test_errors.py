@@ -1,7 +1,7 @@
 import pytest
 
-from mmengine_overlock.errors import UserError, exit_on_user_error
 from overlock.checkpoint import CheckpointError
+from overlock.errors import UserError, exit_on_user_error
 
 
 @pytest.mark.parametrize('kind', [UserError, CheckpointError])

@@ -1,4 +1,4 @@
-"""Mistakes of the user, and how the tools report them."""
+"""Mistakes of the user, and how command lines report them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from overlock.checkpoint import CheckpointError
+# Where torchrun, Slurm and Open MPI tell a process its rank on the machine.
+_LOCAL_RANKS = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK')
 
 
 class UserError(ValueError):
     """Something that the user can put right; the message is one sentence that says how."""
+
+
+class CheckpointError(UserError):
+    """A weight file that cannot be found, read or used for this model."""
+
+
+def local_rank() -> int:
+    """The rank of this process among those of a distributed run on this machine; 0 without one."""
+    return int(next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), 0))
 
 
 @contextmanager
@@ -22,8 +32,7 @@ def exit_on_user_error() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, CheckpointError) as error:
-        ranks = (os.environ.get(name) for name in ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'))
-        if next((rank for rank in ranks if rank is not None), '0') == '0':
+    except UserError as error:
+        if local_rank() == 0:
             sys.stderr.write(f'{error}\n')
         raise SystemExit(2) from error

@@ -1,0 +1,83 @@
+"""The published weights: one table, from which configurations, timm, tables and the model index take names and URLs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How weights expect their images, in evaluation: RGB in [0, 1], normalised by channel.
+
+    Attributes:
+        size: Sides in pixels: of the square crop, or the short and the long side that the whole image is fitted into.
+        crop_pct: Side of the centre crop over the short side of the resized image; None where the whole image is kept.
+        interpolation: Of the resize.
+        size_divisor: What both sides become multiples of: detectors pad for it, segmenters resize.
+        mean: Of the channels.
+        std: Of the channels.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    crop_pct: float | None = None
+    interpolation: str = 'bilinear'
+    size_divisor: int = 1
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One published file.
+
+    Attributes:
+        url: Where it is published.
+        arch: The variant: 'xt', 't', 's' or 'b'.
+        task: 'classification', 'detection' or 'segmentation'.
+        form: 'training', or 'merged' for re-parameterised large kernels (see `overlock.checkpoint.forms`).
+        metrics: Paper-reported results, in percent.
+        preprocessing: What the file expects of its images.
+        config: The configuration that evaluates it, by its name in configs/; None for classifiers.
+        size: Bytes, where they are known.
+        sha256: Hash, where it is known.
+    """
+
+    url: str
+    arch: str
+    task: str
+    form: str
+    metrics: Mapping[str, float]
+    preprocessing: Preprocessing
+    config: str | None = None
+    size: int | None = None
+    sha256: str | None = None
+
+
+_TOP1 = {'xt': 82.7, 't': 84.2, 's': 84.8, 'b': 85.1}
+_CROP_PCT = {'xt': 0.925, 't': 0.95, 's': 0.95, 'b': 0.975}
+_FULL_NAMES = {'t': 'tiny', 's': 'small', 'b': 'base'}
+_MASK_RCNN = {
+    't': {'1x': (48.3, 43.3), '3x': (49.6, 43.9)},
+    's': {'1x': (49.4, 44.0), '3x': (51.0, 45.0)},
+    'b': {'1x': (49.9, 44.4), '3x': (51.4, 45.3)},
+}
+_UPERNET = {'t': 50.3, 's': 51.3, 'b': 51.7}
+
+WEIGHTS: dict[str, Weights] = {
+    **{f'overlock_{arch}_in1k{suffix}': Weights(
+        f'{RELEASE}overlock_{arch}_in1k_224{suffix}.pth', arch, 'classification', form, {'top1': top1},
+        Preprocessing(crop_pct=_CROP_PCT[arch], interpolation='bicubic'))
+       for suffix, form in (('', 'training'), ('_reparam', 'merged')) for arch, top1 in _TOP1.items()},
+    **{f'mask_rcnn_overlock_{arch}_{schedule}_coco': Weights(
+        f'{RELEASE}maskrcnn{schedule}_overlock_{_FULL_NAMES[arch]}_coco.pth', arch, 'detection', 'training',
+        {'box_ap': box, 'mask_ap': mask}, Preprocessing((800, 1333), size_divisor=32),
+        f'mask_rcnn_overlock_{arch}_{schedule}')
+       for arch, results in _MASK_RCNN.items() for schedule, (box, mask) in results.items()},
+    **{f'upernet_overlock_{arch}_ade20k': Weights(
+        f'{RELEASE}upernet_overlock_{_FULL_NAMES[arch]}_ade20k.pth', arch, 'segmentation', 'training', {'miou': miou},
+        Preprocessing((512, 2048), size_divisor=32), f'upernet_overlock_{arch}_160k')
+       for arch, miou in _UPERNET.items()},
+}

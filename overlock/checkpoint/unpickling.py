@@ -1,0 +1,102 @@
+"""Unpickling without running what a file asks for: tensors, plain values, and stand-ins for the logs of trainers."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import errno
+import functools
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from overlock.errors import CheckpointError
+
+# What torch.load raises on files that are cut off, ask for code, or are something else by their first bytes.
+UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError,
+              AttributeError)
+
+_FORCED = {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '0'}
+
+
+def unreadable(path: str | os.PathLike, error: Exception) -> CheckpointError:
+    """What to tell of a file on which `torch.load(..., weights_only=True)` raised one of `UNREADABLE`."""
+    wanted = re.search(r'GLOBAL (\S+)', str(error))
+    if wanted:
+        return CheckpointError(
+            f'{path} asks for the Python object {wanted[1]}, which a checkpoint could use to run code, and was not '
+            'loaded; save it again with tensors, numbers and strings only.')
+    # torch seeks before the start of a file that is too short.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        return CheckpointError(f'Cannot read the checkpoint {path} ({error}); give the path of a file on this machine.')
+    return CheckpointError(f'{path} is not a whole PyTorch checkpoint: it was cut off while it was written, or is '
+                           'another kind of file.')
+
+
+def _answers_to(path: str) -> Callable[[Any], Any]:
+    """Give a class or function the name that files ask for; torch < 2.6 takes no (callable, name) pairs."""
+
+    def rename(target: Any) -> Any:
+        target.__module__, _, target.__name__ = path.rpartition('.')
+        target.__qualname__ = target.__name__
+        return target
+
+    return rename
+
+
+@_answers_to('mmengine.logging.history_buffer.HistoryBuffer')
+class LoggedValues:
+    """Takes the numbers of a saved HistoryBuffer of mmengine, and not the functions that its own class would."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.arguments = state['_log_history'], state['_count_history'], state['max_length']
+
+
+@_answers_to('builtins.getattr')
+def _method_name(owner: object, name: str) -> str:
+    """Answers a saved HistoryBuffer, which names its functions by `getattr`, and nothing else."""
+    if owner is not LoggedValues:
+        raise pickle.UnpicklingError('Unsupported global: GLOBAL builtins.getattr')
+    return name
+
+
+@functools.cache
+def _safe_globals() -> list[Any]:
+    """Stand-ins, timm's Namespace of options, and what arrays of numbers are pickled by in NumPy 1 and 2."""
+    plain = [LoggedValues, _method_name, argparse.Namespace]
+    try:
+        import numpy as np
+    except ImportError:  # torch itself goes without; files with arrays are then refused
+        return plain
+    functions = {'_reconstruct': np.ndarray(0).__reduce__()[0], 'scalar': np.float64().__reduce__()[0]}
+    numbers = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
+    return [
+        *plain, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in numbers},
+        # The bytes of an array; torch allows the second by itself from 2.5 on.
+        bytes, codecs.encode,
+        *(_answers_to(f'{package}.multiarray.{name}')(functools.partial(function))
+          for name, function in functions.items() for package in ('numpy.core', 'numpy._core'))]
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Let every `torch.load` inside take tensors, plain values and the logs of trainers, and refuse all else.
+
+    That holds for loads that ask for everything too, as those of mmengine and torch.hub do on some versions.
+    """
+    environment = {name: os.environ.get(name) for name in _FORCED}
+    allowed = list(torch.serialization.get_safe_globals())
+    os.environ.update(_FORCED)
+    torch.serialization.add_safe_globals(_safe_globals())
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+        for name, value in environment.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,186 @@
+"""Downloads from a local server that breaks, changes its mind, and lies."""
+
+import hashlib
+import http.server
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from overlock.checkpoint import CheckpointError, download, find_file, load, registry
+
+CONTENT = bytes(range(256)) * 4096
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` under every name.
+
+    Attributes:
+        breaks: After how many bytes of the body each of the next answers breaks off.
+        requests: (path, Range) of each request.
+        ranges: Whether parts are served.
+        tag: ETag of the content; None for none.
+    """
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.content, self.breaks, self.requests, self.ranges, self.tag = CONTENT, [], [], True, '"1"'
+
+    def url(self, name='w.pth'):
+        return f'http://127.0.0.1:{self.server_port}/v1/{name}'
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, asked = self.server, self.headers.get('Range')
+        server.requests.append((self.path, asked))
+        if self.path.endswith('absent.pth'):
+            return self.send_error(404)
+        start = int(re.fullmatch(r'bytes=(\d+)-', asked)[1]) if asked else 0
+        if not server.ranges or server.tag is None or self.headers.get('If-Range') != server.tag:
+            start = 0
+        if start >= len(server.content):
+            return self.send_error(416)
+        body = server.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Length', str(len(body)))
+        if start:
+            self.send_header('Content-Range', f'bytes {start}-{len(server.content) - 1}/{len(server.content)}')
+        if server.tag is not None:
+            self.send_header('ETag', server.tag)
+        self.end_headers()
+        self.wfile.write(body[:server.breaks.pop(0)] if server.breaks else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server, with torch hub's cache in `tmp_path / 'hub'` and no folder of weights."""
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    monkeypatch.delenv('OVERLOCK_WEIGHTS', raising=False)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def files(folder):
+    return sorted(path.name for path in folder.rglob('*') if path.is_file() and path.suffix != '.lock')
+
+
+def test_download_shows_progress_and_happens_once(server, tmp_path, capfd):
+    path = find_file(server.url())
+    assert path == tmp_path / 'hub' / 'checkpoints' / 'w.pth' and path.read_bytes() == CONTENT
+    assert re.search(r'w\.pth: .*100%.*1\.00M/1\.00M', capfd.readouterr().err)
+    assert find_file(server.url()) == path and len(server.requests) == 1
+    assert files(tmp_path) == ['w.pth']
+
+
+def test_broken_connection_is_gone_on_with_at_once(server, tmp_path):
+    server.breaks = [300_000, 500_000]
+    assert find_file(server.url()).read_bytes() == CONTENT
+    assert [asked for _, asked in server.requests] == [None, 'bytes=300000-', 'bytes=800000-']
+    assert files(tmp_path) == ['w.pth']
+
+
+def test_download_that_gave_up_is_gone_on_with_by_the_next(server, tmp_path):
+    server.breaks = [300_000, 0]
+    with pytest.raises(CheckpointError, match='broke after 300000 bytes.*; try again, or fetch w.pth by other means'):
+        find_file(server.url())
+    assert files(tmp_path) == ['w.pth.part', 'w.pth.part.version']
+    assert find_file(server.url()).read_bytes() == CONTENT
+    assert server.requests[-1][1] == 'bytes=300000-' and files(tmp_path) == ['w.pth']
+
+
+@pytest.mark.parametrize('change', [
+    dict(content=CONTENT[::-1], tag='"2"'), dict(content=CONTENT[:1000], tag='"2"'), dict(ranges=False),
+    dict(tag=None)], ids=['another file', 'a shorter file', 'no ranges', 'no version'])
+def test_part_of_another_file_is_not_gone_on_with(server, change, tmp_path):
+    server.breaks = [300_000, 0]
+    with pytest.raises(CheckpointError):
+        find_file(server.url())
+    for name, value in change.items():
+        setattr(server, name, value)
+    assert find_file(server.url()).read_bytes() == server.content
+    assert files(tmp_path) == ['w.pth']
+
+
+def test_part_longer_than_the_file_is_started_again(server, tmp_path):
+    part = tmp_path / 'hub' / 'checkpoints' / 'w.pth.part'
+    part.parent.mkdir(parents=True)
+    part.write_bytes(CONTENT * 2)
+    part.with_name('w.pth.part.version').write_text('"1"')
+    assert find_file(server.url()).read_bytes() == CONTENT
+
+
+def test_server_that_never_gets_further_ends_in_an_error(server):
+    server.tag, server.breaks = None, [1000] * 50
+    with pytest.raises(CheckpointError, match='broke after 1000 bytes, and again'):
+        find_file(server.url())
+    assert len(server.requests) == 2
+
+
+def test_missing_file_is_an_error_that_names_the_folder(server, tmp_path):
+    with pytest.raises(CheckpointError, match='cannot download .*absent.pth .HTTP Error 404: .*OVERLOCK_WEIGHTS names'):
+        find_file(server.url('absent.pth'))
+    assert files(tmp_path) == []
+
+
+def test_server_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    monkeypatch.delenv('OVERLOCK_WEIGHTS', raising=False)
+    # Nothing listens on the discard port.
+    with pytest.raises(CheckpointError, match='cannot download .*w.pth.* OVERLOCK_WEIGHTS names, or at .*w.pth'):
+        find_file('http://127.0.0.1:9/w.pth')
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(('known', 'message'), [
+    (dict(size=len(CONTENT) + 1), f'expected {len(CONTENT) + 1} bytes, got {len(CONTENT)}'),
+    (dict(sha256='0' * 64), f'expected SHA-256 {"0" * 64}, got {SHA256}')])
+def test_file_that_is_not_the_published_one_is_not_kept(server, known, message, tmp_path, monkeypatch):
+    weights = registry.Weights(server.url(), 'xt', 'classification', 'training', {}, registry.Preprocessing(), **known)
+    monkeypatch.setitem(registry.WEIGHTS, 'ours', weights)
+    with pytest.raises(CheckpointError, match=f'w.pth from .* is not the published file: {message}'):
+        find_file('ours')
+    assert files(tmp_path) == []
+
+
+def test_known_size_and_hash_are_accepted(server, tmp_path):
+    download.download(server.url(), tmp_path / 'a.pth', len(CONTENT), SHA256)
+    assert (tmp_path / 'a.pth').read_bytes() == CONTENT
+
+
+def test_hash_in_the_name_counts(server, tmp_path):
+    assert find_file(server.url(f'good-{SHA256[:8]}.pth')).read_bytes() == CONTENT
+    with pytest.raises(CheckpointError, match='expected SHA-256 01234567, got'):
+        find_file(server.url('bad-01234567.pth'))
+    assert files(tmp_path) == [f'good-{SHA256[:8]}.pth']
+
+
+def test_processes_that_want_the_same_file_fetch_it_once(server):
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(find_file, [server.url()] * 8))
+    assert len(set(paths)) == 1 and len(server.requests) == 1
+    assert paths[0].read_bytes() == CONTENT
+
+
+def test_folder_of_weights_is_looked_into_first(server, tmp_path, monkeypatch):
+    monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path))
+    (tmp_path / 'w.pth').write_bytes(b'x')
+    assert find_file(server.url()) == tmp_path / 'w.pth'
+    assert find_file(server.url('other.pth')).read_bytes() == CONTENT
+
+
+def test_weights_of_a_name_come_from_the_mirror(server, tmp_path, monkeypatch):
+    torch.save({'a.weight': torch.ones(1)}, tmp_path / 'content')
+    server.content = (tmp_path / 'content').read_bytes()
+    monkeypatch.setenv('OVERLOCK_WEIGHTS', server.url('').rstrip('/'))
+    assert load('overlock_s_in1k') == {'a.weight': torch.ones(1)}
+    assert [path for path, _ in server.requests] == ['/v1/overlock_s_in1k_224.pth']
+    assert (tmp_path / 'hub' / 'checkpoints' / 'overlock_s_in1k_224.pth').is_file()
