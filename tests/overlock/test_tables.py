@@ -13,6 +13,7 @@ from overlock.tables import fill_in, parameters, readme_tables
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_documents_are_those_of_the_registry(tmp_path):
     result = subprocess.run([sys.executable, ROOT / 'tools' / 'update_tables.py', '--check'], cwd=tmp_path,
                             capture_output=True, text=True)
@@ -42,6 +43,7 @@ def test_parameters_are_those_of_the_published_state_dicts(shapes):
         assert parameters('xt', form) == total
 
 
+@pytest.mark.slow
 def test_tables_replace_what_stands_between_the_comments():
     document = 'a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\nc\n'
     filled = fill_in(document, {'x': '| 1 |\n', 'y': '| 2 |\n'})
