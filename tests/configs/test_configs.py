@@ -10,6 +10,8 @@ from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 
+from overlock.checkpoint import WEIGHTS
+
 VARIANTS = ('xt', 't', 's', 'b')
 CHANNELS = {
     'xt': [56, 112, 340, 420],
@@ -106,6 +108,8 @@ def test_backbone_matches_the_table(name, load_config):
     assert backbone.arch == arch
     assert backbone.drop_path_rate == DROP_PATH['ade20k' if name in SEGMENTERS else 'coco'][arch]
     assert backbone.init_cfg == dict(type='Pretrained', checkpoint=f'overlock_{arch}_in1k')
+    weights = WEIGHTS[backbone.init_cfg.checkpoint]
+    assert (weights.arch, weights.task, weights.form) == (arch, 'classification', 'training')
     # Everything else is the backbone's own default for the toolbox.
     assert set(backbone) == {'type', 'arch', 'drop_path_rate', 'init_cfg'}
 

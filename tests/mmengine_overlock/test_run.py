@@ -1,5 +1,6 @@
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from mmengine.config import Config
 
 from mmengine_overlock.run import test as run_test
 from mmengine_overlock.run import train
-from overlock.checkpoint import CheckpointError
+from overlock.checkpoint import WEIGHTS, CheckpointError
 from overlock.errors import UserError
 
 
@@ -29,6 +30,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(write_toy, tmp_path, by_itera
         np.testing.assert_array_equal(history(resumed, name), history(whole, name))
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(resumed.optim_wrapper.state_dict(), whole.optim_wrapper.state_dict(), rtol=0, atol=0)
+
+
+def test_published_weights_are_tested_by_their_name(write_toy, tmp_path, monkeypatch):
+    train(write_toy(), work_dir=tmp_path / 'a')
+    monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path / 'a'))
+    monkeypatch.setitem(WEIGHTS, 'toy', replace(
+        WEIGHTS['upernet_overlock_t_ade20k'], url='https://example.invalid/v1/epoch_4.pth'))
+    scores = [run_test(write_toy(), checkpoint, work_dir=tmp_path / 'b')
+              for checkpoint in ('toy', 'https://example.invalid/v1/epoch_4.pth', str(tmp_path / 'a' / 'epoch_4.pth'))]
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_resume_goes_on_with_the_seed_of_the_first_run(write_toy, tmp_path):
@@ -71,7 +82,7 @@ def test_resume_refuses_a_checkpoint_of_another_model(write_toy, tmp_path):
 def test_a_missing_checkpoint_is_one_sentence(write_toy):
     for call in (lambda: train(write_toy(), resume='absent.pth'), lambda: run_test(write_toy(), 'absent.pth'),
                  lambda: train(write_toy("load_from = 'absent.pth'"))):
-        with pytest.raises(CheckpointError, match='absent.pth does not exist'):
+        with pytest.raises(CheckpointError, match='The weight file absent.pth does not exist'):
             call()
 
 
