@@ -92,7 +92,8 @@ class Trunk(nn.Module):
     def init_parameters(self) -> None:
         """Truncated normal weights with std 0.02 and zero biases, for convolutions; the rest starts as built."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # On the meta device there is nothing to draw, and torch takes seconds over it.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

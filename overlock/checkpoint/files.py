@@ -19,9 +19,11 @@ from overlock.errors import CheckpointError
 
 WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
 
-# Where trainers put a state dict in a file, and the running average of one: timm, mmengine, and the older names.
+# Where trainers put a state dict in a file, and the running average of one.
 _WRAPPERS = ('state_dict', 'model')
-_EMA_WRAPPERS = ('state_dict_ema', 'model_ema', 'ema_state_dict')
+_EMA_WRAPPERS = ('state_dict_ema', 'model_ema')
+# mmengine's EMAHook puts the average into `state_dict`, and the weights behind it here.
+_BEHIND_AVERAGE = 'ema_state_dict'
 
 
 def load(source: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
@@ -48,11 +50,12 @@ def find_file(source: str | os.PathLike) -> Path:
         CheckpointError: If there is no such file, or it cannot be downloaded.
     """
     source = os.fspath(source)
+    published = {weights.url: weights for weights in WEIGHTS.values()}
     if source in WEIGHTS and not os.path.isfile(source):
-        published = WEIGHTS[source]
-        return _find_url(published.url, published.size, published.sha256)
+        source = WEIGHTS[source].url
     if _is_url(source):
-        return _find_url(source)
+        known = published.get(source)
+        return _find_url(source, known and known.size, known and known.sha256)
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -87,7 +90,8 @@ def _find_url(url: str, size: int | None = None, sha256: str | None = None) -> P
 def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
     """The tensors of a weight file (.pth or .safetensors), on the CPU, out of their usual wrappings.
 
-    Unwraps `state_dict`, `model`, `state_dict_ema`, `model_ema`, mmengine's `ema_state_dict`, and the prefix `module.`.
+    Unwraps `state_dict`, `model`, `state_dict_ema`, `model_ema`, and the prefix `module.`. In a file of mmengine's
+    EMAHook `state_dict` is the average, with or without `ema`.
 
     Args:
         path: The file.
@@ -106,19 +110,19 @@ def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Ten
                 content = torch.load(path, map_location='cpu', weights_only=True)
         except UNREADABLE as error:
             raise unreadable(path, error) from error
-    averages = _unwrap(content, _EMA_WRAPPERS)
+    averages, plain = _unwrap(content, _EMA_WRAPPERS), _unwrap(content, _WRAPPERS)
+    if ema and averages is None and _unwrap(content, (_BEHIND_AVERAGE,)) is not None:
+        averages = plain
     if ema and averages is None:
         raise CheckpointError(f'{path} holds no running average of weights: expected one of '
-                              f'{", ".join(_EMA_WRAPPERS)}; load its weights themselves')
-    plain = _unwrap(content, _WRAPPERS)
+                              f'{", ".join((*_EMA_WRAPPERS, _BEHIND_AVERAGE))}; load its weights themselves')
     found = averages if ema or plain is None and averages is not None else content if plain is None else plain
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(
         found, Mapping) else {}
     if not tensors:
         raise CheckpointError(f'{path} holds no state dict')
-    # An averaged model counts its updates beside what it wraps.
-    if all(name.startswith('module.') for name in tensors if name != 'steps'):
-        tensors = {name.removeprefix('module.'): value for name, value in tensors.items() if name != 'steps'}
+    if all(name.startswith('module.') for name in tensors):
+        tensors = {name.removeprefix('module.'): value for name, value in tensors.items()}
     return tensors
 
 

@@ -146,8 +146,9 @@ def test_server_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
 def test_file_that_is_not_the_published_one_is_not_kept(server, known, message, tmp_path, monkeypatch):
     weights = registry.Weights(server.url(), 'xt', 'classification', 'training', {}, registry.Preprocessing(), **known)
     monkeypatch.setitem(registry.WEIGHTS, 'ours', weights)
-    with pytest.raises(CheckpointError, match=f'w.pth from .* is not the published file: {message}'):
-        find_file('ours')
+    for source in ('ours', server.url()):
+        with pytest.raises(CheckpointError, match=f'w.pth from .* is not the published file: {message}'):
+            find_file(source)
     assert files(tmp_path) == []
 
 
