@@ -50,12 +50,10 @@ def find_file(source: str | os.PathLike) -> Path:
         CheckpointError: If there is no such file, or it cannot be downloaded.
     """
     source = os.fspath(source)
-    published = {weights.url: weights for weights in WEIGHTS.values()}
     if source in WEIGHTS and not os.path.isfile(source):
         source = WEIGHTS[source].url
     if _is_url(source):
-        known = published.get(source)
-        return _find_url(source, known and known.size, known and known.sha256)
+        return _find_url(source)
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -68,7 +66,7 @@ def _is_url(text: str) -> bool:
     return urlparse(text).scheme in ('http', 'https')
 
 
-def _find_url(url: str, size: int | None = None, sha256: str | None = None) -> Path:
+def _find_url(url: str) -> Path:
     name = Path(urlparse(url).path).name
     place = os.environ.get(WEIGHTS_VARIABLE, '')
     cached = Path(torch.hub.get_dir(), 'checkpoints', name)
@@ -76,6 +74,8 @@ def _find_url(url: str, size: int | None = None, sha256: str | None = None) -> P
     for path in (*local, cached):
         if path.is_file():
             return path
+    published = next((weights for weights in WEIGHTS.values() if weights.url == url), None)
+    size, sha256 = (published.size, published.sha256) if published else (None, None)
     if _is_url(place):
         url = f'{place.rstrip("/")}/{name}'
     try:
