@@ -8,7 +8,8 @@ import pytest
 # Package -> what must not be imported by importing it.
 BANNED = {'overlock': ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm', 'triton', 'natten'),
           'mmdet_overlock': ('mmseg', 'mmseg_overlock'), 'mmseg_overlock': ('mmdet', 'mmdet_overlock'),
-          'mmengine_overlock': ('mmdet', 'mmseg', 'mmdet_overlock', 'mmseg_overlock')}
+          'mmengine_overlock': ('mmdet', 'mmseg', 'mmdet_overlock', 'mmseg_overlock'),
+          'imagenet_overlock': ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmengine_overlock')}
 
 
 def python(code: str, **kwargs) -> subprocess.CompletedProcess:
