@@ -10,10 +10,10 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-natten clean
+.PHONY: help setup demo imagenet-demo test test-fast test-natten clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 	@echo 'Variables: VENV=path (an environment of your own), PYTHON=python3.x, PYTEST_ARGS=..., DEMO_ARGS=...'
 
 setup:  ## create .venv and install everything, once
@@ -21,6 +21,9 @@ setup:  ## create .venv and install everything, once
 
 demo: setup  ## train and evaluate a small detector on drawn shapes; results in work_dirs/demo
 	'$(VENV)/bin/python' tools/demo.py $(DEMO_ARGS)
+
+imagenet-demo: setup  ## train a classifier on drawn images; results in work_dirs/imagenet_demo
+	'$(VENV)/bin/python' tools/imagenet_demo.py $(DEMO_ARGS)
 
 test: setup  ## run the whole test suite
 	'$(VENV)/bin/python' -m pytest $(PYTEST_ARGS)

@@ -1,0 +1,5 @@
+"""ImageNet classification with OverLoCK on timm's parts: training, validation and a demonstration."""
+
+from imagenet_overlock.recipe import Recipe, load_recipe
+
+__all__ = ['Recipe', 'load_recipe']

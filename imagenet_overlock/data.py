@@ -1,0 +1,74 @@
+"""Images to batches, by timm's data sets, transforms and loaders."""
+
+from __future__ import annotations
+
+import numpy as np
+from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
+from timm.data.loader import PrefetchLoader
+from timm.utils import random_seed
+from torch import nn
+
+from imagenet_overlock.distributed import World
+from imagenet_overlock.folder import Split
+from imagenet_overlock.recipe import Recipe
+
+
+def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -> PrefetchLoader:
+    """Augmented batches of this process, already on its device; incomplete ones are dropped."""
+    config = resolve_data_config({'img_size': recipe.img_size}, model=model)
+    loader = create_loader(
+        _dataset(split, split.classes), config['input_size'], recipe.batch_size, is_training=True,
+        re_prob=recipe.reprob, re_mode='pixel', scale=recipe.scale, hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter, auto_augment=recipe.aa or None, interpolation=config['interpolation'],
+        mean=config['mean'], std=config['std'], num_workers=recipe.workers, distributed=world.is_distributed,
+        pin_memory=world.device.type == 'cuda', device=world.device,
+        # Workers that lived on would carry random states over from epoch to epoch, and no run could resume exactly.
+        persistent_workers=False)
+    if world.is_distributed:
+        loader.sampler.seed = recipe.seed
+    return loader
+
+
+def val_loader(split: Split, world: World, model: nn.Module, batch_size: int, workers: int = 4,
+               img_size: int | None = None, crop_pct: float | None = None,
+               classes: tuple[str, ...] | None = None) -> PrefetchLoader:
+    """Batches of this process's share of a split, on its device: every image is in one share, once.
+
+    Args:
+        split: What to validate on.
+        world: The processes among which images are dealt out.
+        model: Classifier of timm, whose `pretrained_cfg` gives the preprocessing.
+        batch_size: Images of a batch.
+        workers: Processes that read images.
+        img_size: Side of the images in pixels; None for that of the model.
+        crop_pct: Side of the centre crop over that of the resized image; None for that of the model, and for 1.0
+            where `img_size` is above the model's.
+        classes: Names of the model's classes, by index; None for those of the split.
+    """
+    config = resolve_data_config({'img_size': img_size, 'crop_pct': crop_pct}, model=model)
+    if crop_pct is None and config['input_size'][-1] > resolve_data_config({}, model=model)['input_size'][-1]:
+        config['crop_pct'] = 1.0
+    dataset = _dataset(split, classes or split.classes)
+    # timm's sampler for several processes repeats images so that all have as many.
+    dataset.reader.samples = dataset.reader.samples[world.rank::world.size]
+    return create_loader(
+        dataset, config['input_size'], batch_size, interpolation=config['interpolation'], mean=config['mean'],
+        std=config['std'], crop_pct=config['crop_pct'], num_workers=workers,
+        pin_memory=world.device.type == 'cuda', device=world.device, persistent_workers=False)
+
+
+def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+    """Mixup and cutmix of batches, or None where the recipe has neither."""
+    if not recipe.mixes:
+        return None
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Makes all that is random in an epoch of a process, workers included, depend on these numbers alone."""
+    random_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0]))
+
+
+def _dataset(split: Split, classes: tuple[str, ...]):
+    return create_dataset('', str(split.root), search_split=False,
+                          class_map={name: index for index, name in enumerate(classes)})

@@ -1,0 +1,104 @@
+"""Building classifiers, giving them weights, and the logits of both heads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+import timm
+from torch import Tensor, nn
+
+import overlock.timm  # noqa: F401  registers the models
+from overlock.checkpoint import CheckpointError, from_published, load, load_state_dict
+from overlock.errors import UserError
+
+_logger = logging.getLogger(__name__)
+_CLASSIFIERS = ('head.fc', 'aux_head.fc')
+
+
+def create_model(name: str, num_classes: int, aux_head: bool, drop_path: float = 0.0, pretrained: bool = False
+                 ) -> nn.Module:
+    """A classifier of timm's registry.
+
+    Args:
+        name: 'overlock_xt', 'overlock_t', 'overlock_s', 'overlock_b', or one of these with '_reparam'.
+        num_classes: Classes.
+        aux_head: Whether to build the auxiliary head.
+        drop_path: Drop path rate of the last block.
+        pretrained: Whether to load the published weights, with new classifiers unless there are 1000 classes.
+
+    Raises:
+        UserError: If there is no such model.
+        CheckpointError: If the weights cannot be found.
+    """
+    check_model(name)
+    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, aux_head=aux_head,
+                             drop_path_rate=drop_path)
+
+
+def check_model(name: str) -> None:
+    """Checks that there is a model of this name.
+
+    Raises:
+        UserError: If there is not.
+    """
+    names = timm.list_models('overlock_*')
+    if name not in names:
+        raise UserError(f'There is no model {name}; the models are {", ".join(names)}.')
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights to train from; heads start anew where the file has other classes, or no auxiliary head.
+
+    Raises:
+        CheckpointError: If the weights are not of this model.
+    """
+    given = from_published(state_dict)
+    own = model.state_dict()
+    new = [name for name in own if name.startswith('aux_head.') and name not in given
+           or name.startswith(_CLASSIFIERS) and name in given and given[name].shape != own[name].shape]
+    load_state_dict(model, {**given, **{name: own[name] for name in new}}, source)
+    if new:
+        _logger.info('%s start anew: %s has them for other classes, or not at all.',
+                     ', '.join(sorted({name.rpartition('.')[0] for name in new})), source)
+
+
+def load_for_validation(model_name: str, source: str | os.PathLike, num_classes: int, aux_head: bool, ema: bool
+                        ) -> nn.Module:
+    """A classifier with the weights of a file.
+
+    Args:
+        model_name: See `create_model`.
+        source: A name of published weights, a path, or a URL.
+        num_classes: Classes of the image folder.
+        aux_head: Whether to build the auxiliary head.
+        ema: Whether to take the running average of the weights.
+
+    Raises:
+        CheckpointError: If the file is not of this model or has other classes.
+    """
+    given = from_published(load(source, ema=ema))
+    if aux_head and not any(name.startswith('aux_head.') for name in given):
+        raise CheckpointError(f'{source} has no auxiliary head; leave out --aux.')
+    classes = given['head.fc.weight'].shape[0] if 'head.fc.weight' in given else num_classes
+    if classes != num_classes:
+        raise CheckpointError(f'{source} tells {classes} classes apart, but the image folder has {num_classes}; give '
+                              'the folder that it was trained on, or train on this one first.')
+    model = create_model(model_name, num_classes, aux_head)
+    load_state_dict(model, given, os.fspath(source))
+    return model
+
+
+def both_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """`main` logits, and `aux` logits where the model has that head, in evaluation too.
+
+    Args:
+        model: Classifier of `create_model`.
+        images: (B, 3, H, W).
+    """
+    outs, overview = model.encode(images)
+    logits = {'main': model.forward_head(outs[3])}
+    if model.aux_head is not None:
+        logits['aux'] = model.aux_head(overview).flatten(1)
+    return logits

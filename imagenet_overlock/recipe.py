@@ -1,0 +1,193 @@
+"""The settings of a training run: one dataclass, whose defaults are the published settings of all variants."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from math import inf
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from overlock.errors import UserError
+
+
+def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flags: tuple[str, ...] = ()
+             ) -> Any:
+    """A field with what the command line and the checks need to know of it."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, flags=flags))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained; names are those of timm's training script where it has the setting.
+
+    The published settings (total batch 2048, learning rate 2e-3) are met by 8 processes of 256 images: the learning
+    rate follows the total batch. What the paper does not tell is as in DeiT, whose settings it names.
+
+    Raises:
+        UserError: If a setting is of the wrong type or out of range.
+    """
+
+    model: str = _setting('overlock_xt', 'overlock_xt, overlock_t, overlock_s or overlock_b')
+    drop_path: float = _setting(0.0, 'drop path rate of the last block, linear from 0', 0, 0.99)
+    aux_weight: float = _setting(0.4, "weight of the auxiliary head's loss; 0 builds no such head", 0)
+    pretrained: bool = _setting(False, 'start from the published weights')
+    initial_checkpoint: str = _setting('', 'start from the weights of a file or URL')
+
+    img_size: int = _setting(224, 'side of the images in pixels', 32)
+    crop_pct: float | None = _setting(None, "side of validation's centre crop over that of the resized image "
+                                      '(default: that of the variant, 1.0 above its image size)', 0.1, 1)
+    batch_size: int = _setting(256, 'images of a step in each process', 1, flags=('-b',))
+    grad_accum_steps: int = _setting(1, 'steps whose gradients make one update', 1)
+    workers: int = _setting(8, 'processes that read images, for each training process', 0, flags=('-j',))
+
+    epochs: int = _setting(300, 'epochs', 1)
+    opt: str = _setting('adamw', "one of timm's optimizers")
+    lr: float | None = _setting(None, 'learning rate (default: from --lr-base)', 0)
+    lr_base: float = _setting(1e-3, 'learning rate for --lr-base-size images in an update, scaled linearly', 0)
+    lr_base_size: int = _setting(1024, 'images in an update that --lr-base is for', 1)
+    weight_decay: float = _setting(0.05, 'weight decay; none on norms and biases', 0)
+    layer_decay: float | None = _setting(None, 'factor from the learning rate of a layer to that of the one before',
+                                         0, 1)
+    warmup_epochs: float = _setting(5.0, 'epochs of linear warm-up, among the epochs', 0)
+    warmup_lr: float = _setting(1e-6, 'learning rate that the warm-up starts from', 0)
+    min_lr: float = _setting(1e-5, 'learning rate that the cosine ends at', 0)
+    clip_grad: float = _setting(5.0, 'largest norm of the gradient; 0 is off', 0)
+
+    scale: tuple[float, float] = _setting((0.08, 1.0), 'area of the random crop over that of the image', 0.001, 1)
+    hflip: float = _setting(0.5, 'probability of a horizontal flip', 0, 1)
+    color_jitter: float = _setting(0.4, 'colour jitter, where --aa is empty', 0)
+    aa: str = _setting('rand-m9-mstd0.5-inc1', 'automatic augmentation, by the name that timm gives it')
+    reprob: float = _setting(0.25, 'probability of random erasing', 0, 1)
+    mixup: float = _setting(0.8, "alpha of mixup's beta distribution; 0 is off", 0)
+    cutmix: float = _setting(1.0, "alpha of cutmix's beta distribution; 0 is off", 0)
+    smoothing: float = _setting(0.1, 'label smoothing', 0, 0.99)
+
+    model_ema: bool = _setting(True, 'average the weights over the updates')
+    model_ema_decay: float = _setting(0.9999, 'decay of that average in an update', 0, 1)
+    amp: bool = _setting(False, 'train and validate in bfloat16 autocast')
+    grad_checkpointing: bool = _setting(False, 'recompute activations in the backward pass to save memory')
+    seed: int = _setting(42, 'seed of everything random', 0)
+    log_interval: int = _setting(50, 'updates between two log lines', 1)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value = _checked(item.name, getattr(self, item.name), hints[item.name], item.metadata)
+            # The only way to set a field of a frozen dataclass.
+            object.__setattr__(self, item.name, value)
+        if self.scale[0] > self.scale[1]:
+            raise UserError(f'The setting scale takes the smaller number first, got {list(self.scale)}.')
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f'warmup_epochs must be below epochs, got {self.warmup_epochs} of {self.epochs}; lower '
+                            'warmup_epochs.')
+        if self.mixes and self.batch_size % 2:
+            raise UserError(f'mixup and cutmix mix images in pairs and need an even batch_size, got {self.batch_size}; '
+                            'take an even one, or set mixup and cutmix to 0.')
+        if self.pretrained and self.initial_checkpoint:
+            raise UserError('pretrained and initial_checkpoint both say what to start from; leave one of them out.')
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in training."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def total_batch(self, processes: int) -> int:
+        """Images in an update of so many processes."""
+        return self.batch_size * self.grad_accum_steps * processes
+
+    def learning_rate(self, processes: int) -> float:
+        """The highest learning rate of the schedule for so many processes."""
+        return self.lr_base * self.total_batch(processes) / self.lr_base_size if self.lr is None else self.lr
+
+
+def load_recipe(path: str | os.PathLike | None = None, options: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: YAML file with settings over the defaults of `Recipe`; None for the defaults.
+        options: Settings over those of the file.
+
+    Raises:
+        UserError: If the file cannot be read, or a setting is unknown, of the wrong type or out of range.
+    """
+    settings = {} if path is None else _read(Path(path))
+    known = [item.name for item in fields(Recipe)]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(str(name), known, 1)
+            raise UserError(f'{path} has the setting {name}, which a recipe does not know; '
+                            + (f'did you mean {near[0]}?' if near else f'it knows {", ".join(known)}.'))
+    return Recipe(**{**settings, **(options or {})})
+
+
+def check_settings(**values: Any) -> None:
+    """Checks single settings of a recipe, given by name; None is let through.
+
+    Raises:
+        UserError: If one is of the wrong type or out of range.
+    """
+    hints = get_type_hints(Recipe)
+    for item in fields(Recipe):
+        if values.get(item.name) is not None:
+            _checked(item.name, values[item.name], hints[item.name], item.metadata)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'The recipe {path} cannot be read ({error.strerror}); give the path of a .yaml file, such as '
+                        'those in configs/imagenet/.') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = ' '.join(str(error).split())
+        raise UserError(f'The recipe {path} is not YAML: {reason}.') from error
+    if not isinstance(content or {}, dict):
+        raise UserError(f'The recipe {path} must hold settings as `name: value`, got a {type(content).__name__}.')
+    return content or {}
+
+
+def base_type(hint: Any) -> type:
+    """The type of a setting: `float` of `float | None`, `tuple` of `tuple[float, float]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    return get_origin(hint) or hint
+
+
+_WANTED = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', tuple: 'two numbers'}
+
+
+def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """The value in its type, or a UserError that names the setting."""
+    kind = base_type(hint)
+    if value is None and kind is not hint and isinstance(hint, types.UnionType):
+        return None
+    try:
+        converted = _convert(value, kind)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'The setting {name} must be {_WANTED[kind]}, got {value!r}.') from error
+    low, high = metadata['low'], metadata['high']
+    if kind in (int, float, tuple):
+        numbers = converted if kind is tuple else (converted,)
+        if not all(low <= number <= high and abs(number) < inf for number in numbers):
+            bounds = f'at least {low}' if high == inf else f'between {low} and {high}'
+            raise UserError(f'The setting {name} must be {bounds}, got {value}.')
+    return converted
+
+
+def _convert(value: Any, kind: type) -> Any:
+    if kind is tuple:
+        first, second = value
+        return _convert(first, float), _convert(second, float)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 takes 1e-3, without a point, for text.
+        return float(value)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError
+    return kind(value)

@@ -1,0 +1,142 @@
+"""Validating a classifier on an image folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from imagenet_overlock.checkpoints import training_facts
+from imagenet_overlock.confusion import check_confusion_file, confused_pairs, worst_classes, write_confusion
+from imagenet_overlock.data import val_loader
+from imagenet_overlock.distributed import join_world
+from imagenet_overlock.evaluate import Metrics, evaluate
+from imagenet_overlock.folder import Split, check_validation_folder
+from imagenet_overlock.model import check_model, load_for_validation
+from imagenet_overlock.recipe import check_settings
+from overlock.checkpoint import WEIGHTS, find_file
+from overlock.errors import UserError
+from overlock.files import whole_file
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was validated, and how well it did.
+
+    Attributes:
+        model: Name of the model.
+        weights: Name or path of its weights.
+        ema: Whether these are the averaged ones.
+        img_size: Side of the images in pixels.
+        classes: Names of the classes, by index.
+        metrics: The figures.
+    """
+
+    model: str
+    weights: str
+    ema: bool
+    img_size: int
+    classes: tuple[str, ...]
+    metrics: Metrics
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--results` writes."""
+        return dict(model=self.model, weights=self.weights, ema=self.ema, img_size=self.img_size,
+                    images=self.metrics.images, **self.metrics.scalars(),
+                    images_per_second=self.metrics.images_per_second)
+
+    def __str__(self) -> str:
+        metrics = self.metrics
+        lines = [f'{self.model}, {self.weights}{" (EMA)" if self.ema else ""}: {metrics.images} images at '
+                 f'{self.img_size}x{self.img_size}',
+                 f'top-1 {metrics.top1:.3f}, top-5 {metrics.top5:.3f}, loss {metrics.loss:.4f}']
+        if metrics.aux_top1 is not None:
+            lines.append(f'auxiliary head: top-1 {metrics.aux_top1:.3f}, top-5 {metrics.aux_top5:.3f}')
+        if metrics.images_per_second:
+            lines.append(f'{metrics.images_per_second:.1f} images/s')
+        pairs = confused_pairs(metrics.confusion, self.classes, 5)
+        if pairs:
+            lines.append('most confused: ' + '; '.join(f'{a} for {b} {count}' for a, b, count in pairs))
+            lines.append('worst classes: ' + '; '.join(
+                f'{name} {accuracy:.1f} %' for name, accuracy in worst_classes(metrics.confusion, self.classes)))
+        return '\n'.join(lines)
+
+
+def validate(data_dir: str | os.PathLike, model: str | None = None, checkpoint: str | None = None,
+             pretrained: bool = False, ema: bool = False, aux: bool = False, batch_size: int = 128, workers: int = 4,
+             img_size: int | None = None, crop_pct: float | None = None, amp: bool = False, device: str | None = None,
+             confusion: str | os.PathLike | None = None, results: str | os.PathLike | None = None) -> Validation:
+    """Validates a classifier; several processes share the images.
+
+    Args:
+        data_dir: Image folder with a split `val/` or `validation/`, or such a split.
+        model: See `create_model`; None for that which a checkpoint of training names.
+        checkpoint: A path or URL of weights.
+        pretrained: Whether to take the published weights instead.
+        ema: Whether to take the averaged weights of the checkpoint.
+        aux: Whether to validate the auxiliary head too.
+        batch_size: Images of a batch, in each process.
+        workers: Processes that read images, for each process.
+        img_size: Side of the images in pixels; None for that of the training.
+        crop_pct: Side of the centre crop over that of the resized image; None for that of the variant, and for 1.0
+            above its image size.
+        amp: Whether to run in bfloat16 autocast.
+        device: Device of torch; None for the GPU where there is one.
+        confusion: File for the confusion matrix, ending in .csv or .png.
+        results: JSON file for the figures.
+
+    Returns:
+        The figures.
+
+    Raises:
+        UserError: If data, weights or device cannot be used.
+    """
+    if pretrained == bool(checkpoint):
+        raise UserError('Give either --pretrained or --checkpoint FILE.')
+    check_settings(batch_size=batch_size, workers=workers, img_size=img_size, crop_pct=crop_pct)
+    with join_world(device) as world:
+        split = world.once_per_machine(lambda: check_validation_folder(data_dir))
+        trained = training_facts(find_file(checkpoint)) if checkpoint else {}
+        model = model or trained.get('arch')
+        if model is None:
+            raise UserError('The weights do not tell their model; name it with --model overlock_xt, for example.')
+        classes = _classes(trained, split, checkpoint)
+        if confusion is not None:
+            check_confusion_file(Path(confusion), len(classes))
+        source = checkpoint or _published(model)
+        network = load_for_validation(model, source, len(classes), aux, ema).to(world.device)
+        trained_size = trained.get('args', {}).get('img_size', network.pretrained_cfg['input_size'][-1])
+        img_size = img_size or trained_size
+        if crop_pct is None:
+            crop_pct = 1.0 if img_size > trained_size else trained.get('args', {}).get('crop_pct')
+        loader = val_loader(split, world, network, batch_size, workers, img_size, crop_pct, classes)
+        found = Validation(model, os.fspath(source), ema, img_size, classes, evaluate(network, loader, world, amp))
+        if world.is_first and confusion is not None:
+            write_confusion(Path(confusion), found.metrics.confusion, classes)
+        if world.is_first and results is not None:
+            with whole_file(results) as file:
+                file.write((json.dumps(found.to_dict(), indent=2) + '\n').encode())
+    return found
+
+
+def _published(model: str) -> str:
+    """The name of a model's published weights."""
+    check_model(model)
+    url = timm.get_pretrained_cfg(model).url
+    return next(name for name, weights in WEIGHTS.items() if weights.url == url)
+
+
+def _classes(trained: Mapping[str, Any], split: Split, source: str | None) -> tuple[str, ...]:
+    """Names of a model's classes: those that it was trained on, where the weights tell, else those of the folder."""
+    if 'classes' not in trained:
+        return split.classes
+    unknown = sorted(set(split.classes) - set(trained['classes']))
+    if unknown:
+        raise UserError(f'{split.root} has the class {unknown[0]}, which {source} was not trained on; give a folder of '
+                        'the classes that it was trained on.')
+    return tuple(trained['classes'])

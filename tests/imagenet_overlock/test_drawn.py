@@ -1,0 +1,67 @@
+"""The drawn image folder: the same for the same parameters, balanced, whole, and not to be told by colour."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagenet_overlock.drawn import CLASSES, contact_sheet, draw, draw_image
+from imagenet_overlock.folder import check_folder
+from overlock.errors import UserError
+
+
+def digest(root):
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in root.rglob('*.png')}
+
+
+def test_the_same_parameters_give_the_same_balanced_folder(tmp_path):
+    first = draw(tmp_path / 'first', train=2, val=1, size=32)
+    assert digest(first) == digest(draw(tmp_path / 'second', train=2, val=1, size=32))
+    found = check_folder(first)
+    assert found.train.classes == CLASSES and len(CLASSES) == 10
+    assert (found.train.images, found.val.images) == (20, 10)
+    for split, count in (('train', 2), ('val', 1)):
+        assert {len(list((first / split / name).iterdir())) for name in CLASSES} == {count}
+    assert len(set(digest(first).values())) == 30
+    assert digest(draw(tmp_path / 'third', train=2, val=1, size=32, seed=1)) != digest(first)
+
+
+def test_a_complete_folder_is_kept_and_another_one_replaced(tmp_path):
+    root = draw(tmp_path / 'data', train=1, val=1, size=32)
+    times = {path: path.stat().st_mtime_ns for path in root.rglob('*.png')}
+    draw(root, train=1, val=1, size=32)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob('*.png')} == times
+    next(root.rglob('*.png')).unlink()
+    draw(root, train=1, val=1, size=32)
+    assert len(list(root.rglob('*.png'))) == 20
+    draw(root, train=2, val=1, size=32)
+    assert len(list(root.rglob('*.png'))) == 30
+    assert [path.name for path in tmp_path.iterdir()] == ['data']
+
+
+def test_other_files_are_not_overwritten(tmp_path):
+    (tmp_path / 'mine.txt').write_text('')
+    with pytest.raises(UserError, match='holds other files than a drawn image folder'):
+        draw(tmp_path)
+    with pytest.raises(UserError, match='got train=0, val=40, size=96'):
+        draw(tmp_path / 'new', train=0)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_mean_colours_do_not_tell_the_classes_apart():
+    means = {name: [np.asarray(draw_image(name, 32, np.random.default_rng((label, i)))).mean((0, 1))
+                    for i in range(30)] for label, name in enumerate(CLASSES)}
+    centers = {name: np.mean(values[:15], 0) for name, values in means.items()}
+    hits = [min(centers, key=lambda other, value=value: np.linalg.norm(centers[other] - value)) == name
+            for name, values in means.items() for value in values[15:]]
+    assert np.mean(hits) < 0.25
+
+
+def test_the_contact_sheet_has_a_row_for_each_class():
+    sheet = contact_sheet(columns=2, size=32)
+    assert sheet.size == (2 * 36 + 4, 10 * 36 + 4)
+    assert np.array_equal(np.asarray(sheet)[4:36, 4:36], np.asarray(draw_image(
+        CLASSES[0], 32, np.random.default_rng((0, 0, 0, 0)))))
+    assert isinstance(sheet, Image.Image)

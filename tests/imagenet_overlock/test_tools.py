@@ -1,0 +1,154 @@
+"""The command lines, in one process and in two."""
+
+import csv
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from imagenet_overlock.checkpoints import read_checkpoint
+from tests.imagenet_overlock import tiny
+from tests.imagenet_overlock.conftest import TRAIN, VALIDATE
+
+TINY = ('--model', 'overlock_tiny', '--img-size', 32, '--epochs', 2, '--warmup-epochs', 0, '--lr', 1e-3,
+        '--device', 'cpu')
+
+# Runs the training tool; afterwards each process writes its state, unless all die in the second epoch.
+SCRIPT = '''
+import os, runpy, sys, torch
+from imagenet_overlock.train import Trainer
+
+dies, seen = {dies!r}, {seen!r}
+fit, update = Trainer.fit, Trainer._update
+
+def fit_and_tell(self, writer):
+    rows = fit(self, writer)
+    torch.save([dict(self.model.state_dict()), dict(self.ema.module.state_dict())], seen + os.environ['RANK'])
+    return rows
+
+def update_or_die(self, batches):
+    if dies and self.epoch == 1:
+        # The first process is to have written its checkpoint: when one dies, torchrun ends the others.
+        torch.distributed.barrier()
+        os._exit(9)
+    return update(self, batches)
+
+Trainer.fit, Trainer._update = fit_and_tell, update_or_die
+sys.argv[0] = {train!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
+@pytest.fixture(scope='module')
+def two_classes(tmp_path_factory, drawn):
+    """Two classes of the drawn folder, with five images to validate on."""
+    root = tmp_path_factory.mktemp('two')
+    for split in ('train', 'val'):
+        for name in ('dots', 'stars'):
+            (root / split / name).mkdir(parents=True)
+            for path in (drawn / 'train' / name).iterdir():
+                (root / split / name / path.name).symlink_to(path)
+    (root / 'val' / 'dots' / 'more.png').symlink_to(drawn / 'val' / 'dots' / '0000.png')
+    return root
+
+
+@pytest.mark.slow
+def test_training_resuming_and_validating_from_the_command_line(two_classes, run_tool, tmp_path):
+    output = tmp_path / 'run'
+    command = [TRAIN, two_classes, *TINY, '-b', 2, '-j', 1, '--output', output]
+    first = run_tool(*command)
+    assert first.returncode == 0, first.stderr
+    assert 'epoch 2/2: lr ' in first.stderr and 'aux top-1 ' in first.stderr and 'ETA 0:00:00' in first.stderr
+    resumed = run_tool(*command, '--epochs', 3, '--resume')
+    assert resumed.returncode == 0, resumed.stderr
+    assert 'epoch 3/3' in resumed.stderr and 'epoch 2/3' not in resumed.stderr
+    with (output / 'summary.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['epoch'] for row in rows] == ['0', '1', '2']
+    validated = run_tool(VALIDATE, two_classes, '--checkpoint', output / 'last.pth', '--aux', '-j', 0, '-b', 2,
+                         '--confusion', tmp_path / 'confusion.png', '--results', tmp_path / 'results.json')
+    assert validated.returncode == 0, validated.stderr
+    assert 'auxiliary head: top-1 ' in validated.stdout and 'images/s' in validated.stdout
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['top1'] == float(rows[2]['val_top1'])
+    assert (tmp_path / 'confusion.png').stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_two_processes_train_resume_and_validate(two_classes, run_tool, tmp_path):
+    """Five validation images do not divide by two: neither is one left out nor counted twice."""
+    def run(output, *args, dies=False):
+        script = tmp_path / 'script.py'
+        script.write_text(SCRIPT.format(dies=dies, seen=str(tmp_path / output), train=str(TRAIN)))
+        return run_tool(script, two_classes, *TINY, '-b', 2, '-j', 0, '--output', tmp_path / output, *args, processes=2)
+
+    whole = run('whole')
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stderr.count('epoch 2/2: lr ') == 1
+    content = read_checkpoint(tmp_path / 'whole' / 'last.pth')
+    assert content['processes'] == 2
+    for rank in (0, 1):
+        model, average = torch.load(tmp_path / f'whole{rank}', weights_only=True)
+        torch.testing.assert_close(model, dict(content['state_dict']), rtol=0, atol=0)
+        torch.testing.assert_close(average, dict(content['state_dict_ema']), rtol=0, atol=0)
+
+    assert run('killed', dies=True).returncode != 0
+    assert read_checkpoint(tmp_path / 'killed' / 'last.pth')['epoch'] == 0
+    resumed = run('killed', '--resume')
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ('state_dict', 'state_dict_ema', 'optimizer'):
+        torch.testing.assert_close(read_checkpoint(tmp_path / 'killed' / 'last.pth')[name], content[name], rtol=0,
+                                   atol=0)
+
+    results = []
+    for processes in (1, 2):
+        path = tmp_path / f'{processes}.json'
+        done = run_tool(VALIDATE, two_classes, '--checkpoint', tmp_path / 'whole' / 'last.pth', '--ema', '--aux',
+                        '-j', 0, '-b', 2, '--results', path, '--confusion', path.with_suffix('.csv'), '--device', 'cpu',
+                        processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('top-1') == 2
+        results.append((json.loads(path.read_text()), path.with_suffix('.csv').read_text()))
+    (one, one_matrix), (two, two_matrix) = results
+    assert one['images'] == two['images'] == 5
+    assert one_matrix == two_matrix
+    for name in ('top1', 'top5', 'aux_top1', 'aux_top5'):
+        assert one[name] == two[name] == content['history'][-1][f'val_ema_{name}']
+    assert one['loss'] == pytest.approx(two['loss'], rel=1e-6)
+
+
+@pytest.mark.parametrize(('tool', 'args', 'sentence'), [
+    (TRAIN, ['absent'], 'The image folder absent does not exist; expected train/CLASS/*.jpg'),
+    (TRAIN, ['absent', '--epochs', '0'], 'The setting epochs must be at least 1, got 0.'),
+    (TRAIN, ['absent', '-c', 'absent.yaml'], 'The recipe absent.yaml cannot be read'),
+    (VALIDATE, ['absent', '--model', 'overlock_xt', '--pretrained'], 'The image folder absent does not exist; '),
+    (VALIDATE, ['absent', '--checkpoint', 'a.pth', '-b', '0'], 'The setting batch_size must be at least 1, got 0.'),
+])
+def test_a_mistake_is_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, tool, args, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', [str(tool), *args])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(tool), run_name='__main__')
+    assert end.value.code == 2
+    *before, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith(sentence)
+    assert not [line for line in before if 'checkpoints and figures' not in line]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_missing_folder_is_told_once_by_two_processes(run_tool, tmp_path):
+    done = run_tool(TRAIN, 'absent', '--device', 'cpu', '--output', tmp_path / 'run', processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count('The image folder absent does not exist') == 1
+
+
+@pytest.mark.slow
+def test_the_package_imports_nothing_of_openmmlab():
+    code = ('import sys, imagenet_overlock.train, imagenet_overlock.validate, imagenet_overlock.demo\n'
+            'print([name for name in sys.modules if name.split(".")[0] in ("mmengine", "mmcv", "mmdet", "mmseg")])')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tiny.ROOT)
+    assert done.stdout.strip() == '[]', done.stderr
