@@ -68,21 +68,25 @@ def _is_url(text: str) -> bool:
 
 def _find_url(url: str) -> Path:
     name = Path(urlparse(url).path).name
-    place = os.environ.get(WEIGHTS_VARIABLE, '')
     cached = Path(torch.hub.get_dir(), 'checkpoints', name)
-    local = [Path(place).expanduser() / name] if place and not _is_url(place) else []
-    for path in (*local, cached):
+    places = [cached]
+    place = os.environ.get(WEIGHTS_VARIABLE, '')
+    if place and not _is_url(place):
+        folder = Path(place).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(f'{WEIGHTS_VARIABLE} must name a folder of weight files, or the URL of one, got '
+                                  f'{place}, which is neither; correct or unset it.')
+        places.insert(0, folder / name)
+    for path in places:
         if path.is_file():
             return path
     published = next((weights for weights in WEIGHTS.values() if weights.url == url), None)
-    size, sha256 = (published.size, published.sha256) if published else (None, None)
-    if _is_url(place):
-        url = f'{place.rstrip("/")}/{name}'
+    source = f'{place.rstrip("/")}/{name}' if _is_url(place) else url
     try:
-        download(url, cached, size, sha256)
+        download(source, cached, published and published.size, published and published.sha256)
     except OSError as error:
         raise CheckpointError(
-            f'cannot download {url} ({error}); try again, or fetch {name} by other means and put it into the folder '
+            f'cannot download {source} ({error}); try again, or fetch {name} by other means and put it into the folder '
             f'that {WEIGHTS_VARIABLE} names, or at {cached}') from error
     return cached
 

@@ -178,6 +178,13 @@ def test_folder_of_weights_is_looked_into_first(server, tmp_path, monkeypatch):
     assert find_file(server.url('other.pth')).read_bytes() == CONTENT
 
 
+def test_folder_that_is_not_there_is_an_error(server, tmp_path, monkeypatch):
+    monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path / 'absent'))
+    with pytest.raises(CheckpointError, match='OVERLOCK_WEIGHTS must name a folder .*, got .*absent, which is neither'):
+        find_file(server.url())
+    assert not server.requests
+
+
 def test_weights_of_a_name_come_from_the_mirror(server, tmp_path, monkeypatch):
     torch.save({'a.weight': torch.ones(1)}, tmp_path / 'content')
     server.content = (tmp_path / 'content').read_bytes()
