@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imagenet_overlock.recipe import Recipe
-from overlock.checkpoint import CheckpointError
+from overlock.checkpoint import CheckpointError, find_file, load
 from overlock.checkpoint.unpickling import UNREADABLE, unreadable
 from overlock.errors import UserError
 from overlock.files import whole_file
@@ -19,7 +20,6 @@ from overlock.files import whole_file
 LAST, BEST = 'last.pth', 'best.pth'
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 1
 # What the state of a run depends on; the weight of an auxiliary head may change, but not whether there is one.
 _FIXED = ('aux_weight', 'model_ema', 'opt', 'weight_decay', 'layer_decay')
 # What may differ between the two parts of a run without making a difference.
@@ -29,7 +29,7 @@ _INDIFFERENT = ('log_interval', 'initial_checkpoint', 'pretrained', 'grad_checkp
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a checkpoint whole or not at all."""
     with whole_file(path) as file:
-        torch.save({**content, 'version': _FORMAT}, file)
+        torch.save(dict(content), file)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -59,19 +59,38 @@ def training_facts(path: Path) -> dict[str, Any]:
     return {name: content[name] for name in ('arch', 'args', 'classes')}
 
 
+def starting_weights(source: str) -> tuple[dict[str, Tensor], str]:
+    """The weights of a file to train from, averaged ones where it is a checkpoint with such, and what to call them.
+
+    Raises:
+        CheckpointError: If the file cannot be found or read.
+    """
+    ema = bool(training_facts(find_file(source)).get('args', {}).get('model_ema'))
+    return load(source, ema), f'{source} (EMA)' if ema else source
+
+
 def find_checkpoint(resume: str | None, output: Path) -> Path | None:
     """The checkpoint that `--resume` means: 'auto' is the last one in `output`, if there is one.
 
     Raises:
-        UserError: If nothing is to be resumed where a run lies already.
+        UserError: If another run lies where this one is to be written.
+        CheckpointError: If the checkpoint does not exist.
     """
+    if output.exists() and not output.is_dir():
+        raise UserError(f'The output {output} is a file, expected a folder; name another one with --output.')
     last = output / LAST
     if resume is None:
         if last.exists():
             raise UserError(f'{last} is there already; go on with --resume, or name another folder with --output.')
         return None
     if resume != 'auto':
-        return Path(resume)
+        path = Path(resume)
+        if not path.is_file():
+            raise CheckpointError(f'The checkpoint {path} does not exist; give the path of a {LAST}.')
+        if last.exists() and not output.samefile(path.resolve().parent):
+            raise UserError(f'{last} is of another run than {path} and would be overwritten; name another folder with '
+                            '--output.')
+        return path
     if not last.exists():
         _logger.info('There is no %s yet: the run starts anew.', last)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -44,6 +45,9 @@ def check_confusion_file(path: Path, classes: int) -> None:
     """
     if path.suffix not in ('.csv', '.png'):
         raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {path}.')
+    if path.suffix == '.png' and find_spec('matplotlib') is None:
+        raise UserError('--confusion FILE.png needs the package matplotlib; install it with `pip install matplotlib` '
+                        'or write a .csv.')
     if path.suffix == '.png' and classes > MOST_IN_PICTURE:
         raise UserError(f'A picture of {classes} classes is not readable, at most {MOST_IN_PICTURE} are; write '
                         f'{path.with_suffix(".csv").name} instead.')

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import numpy as np
-from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
+from PIL import Image
+from timm.data import ImageDataset, Mixup, create_loader, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from imagenet_overlock.distributed import World
 from imagenet_overlock.folder import Split
 from imagenet_overlock.recipe import Recipe
+from overlock.errors import UserError
+
+
+class EveryImage(ImageDataset):
+    """timm's data set, which puts the next image in the place of one that cannot be decoded, without that."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            file, target = self.reader[index]
+            with file:
+                image = Image.open(file).convert('RGB')
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f'The image {self.filename(index, absolute=True)} cannot be decoded ({error}); replace or '
+                            'remove it.') from error
+        return self.transform(image), target
 
 
 def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -> PrefetchLoader:
     """Augmented batches of this process, already on its device; incomplete ones are dropped."""
     config = resolve_data_config({'img_size': recipe.img_size}, model=model)
+    _check_augmentation(recipe.aa)
     loader = create_loader(
-        _dataset(split, split.classes), config['input_size'], recipe.batch_size, is_training=True,
-        re_prob=recipe.reprob, re_mode='pixel', scale=recipe.scale, hflip=recipe.hflip,
+        ImageDataset(str(split.root), class_map=_class_map(split.classes)), config['input_size'], recipe.batch_size,
+        is_training=True, re_prob=recipe.reprob, re_mode='pixel', scale=recipe.scale, hflip=recipe.hflip,
         color_jitter=recipe.color_jitter, auto_augment=recipe.aa or None, interpolation=config['interpolation'],
         mean=config['mean'], std=config['std'], num_workers=recipe.workers, distributed=world.is_distributed,
         pin_memory=world.device.type == 'cuda', device=world.device,
@@ -48,7 +65,7 @@ def val_loader(split: Split, world: World, model: nn.Module, batch_size: int, wo
     config = resolve_data_config({'img_size': img_size, 'crop_pct': crop_pct}, model=model)
     if crop_pct is None and config['input_size'][-1] > resolve_data_config({}, model=model)['input_size'][-1]:
         config['crop_pct'] = 1.0
-    dataset = _dataset(split, classes or split.classes)
+    dataset = EveryImage(str(split.root), class_map=_class_map(classes or split.classes))
     # timm's sampler for several processes repeats images so that all have as many.
     dataset.reader.samples = dataset.reader.samples[world.rank::world.size]
     return create_loader(
@@ -69,6 +86,14 @@ def seed_epoch(seed: int, epoch: int, rank: int) -> None:
     random_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0]))
 
 
-def _dataset(split: Split, classes: tuple[str, ...]):
-    return create_dataset('', str(split.root), search_split=False,
-                          class_map={name: index for index, name in enumerate(classes)})
+def _check_augmentation(name: str) -> None:
+    if name:
+        try:
+            create_transform(32, is_training=True, auto_augment=name)
+        except (AssertionError, ValueError, IndexError, KeyError) as error:
+            raise UserError(f'The setting aa takes the name of one of timm\'s augmentations, such as '
+                            f'rand-m9-mstd0.5-inc1, augmix-m3-w3 or original, got {name} ({error}).') from error
+
+
+def _class_map(classes: tuple[str, ...]) -> dict[str, int]:
+    return {name: index for index, name in enumerate(classes)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from timm.utils.distributed import init_distributed_device_so, is_distributed_en
 from torch import Tensor, distributed
 
 from overlock import keep_freed_memory
-from overlock.errors import UserError, local_rank
+from overlock.errors import UserError, check_gpus
 
 T = TypeVar('T')
 
@@ -66,11 +67,14 @@ class World:
                 value = function()
             except UserError as error:
                 sentence = str(error)
-        gathered = self.gather((value, sentence))
-        for _, sentence in gathered:
-            if sentence:
-                raise UserError(sentence)
-        return gathered[self.rank - self.local_rank][0]
+        self.raise_together(sentence)
+        return self.gather(value)[self.rank - self.local_rank]
+
+    def raise_together(self, sentence: str) -> None:
+        """Raises, in every process, a UserError with the first sentence that any of them has; '' is none."""
+        sentence = next(filter(None, self.gather(sentence)), '')
+        if sentence:
+            raise UserError(sentence)
 
 
 def is_first_process() -> bool:
@@ -95,6 +99,9 @@ def join_world(device: str | None = None) -> Iterator[World]:
     elif kind == 'cuda':
         torch.backends.cudnn.benchmark = True
     distributed_run = is_distributed_env()
+    if distributed_run and 'MASTER_ADDR' not in os.environ:
+        raise UserError('A run of several processes needs MASTER_ADDR and MASTER_PORT in the environment; start it '
+                        'with torchrun, or set them.')
     joined = init_distributed_device_so(device)
     world = World(torch.device(joined['device']), joined['global_rank'], joined['local_rank'], joined['world_size'])
     yield world
@@ -113,10 +120,10 @@ def _kind(device: str) -> str:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UserError(f'--device takes a device of PyTorch such as cuda or cpu, got {device}.') from error
+    if kind not in ('cuda', 'cpu'):
+        raise UserError(f'--device takes cuda or cpu, got {device}.')
     if kind == 'cuda':
         if not torch.cuda.is_available():
             raise UserError(f'--device {device} needs a GPU, and PyTorch sees none; take --device cpu.')
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(f'Process {local_rank()} of this machine has no GPU, because the machine has '
-                            f'{torch.cuda.device_count()}; start no more processes than GPUs.')
+        check_gpus()
     return kind

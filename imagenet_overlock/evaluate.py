@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from imagenet_overlock.distributed import World
 from imagenet_overlock.model import both_logits
+from overlock.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Metrics:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World, amp: bool = False) -> Metrics:
+def evaluate(model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world: World, amp: bool = False) -> Metrics:
     """Evaluates this process's share of a split and sums up over all processes.
 
     Args:
@@ -55,6 +56,9 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: 
         batches: Images (B, 3, H, W) and classes (B,) on the device of `world`.
         world: The processes that each have a share.
         amp: Whether to run in bfloat16 autocast.
+
+    Raises:
+        UserError: If an image cannot be decoded; in all processes.
     """
     model.eval()
     classes = model.num_classes
@@ -63,8 +67,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: 
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=world.device)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     timer = _Timer(world.device)
-    for images, targets in tqdm(batches, 'validation', leave=False, unit='batch', dynamic_ncols=True,
-                                disable=not (world.is_first and sys.stderr.isatty())):
+    for images, targets in tqdm(_shared(batches, world), 'validation', leave=False, unit='batch', dynamic_ncols=True,
+                                total=len(batches), disable=not (world.is_first and sys.stderr.isatty())):
         with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
             logits = both_logits(model, images)
         loss += F.cross_entropy(logits['main'].float(), targets, reduction='none').double().sum()
@@ -91,6 +95,17 @@ def count_hits(ranked: Tensor, targets: Tensor) -> Tensor:
     """How many targets (B,) are first, and anywhere, among the classes (B, 5): (2,), int64."""
     found = ranked == targets[:, None]
     return torch.stack([found[:, 0].sum(), found.sum()])
+
+
+def _shared(batches: Collection[tuple[Tensor, Tensor]], world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; a UserError that ends those of one process ends all."""
+    sentence = ''
+    try:
+        yield from batches
+    except UserError as error:
+        # A loader puts the traceback of its worker before the sentence.
+        sentence = str(error).strip().rpartition('\n')[2].removeprefix('overlock.errors.UserError: ')
+    world.raise_together(sentence)
 
 
 class _Timer:

@@ -88,7 +88,8 @@ def check_split(root: Path) -> Split:
         names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.')]
     if not names:
         raise UserError(f'{root} has no folders of classes; expected {root}/CLASS/*.jpg.')
-    classes = sorted(names, key=natural_key)
+    # Names that differ in leading zeros or capitals alone are equal to timm.
+    classes = sorted(names, key=lambda name: (natural_key(name), name))
     # Latency of network storage, not computing, is what takes time here.
     with ThreadPoolExecutor(16) as pool:
         counts = list(pool.map(_check_class, [root / name for name in classes]))

@@ -80,11 +80,12 @@ class EpochProgress:
 
     def tell(self, update: int, loss: float, lr: float) -> None:
         """Shows the loss since the last time; `update` counts from 1 in the epoch."""
-        left = duration(self.eta.seconds())
-        self.bar.set_postfix_str(f'loss {loss:.3f}, {self.rate:.1f} images/s, run ends in {left}')
+        # The first update is told before it is measured.
+        rate, left = (f'{self.rate:.1f}', duration(self.eta.seconds())) if self.rate else ('?', '?')
+        self.bar.set_postfix_str(f'loss {loss:.3f}, {rate} images/s, run ends in {left}')
         if self.logs:
-            _logger.info('%s, update %d/%d: loss %.3f, lr %.2e, %.1f images/s, ETA %s', self.title, update,
-                         self.updates, loss, lr, self.rate, left)
+            _logger.info('%s, update %d/%d: loss %.3f, lr %.2e, %s images/s, ETA %s', self.title, update, self.updates,
+                         loss, lr, rate, left)
 
 
 def epoch_line(row: Mapping[str, float], epochs: int, eta: Eta) -> str:

@@ -27,7 +27,8 @@ class Recipe:
     """How a classifier is trained; names are those of timm's training script where it has the setting.
 
     The published settings (total batch 2048, learning rate 2e-3) are met by 8 processes of 256 images: the learning
-    rate follows the total batch. What the paper does not tell is as in DeiT, whose settings it names.
+    rate follows the total batch. What the paper does not tell is as in DeiT, whose settings it names, but
+    that no image is augmented several times in an epoch.
 
     Raises:
         UserError: If a setting is of the wrong type or out of range.
@@ -37,7 +38,8 @@ class Recipe:
     drop_path: float = _setting(0.0, 'drop path rate of the last block, linear from 0', 0, 0.99)
     aux_weight: float = _setting(0.4, "weight of the auxiliary head's loss; 0 builds no such head", 0)
     pretrained: bool = _setting(False, 'start from the published weights')
-    initial_checkpoint: str = _setting('', 'start from the weights of a file or URL')
+    initial_checkpoint: str = _setting('', 'start from the weights of a file or URL, the averaged ones of a checkpoint '
+                                       'of training')
 
     img_size: int = _setting(224, 'side of the images in pixels', 32)
     crop_pct: float | None = _setting(None, "side of validation's centre crop over that of the resized image "
@@ -53,7 +55,7 @@ class Recipe:
     lr_base_size: int = _setting(1024, 'images in an update that --lr-base is for', 1)
     weight_decay: float = _setting(0.05, 'weight decay; none on norms and biases', 0)
     layer_decay: float | None = _setting(None, 'factor from the learning rate of a layer to that of the one before',
-                                         0, 1)
+                                         0.01, 1)
     warmup_epochs: float = _setting(5.0, 'epochs of linear warm-up, among the epochs', 0)
     warmup_lr: float = _setting(1e-6, 'learning rate that the warm-up starts from', 0)
     min_lr: float = _setting(1e-5, 'learning rate that the cosine ends at', 0)
@@ -72,7 +74,7 @@ class Recipe:
     model_ema_decay: float = _setting(0.9999, 'decay of that average in an update', 0, 1)
     amp: bool = _setting(False, 'train and validate in bfloat16 autocast')
     grad_checkpointing: bool = _setting(False, 'recompute activations in the backward pass to save memory')
-    seed: int = _setting(42, 'seed of everything random', 0)
+    seed: int = _setting(42, 'seed of everything random', 0, 2 ** 32 - 1)
     log_interval: int = _setting(50, 'updates between two log lines', 1)
 
     def __post_init__(self) -> None:
@@ -90,7 +92,8 @@ class Recipe:
             raise UserError(f'mixup and cutmix mix images in pairs and need an even batch_size, got {self.batch_size}; '
                             'take an even one, or set mixup and cutmix to 0.')
         if self.pretrained and self.initial_checkpoint:
-            raise UserError('pretrained and initial_checkpoint both say what to start from; leave one of them out.')
+            raise UserError('pretrained and initial_checkpoint both say what to start from; leave one of them out, by '
+                            '--no-pretrained where the recipe has it.')
 
     @property
     def mixes(self) -> bool:

@@ -27,6 +27,7 @@ from imagenet_overlock.checkpoints import (
     find_checkpoint,
     read_checkpoint,
     settings,
+    starting_weights,
     write_checkpoint,
 )
 from imagenet_overlock.data import create_mixup, seed_epoch, train_loader, val_loader
@@ -36,7 +37,6 @@ from imagenet_overlock.folder import ImageFolder, check_folder
 from imagenet_overlock.model import create_model, load_weights
 from imagenet_overlock.progress import EpochProgress, Eta, epoch_line
 from imagenet_overlock.recipe import Recipe
-from overlock.checkpoint import load
 from overlock.errors import UserError
 from overlock.files import whole_file
 
@@ -68,6 +68,10 @@ def train(recipe: Recipe, data_dir: str | os.PathLike, output: str | os.PathLike
     with join_world(device) as world:
         batch = recipe.total_batch(world.size)
         folder = world.once_per_machine(lambda: check_folder(data_dir, batch))
+        contents = [(split.classes, split.images) for split in (folder.train, folder.val)]
+        if any(other != contents for other in world.gather(contents)):
+            raise UserError(f'The machines of this run do not find the same classes and numbers of images in '
+                            f'{data_dir}; give a folder that is the same for all.')
         last = world.once_per_machine(lambda: find_checkpoint(resume, output))
         if len(set(world.gather(last))) > 1:
             raise UserError(f'Not every machine sees the same checkpoint in {output}; take a folder that all share.')
@@ -264,10 +268,11 @@ class Trainer:
             args=settings(self.recipe), processes=self.world.size, metric=best[metric], history=self.history)
         if self.ema:
             content['state_dict_ema'] = self.ema.module.state_dict()
-        write_checkpoint(self.output / LAST, {**content, 'optimizer': self.optimizer.state_dict()})
         if best is self.history[-1]:
             write_checkpoint(self.output / BEST, content)
         write_summary(self.output / 'summary.csv', self.history)
+        # Last, so that a run that is cut off before it writes the others again.
+        write_checkpoint(self.output / LAST, {**content, 'optimizer': self.optimizer.state_dict()})
 
     def _log_start(self) -> None:
         recipe, world = self.recipe, self.world
@@ -295,7 +300,7 @@ def _build(recipe: Recipe, num_classes: int, world: World, from_start: bool) -> 
     model = create_model(recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path,
                          recipe.pretrained and from_start)
     if recipe.initial_checkpoint and from_start:
-        load_weights(model, load(recipe.initial_checkpoint), recipe.initial_checkpoint)
+        load_weights(model, *starting_weights(recipe.initial_checkpoint))
     model.set_grad_checkpointing(recipe.grad_checkpointing)
     return model.to(world.device)
 

@@ -98,6 +98,9 @@ def validate(data_dir: str | os.PathLike, model: str | None = None, checkpoint: 
     """
     if pretrained == bool(checkpoint):
         raise UserError('Give either --pretrained or --checkpoint FILE.')
+    for name, path in (('--confusion', confusion), ('--results', results)):
+        if path is not None and Path(path).is_dir():
+            raise UserError(f'{name} takes the name of a file, got the folder {path}.')
     check_settings(batch_size=batch_size, workers=workers, img_size=img_size, crop_pct=crop_pct)
     with join_world(device) as world:
         split = world.once_per_machine(lambda: check_validation_folder(data_dir))

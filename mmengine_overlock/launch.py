@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 
-import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
@@ -13,7 +12,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch import distributed
 
 from mmengine_overlock.config import nodes
-from overlock.errors import UserError, local_rank
+from overlock.errors import UserError, check_gpus, local_rank
 
 # Where each launcher tells a process its rank, the number of processes, and its rank on the machine.
 _VARIABLES = {
@@ -47,9 +46,8 @@ def prepare_launch(cfg: Config) -> None:
     device = get_device()
     if device == 'cpu':
         _prepare_cpu(cfg, [os.environ[name] for name in names])
-    elif device == 'cuda' and local_rank() >= torch.cuda.device_count():
-        raise UserError(f'Process {local_rank()} of this machine has no GPU, because the machine has '
-                        f'{torch.cuda.device_count()}; start no more processes than GPUs.')
+    elif device == 'cuda':
+        check_gpus()
 
 
 def finish_launch() -> None:

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Where torchrun, Slurm and Open MPI tell a process its rank on the machine.
+import torch
+
+# Where torchrun, Slurm and Open MPI tell a process its rank on the machine, and how many processes there are on it.
 _LOCAL_RANKS = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK')
+_LOCAL_SIZES = ('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE')
 
 
 class UserError(ValueError):
@@ -22,6 +25,18 @@ class CheckpointError(UserError):
 def local_rank() -> int:
     """The rank of this process among those of a distributed run on this machine; 0 without one."""
     return int(next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), 0))
+
+
+def check_gpus() -> None:
+    """Check that each process on this machine has a CUDA device of its own.
+
+    Raises:
+        UserError: There are more processes than devices; it is raised in all of them, so that the first can tell it.
+    """
+    processes = int(next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), local_rank() + 1))
+    if processes > torch.cuda.device_count():
+        raise UserError(f'There are {processes} processes on this machine, but each sees {torch.cuda.device_count()} '
+                        'GPUs; start no more processes than GPUs.')
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -79,7 +81,21 @@ def test_shares_of_processes_hold_every_image_once(drawn):
         torch.cat([images for images, _ in val_loader(split, world, model, 2, 0, 32)]).flatten(1)
         for world in (CPU, *(World(torch.device('cpu'), rank, rank, 3) for rank in range(3))))
     assert [len(share) for share in shares] == [4, 3, 3]
-    torch.testing.assert_close(torch.cat(shares).sort(0).values, whole.sort(0).values, rtol=0, atol=0)
+    assert sorted(torch.cat(shares).tolist()) == sorted(whole.tolist())
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_image_that_cannot_be_decoded_is_one_sentence(drawn, trained, tmp_path, workers):
+    folder = tmp_path / 'val'
+    shutil.copytree(drawn / 'val', folder)
+    broken = next((folder / 'stars').iterdir())
+    whole = broken.read_bytes()
+    shutil.copy(broken, broken.with_name(f'a{broken.name}'))
+    broken.with_name(f'z{broken.name}').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError) as caught:
+        validate(folder, checkpoint=str(trained[0]), workers=workers)
+    assert re.fullmatch(r'The image .*val/stars/z\S+ cannot be decoded \(.*\); replace or remove it.',
+                        str(caught.value))
 
 
 @pytest.mark.parametrize(('settings', 'side'), [

@@ -48,7 +48,7 @@ def test_every_recipe_is_valid(path):
     ('scale: [1, 0.5]', 'The setting scale takes the smaller number first, got [1.0, 0.5].'),
     ('warmup_epochs: 300', 'warmup_epochs must be below epochs, got 300.0 of 300; lower warmup_epochs.'),
     ('batch_size: 3', 'need an even batch_size, got 3; take an even one, or set mixup and cutmix to 0.'),
-    ('{pretrained: true, initial_checkpoint: a.pth}', 'both say what to start from; leave one of them out.'),
+    ('{pretrained: true, initial_checkpoint: a.pth}', 'leave one of them out, by --no-pretrained'),
     ('- 1', 'must hold settings as `name: value`, got a list.'),
     ('a: [', 'is not YAML: '),
     ('!!python/object/apply:os.system [ls]', 'is not YAML: could not determine a constructor'),

@@ -8,7 +8,10 @@ import torch
 
 import overlock.checkpoint
 from imagenet_overlock import Recipe
-from imagenet_overlock.checkpoints import read_checkpoint
+from imagenet_overlock.checkpoints import read_checkpoint, starting_weights
+from imagenet_overlock.data import seed_epoch, train_loader
+from imagenet_overlock.distributed import World
+from imagenet_overlock.folder import check_folder
 from imagenet_overlock.train import Trainer, train
 from overlock.checkpoint import CheckpointError
 from overlock.errors import UserError
@@ -62,11 +65,15 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(drawn, recipe, tmp
     assert_same_state(resumed, whole)
 
 
-def test_epochs_and_seeds_draw_different_images(drawn, recipe, tmp_path):
-    runs = [train(recipe(seed=seed, epochs=2, lr=0.0, warmup_lr=0.0, min_lr=0.0), drawn, tmp_path / str(seed))
-            for seed in (1, 2)]
-    losses = [row['train_loss'] for run in runs for row in run]
-    assert len(set(losses)) == 4
+def test_epochs_seeds_and_processes_draw_different_images(drawn, recipe):
+    split, model = check_folder(drawn).train, tiny.TimmOverLoCK(tiny.ARCH, num_classes=10)
+    draws = []
+    for seed, epoch, rank in ((1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 1), (1, 0, 0)):
+        seed_epoch(seed, epoch, rank)
+        loader = train_loader(recipe(seed=seed), split, World(torch.device('cpu')), model)
+        draws.append(next(iter(loader))[0])
+    assert torch.equal(draws[0], draws[-1])
+    assert not any(torch.equal(a, b) for i, a in enumerate(draws[:-1]) for b in draws[:i])
 
 
 def test_checkpoints_are_loaded_by_the_project_and_hold_both_kinds_of_weights(drawn, recipe, tmp_path):
@@ -199,7 +206,8 @@ def test_fine_tuning_takes_over_weights_and_classifiers_that_fit(drawn, recipe, 
     trainers = []
     monkeypatch.setattr(Trainer, 'fit', lambda self, writer: trainers.append(self))
     train(recipe(initial_checkpoint=str(path), img_size=64), drawn, tmp_path / 'second')
-    torch.testing.assert_close(dict(trainers[0].model.state_dict()), overlock.checkpoint.load(path), rtol=0, atol=0)
+    torch.testing.assert_close(dict(trainers[0].model.state_dict()), overlock.checkpoint.load(path, ema=True), rtol=0,
+                               atol=0)
 
 
 def test_fine_tuning_starts_the_heads_anew_for_other_classes(drawn, recipe, tmp_path, monkeypatch, caplog):
@@ -241,6 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
     (dict(model='overlock_xxl'), 'There is no model overlock_xxl; the models are overlock_b, '),
     (dict(model='overlock_xt_reparam'), 'overlock_xt_reparam is folded for inference; train overlock_xt.'),
     (dict(lr=None), 'The learning rate for 10 images in an update is 9.77e-06, below the 1.00e-05'),
+    (dict(aa='foo'), "takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, "),
     (dict(opt='adamm'), 'timm cannot build the optimizer adamm ('),
     (dict(batch_size=32), 'has 20 images, fewer than the 32 of one update; lower --batch-size.'),
     (dict(initial_checkpoint='absent.pth'), 'The weight file absent.pth does not exist'),
@@ -253,8 +262,30 @@ def test_what_cannot_be_trained_is_one_sentence(drawn, recipe, tmp_path, setting
 
 
 def test_an_unknown_device_is_one_sentence(drawn, recipe, tmp_path):
-    with pytest.raises(UserError, match='--device takes a device of PyTorch such as cuda or cpu, got tpu9'):
-        train(recipe(), drawn, tmp_path, device='tpu9')
+    for device in ('tpu9', 'meta'):
+        with pytest.raises(UserError, match=f'--device takes .*cuda or cpu, got {device}'):
+            train(recipe(), drawn, tmp_path, device=device)
+
+
+def test_a_run_in_the_way_is_not_overwritten_by_another_that_is_resumed(drawn, recipe, trained, tmp_path):
+    train(recipe(epochs=1, warmup_epochs=0), drawn, tmp_path)
+    before = (tmp_path / 'last.pth').read_bytes()
+    with pytest.raises(UserError, match='is of another run than .* and would be overwritten; name another folder'):
+        train(recipe(epochs=2), drawn, tmp_path, resume=str(trained / 'last.pth'))
+    assert (tmp_path / 'last.pth').read_bytes() == before
+
+
+def test_an_output_that_is_a_file_is_told_before_training(drawn, recipe, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='The output .*file is a file, expected a folder'):
+        train(recipe(), drawn, tmp_path / 'file')
+
+
+def test_fine_tuning_starts_from_the_averaged_weights_of_a_run(trained):
+    tensors, name = starting_weights(str(trained / 'last.pth'))
+    average = overlock.checkpoint.load(trained / 'last.pth', ema=True)
+    torch.testing.assert_close(tensors, average, rtol=0, atol=0)
+    assert name.endswith('last.pth (EMA)')
 
 
 @pytest.fixture(scope='module')
@@ -293,7 +324,7 @@ def test_resume_of_what_is_no_checkpoint_is_one_sentence(drawn, recipe, tmp_path
     (tmp_path / 'text.pth').write_text('text')
     for name, sentence in (('absent.pth', 'does not exist'), ('weights.pth', 'holds weights, but no state of a'),
                            ('text.pth', 'is not a whole PyTorch checkpoint')):
-        with pytest.raises(CheckpointError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             train(recipe(), drawn, tmp_path / 'run', resume=str(tmp_path / name))
 
 

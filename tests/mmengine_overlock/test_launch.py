@@ -14,9 +14,9 @@ def test_without_a_launcher_nothing_changes():
 
 
 def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
-    for name, value in (('RANK', '2'), ('WORLD_SIZE', '4'), ('LOCAL_RANK', '2')):
+    for name, value in (('RANK', '0'), ('WORLD_SIZE', '4'), ('LOCAL_RANK', '0'), ('LOCAL_WORLD_SIZE', '4')):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    with pytest.raises(UserError, match='Process 2 of this machine has no GPU, because the machine has 2'):
+    with pytest.raises(UserError, match='There are 4 processes on this machine, but each sees 2 GPUs'):
         launch.prepare_launch(Config(dict(launcher='pytorch', model=dict())))
