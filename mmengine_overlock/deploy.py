@@ -55,7 +55,7 @@ def reparameterize(config: str | Path, checkpoint: str, out: str | Path, *, imag
 
     Args:
         config: File of the configuration that the model was trained with.
-        checkpoint: Its weights: path or URL.
+        checkpoint: Its weights: path, URL or published name.
         out: The new weights, .pth; the configuration is written beside them, as .py.
         image: The image to compare on; by default a drawn one.
         ema: Whether to take the running average of the weights.

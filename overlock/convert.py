@@ -182,7 +182,7 @@ def convert_file(source: str | os.PathLike, out: str | os.PathLike, names: str =
         CheckpointError: See `convert`; also if the new file does not hold what it should.
         UserError: If `out` is no name for a new weight file.
     """
-    source, out = os.fspath(source), Path(out).expanduser()
+    source, out = os.fspath(source), Path(os.path.expanduser(out))
     path = find_file(source)
     if out.suffix not in _SUFFIXES or out.is_dir():
         raise UserError(f'the output must be a file that ends in {" or ".join(_SUFFIXES)}, got {out}')
@@ -221,7 +221,8 @@ def _read_classes(path: Path) -> dict[str, Any]:
         return {}
     with weights_only():
         content = torch.load(path, map_location='meta', weights_only=True)
-    meta = content.get('meta') or {}
+    meta = content.get('meta') if isinstance(content, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
     return {name: meta[name] for name in _CLASSES if name in meta}
 
 

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import torch
 
-# Where torchrun, Slurm and Open MPI tell a process its rank on the machine, and how many processes there are on it.
-_LOCAL_RANKS = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK')
-_LOCAL_SIZES = ('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE')
+# Where torchrun, Open MPI and Slurm tell a process its rank on the machine, and how many processes there are on it.
+# Slurm comes last: the other two may have been started inside one of its jobs.
+_LOCAL_RANKS = ('LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'SLURM_LOCALID')
+_LOCAL_SIZES = ('LOCAL_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_SIZE', 'SLURM_NTASKS_PER_NODE')
 
 
 class UserError(ValueError):
@@ -24,7 +25,7 @@ class CheckpointError(UserError):
 
 def local_rank() -> int:
     """The rank of this process among those of a distributed run on this machine; 0 without one."""
-    return int(next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), 0))
+    return int(next((os.environ[name] for name in _LOCAL_RANKS if os.environ.get(name)), 0))
 
 
 def check_gpus() -> None:
@@ -33,7 +34,7 @@ def check_gpus() -> None:
     Raises:
         UserError: There are more processes than devices; it is raised in all of them, so that the first can tell it.
     """
-    processes = int(next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), local_rank() + 1))
+    processes = int(next((os.environ[name] for name in _LOCAL_SIZES if os.environ.get(name)), local_rank() + 1))
     if processes > torch.cuda.device_count():
         raise UserError(f'There are {processes} processes on this machine, but each sees {torch.cuda.device_count()} '
                         'GPUs; start no more processes than GPUs.')

@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
+from overlock.errors import UserError
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
@@ -34,10 +36,17 @@ def drafted(*paths: Path) -> Iterator[list[Path]]:
     """Paths of the same names in a hidden folder beside; when the block ends the files there take their places.
 
     If it raises, they never do.
+
+    Raises:
+        UserError: If the folder cannot be written to.
     """
     parent = paths[0].parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=parent, prefix=f'.{paths[0].stem}.') as folder:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = TemporaryDirectory(dir=parent, prefix=f'.{paths[0].stem}.')
+    except OSError as error:
+        raise UserError(f'{paths[0]} cannot be written ({error}); give a name in a folder that can.') from error
+    with temporary as folder:
         drafts = [Path(folder, path.name) for path in paths]
         yield drafts
         for draft, path in zip(drafts, paths, strict=True):

@@ -216,6 +216,8 @@ class TimmOverLoCK(OverLoCK):
     def load_pretrained(self, checkpoint_path: str) -> None:
         """Loads a weight file of any form, adapted to the model's channels and classes; timm calls it for files.
 
+        Of a file that has a running average too, it takes the weights themselves.
+
         Images of other than three channels take timm's combination of the first weights. Classifiers stay as they are
         where the model has other classes than `pretrained_cfg` says of the file.
 

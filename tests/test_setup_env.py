@@ -141,7 +141,7 @@ def test_package_requires_no_torch_and_no_extra_brings_mmcv():
     parser = configparser.ConfigParser()
     parser.read(ROOT / 'setup.cfg')
     extras = dict(parser['options.extras_require'])
-    assert set(extras) == {'det', 'seg', 'timm', 'natten', 'dev'}
+    assert set(extras) == {'det', 'seg', 'timm', 'imagenet', 'natten', 'dev'}
     assert parser['options']['install_requires'] == ''
     required = [line.strip() for text in extras.values() for line in text.split('\n')]
     assert not [line for line in required if line.startswith(('torch', 'mmcv'))]

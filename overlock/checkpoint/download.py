@@ -46,7 +46,8 @@ def download(url: str, path: str | os.PathLike, size: int | None = None, sha256:
         if path.is_file():
             return
         reached = 0
-        while not _fetch(url, part):
+        known = size is not None or sha256 is not None
+        while not _fetch(url, part, known):
             before, reached = reached, part.stat().st_size
             if reached <= before:
                 raise ConnectionError(f'the connection broke after {reached} bytes, and again')
@@ -61,8 +62,14 @@ def download(url: str, path: str | os.PathLike, size: int | None = None, sha256:
     Path(f'{part}.lock').unlink(missing_ok=True)
 
 
-def _fetch(url: str, part: Path) -> bool:
-    """Appends to what there is of a file what the server sends, and returns whether it is whole now."""
+def _fetch(url: str, part: Path, known: bool) -> bool:
+    """Appends to what there is of a file what the server sends, and returns whether it is whole now.
+
+    Args:
+        url: Address.
+        part: What there is.
+        known: Whether size or hash will tell a whole file.
+    """
     validator = _validator_of(part)
     begun = part.stat().st_size if part.is_file() and validator.is_file() else 0
     headers = {'User-Agent': 'overlock'}
@@ -77,10 +84,14 @@ def _fetch(url: str, part: Path) -> bool:
         validator.unlink()
         return False
     with response:
-        if not (response.headers.get('Content-Range') or '').startswith(f'bytes {begun}-'):
+        if response.status != 206:
             begun = 0
+        elif not (response.headers.get('Content-Range') or '').startswith(f'bytes {begun}-'):
+            raise ConnectionError('the server sent another part of the file than was asked for')
         _remember(validator, response.headers)
         length = response.headers.get('Content-Length')
+        if length is None and not known and not response.chunked:
+            raise ConnectionError('the server does not tell the length of the file, so that a whole one cannot be told')
         total = None if length is None else begun + int(length)
         with part.open('ab' if begun else 'wb') as file, tqdm(
                 desc=part.stem, total=total, initial=begun, unit='B', unit_scale=True, unit_divisor=1024,
@@ -110,13 +121,20 @@ def _remember(validator: Path, headers: http.client.HTTPMessage) -> None:
 
 
 def _hash_in(name: str) -> str | None:
-    found = re.search(r'-([0-9a-f]{8,64})\.', name)
+    # Digits alone are rather a date.
+    found = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', name)
     return found and found[1]
 
 
 def _check(part: Path, url: str, size: int | None, sha256: str | None) -> None:
     name = Path(urlparse(url).path).name
     received = part.stat().st_size
+    with part.open('rb') as file:
+        head = file.read(9)
+    # A zip archive or a pickle, as torch writes them, or the JSON of safetensors behind its length.
+    if not head.startswith((b'PK', b'\x80')) and head[8:] != b'{':
+        raise CheckpointError(f'{name} from {url} is no weight file: expected one of torch.save or safetensors, got '
+                              f'{received} bytes that begin with {head!r}; look at the address with a browser.')
     if size is not None and received != size:
         raise CheckpointError(f'{name} from {url} is not the published file: expected {size} bytes, got {received}; '
                               'fetch it from somewhere else.')

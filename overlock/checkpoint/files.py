@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import http.client
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
 # Where trainers put a state dict in a file, and the running average of one.
 _WRAPPERS = ('state_dict', 'model')
 _EMA_WRAPPERS = ('state_dict_ema', 'model_ema')
+# What DistributedDataParallel, averaging and torch.compile put before names.
+_PREFIXES = ('module.', '_orig_mod.', 'module.')
 # mmengine's EMAHook puts the average into `state_dict`, and the weights behind it here.
 _BEHIND_AVERAGE = 'ema_state_dict'
 
@@ -44,7 +46,7 @@ def find_file(source: str | os.PathLike) -> Path:
 
     Names in `overlock.checkpoint.WEIGHTS` stand for their URLs. The file of a URL is looked for, by its name, in the
     folder that `OVERLOCK_WEIGHTS` names, then in torch hub's cache, and downloaded into that cache else: from its own
-    URL, or, where `OVERLOCK_WEIGHTS` is the URL of a folder, from there.
+    URL, or, where it is published and `OVERLOCK_WEIGHTS` is the URL of a folder, from there.
 
     Raises:
         CheckpointError: If there is no such file, or it cannot be downloaded.
@@ -54,8 +56,8 @@ def find_file(source: str | os.PathLike) -> Path:
         source = WEIGHTS[source].url
     if _is_url(source):
         return _find_url(source)
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):
         return path
     close = difflib.get_close_matches(source, WEIGHTS, 3)
     raise CheckpointError(f'The weight file {path} does not exist; give the path of a file, a URL, or a name of '
@@ -63,16 +65,16 @@ def find_file(source: str | os.PathLike) -> Path:
 
 
 def _is_url(text: str) -> bool:
-    return urlparse(text).scheme in ('http', 'https')
+    return text.lower().startswith(('http://', 'https://'))
 
 
 def _find_url(url: str) -> Path:
-    name = Path(urlparse(url).path).name
+    name = Path(url.partition('?')[0]).name
     cached = Path(torch.hub.get_dir(), 'checkpoints', name)
     places = [cached]
     place = os.environ.get(WEIGHTS_VARIABLE, '')
     if place and not _is_url(place):
-        folder = Path(place).expanduser()
+        folder = Path(os.path.expanduser(place))
         if not folder.is_dir():
             raise CheckpointError(f'{WEIGHTS_VARIABLE} must name a folder of weight files, or the URL of one, got '
                                   f'{place}, which is neither; correct or unset it.')
@@ -81,10 +83,12 @@ def _find_url(url: str) -> Path:
         if path.is_file():
             return path
     published = next((weights for weights in WEIGHTS.values() if weights.url == url), None)
-    source = f'{place.rstrip("/")}/{name}' if _is_url(place) else url
+    source = f'{place.rstrip("/")}/{name}' if published and _is_url(place) else url
     try:
         download(source, cached, published and published.size, published and published.sha256)
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise CheckpointError(
             f'cannot download {source} ({error}); try again, or fetch {name} by other means and put it into the folder '
             f'that {WEIGHTS_VARIABLE} names, or at {cached}') from error
@@ -94,8 +98,8 @@ def _find_url(url: str) -> Path:
 def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
     """The tensors of a weight file (.pth or .safetensors), on the CPU, out of their usual wrappings.
 
-    Unwraps `state_dict`, `model`, `state_dict_ema`, `model_ema`, and the prefix `module.`. In a file of mmengine's
-    EMAHook `state_dict` is the average, with or without `ema`.
+    Unwraps `state_dict`, `model`, `state_dict_ema`, `model_ema`, and the prefixes `module.` and `_orig_mod.`. In a file
+    of mmengine's EMAHook `state_dict` is the average, with or without `ema`.
 
     Args:
         path: The file.
@@ -121,12 +125,16 @@ def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Ten
         raise CheckpointError(f'{path} holds no running average of weights: expected one of '
                               f'{", ".join((*_EMA_WRAPPERS, _BEHIND_AVERAGE))}; load its weights themselves')
     found = averages if ema or plain is None and averages is not None else content if plain is None else plain
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(
-        found, Mapping) else {}
+    items = found.items() if isinstance(found, Mapping) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f'{path} holds no state dict')
-    if all(name.startswith('module.') for name in tensors):
-        tensors = {name.removeprefix('module.'): value for name, value in tensors.items()}
+        raise CheckpointError(f'{path} holds no state dict: expected tensors by their names, bare or under one of '
+                              f'{", ".join(_WRAPPERS + _EMA_WRAPPERS)}; give a file of weights')
+    for prefix in _PREFIXES:
+        # Averaged models count their updates beside the network.
+        below = {name: value for name, value in tensors.items() if '.' in name}
+        if below and all(name.startswith(prefix) for name in below):
+            tensors = {name.removeprefix(prefix): value for name, value in below.items()}
     return tensors
 
 
@@ -146,3 +154,5 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f'{path} is damaged: {error}') from error
+    except OSError as error:
+        raise unreadable(path, error) from error

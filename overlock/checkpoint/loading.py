@@ -97,6 +97,10 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
     misfits = [name for name in loaded if given[name].shape != wanted[name].shape]
     if misfits:
         name = misfits[0]
+        if all(name.startswith(DROPPED_PARTS) for name in misfits):
+            raise CheckpointError(
+                f'{source} has other classes: expected {name} of shape {tuple(wanted[name].shape)}, got '
+                f'{tuple(given[name].shape)}; build the model with num_classes={len(given[name])}')
         raise CheckpointError(
             f'{source} is not for this model: {len(misfits)} of {len(loaded)} tensors have another shape, first '
             f'{name}, expected {tuple(wanted[name].shape)}, got {tuple(given[name].shape)}; give the file of the same '

@@ -8,7 +8,10 @@ import errno
 import functools
 import os
 import pickle
+import pickletools
 import re
+import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,21 +24,49 @@ from overlock.errors import CheckpointError
 UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError,
               AttributeError)
 
+# What is allowed while files are read is a setting of the whole process.
+_LOCK = threading.RLock()
 _FORCED = {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '0'}
 
 
 def unreadable(path: str | os.PathLike, error: Exception) -> CheckpointError:
     """What to tell of a file on which `torch.load(..., weights_only=True)` raised one of `UNREADABLE`."""
-    wanted = re.search(r'GLOBAL (\S+)', str(error))
+    found = re.search(r'GLOBAL (\S+)', str(error))
+    # What protocols 4 and 5 add begins at 140.
+    newer = re.search(r'Unsupported operand 1[4-9]\d', str(error))
+    wanted = found[1] if found else _foreign_global(path) if newer else None
     if wanted:
         return CheckpointError(
-            f'{path} asks for the Python object {wanted[1]}, which a checkpoint could use to run code, and was not '
+            f'{path} asks for the Python object {wanted}, which a checkpoint could use to run code, and was not '
             'loaded; save it again with tensors, numbers and strings only.')
+    if newer:
+        return CheckpointError(f'{path} is pickled by a protocol that cannot be read safely, expected 2 or 3; save it '
+                               'again with the default protocol of torch.save.')
     # torch seeks before the start of a file that is too short.
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return CheckpointError(f'Cannot read the checkpoint {path} ({error}); give the path of a file on this machine.')
     return CheckpointError(f'{path} is not a whole PyTorch checkpoint: it was cut off while it was written, or is '
                            'another kind of file.')
+
+
+def _foreign_global(path: str | os.PathLike) -> str | None:
+    """The first object that a pickle of protocol 4 or 5 asks for and torch's own files do not; nothing is run."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            data = next((archive.read(name) for name in archive.namelist() if name.endswith('data.pkl')), b'')
+    else:
+        with open(path, 'rb') as file:
+            data = file.read()
+    strings: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == 'STACK_GLOBAL' and not strings[-2].startswith(('torch', 'collections')):
+                return '.'.join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
+    except (ValueError, IndexError):
+        return None
+    return None
 
 
 def _answers_to(path: str) -> Callable[[Any], Any]:
@@ -89,14 +120,15 @@ def weights_only() -> Iterator[None]:
 
     That holds for loads that ask for everything too, as those of mmengine and torch.hub do on some versions.
     """
-    environment = {name: os.environ.get(name) for name in _FORCED}
-    allowed = list(torch.serialization.get_safe_globals())
-    os.environ.update(_FORCED)
-    torch.serialization.add_safe_globals(_safe_globals())
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(allowed)
-        for name, value in environment.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with _LOCK:
+        environment = {name: os.environ.get(name) for name in _FORCED}
+        allowed = list(torch.serialization.get_safe_globals())
+        os.environ.update(_FORCED)
+        torch.serialization.add_safe_globals(_safe_globals())
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(allowed)
+            for name, value in environment.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -3,6 +3,7 @@
 import os
 import pickle
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -137,7 +138,39 @@ def test_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch
     for name in ('bad.pth', 'raw.pth'):
         with pytest.raises(CheckpointError, match='asks for the Python object (posix|os).mkdir'):
             read_state_dict(tmp_path / name)
+    for protocol in (4, 5):
+        torch.save({'a': torch.ones(1), 'meta': Malicious()}, tmp_path / 'new.pth', pickle_protocol=protocol)
+        (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Malicious(), protocol=protocol))
+        for name in ('new.pth', 'raw.pth'):
+            with pytest.raises(CheckpointError, match='asks for the Python object (posix|os).mkdir'):
+                read_state_dict(tmp_path / name)
+        torch.save({'a': torch.ones(1)}, tmp_path / 'new.pth', pickle_protocol=protocol)
+        with pytest.raises(CheckpointError, match='a protocol that cannot be read safely, expected 2 or 3; save'):
+            read_state_dict(tmp_path / 'new.pth')
     assert not (tmp_path / 'ran').exists()
+
+
+def test_files_are_read_by_several_threads_and_torch_is_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+    torch.save({'model': {'a.weight': torch.ones(1)}, 'args': Namespace(lr=1e-3)}, tmp_path / 'w.pth')
+    allowed = torch.serialization.get_safe_globals()
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(load, [tmp_path / 'w.pth'] * 200))
+    assert len(loaded) == 200
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
+    assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_prefixes_of_wrappers_are_taken_off(prefix, tmp_path):
+    torch.save({'n_averaged': torch.tensor(3), f'{prefix}a.weight': torch.ones(1)}, tmp_path / 'w.pth')
+    assert load(tmp_path / 'w.pth') == {'a.weight': torch.ones(1)}
+
+
+def test_file_of_other_classes_tells_how_many(tmp_path):
+    torch.save(OverLoCK(TINY, num_classes=10).state_dict(), tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='has other classes: .* build the model with num_classes=10'):
+        load_pretrained(OverLoCK(TINY, num_classes=7), tmp_path / 'w.pth')
 
 
 def test_damaged_or_empty_files_are_errors(tmp_path):

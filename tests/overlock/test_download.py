@@ -11,7 +11,8 @@ import torch
 
 from overlock.checkpoint import CheckpointError, download, find_file, load, registry
 
-CONTENT = bytes(range(256)) * 4096
+# As a zip archive begins.
+CONTENT = b'PK\x03\x04' + bytes(range(252)) * 4096
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -23,11 +24,13 @@ class Server(http.server.ThreadingHTTPServer):
         requests: (path, Range) of each request.
         ranges: Whether parts are served.
         tag: ETag of the content; None for none.
+        length: Whether the length is told.
     """
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
         self.content, self.breaks, self.requests, self.ranges, self.tag = CONTENT, [], [], True, '"1"'
+        self.length = True
 
     def url(self, name='w.pth'):
         return f'http://127.0.0.1:{self.server_port}/v1/{name}'
@@ -46,7 +49,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(416)
         body = server.content[start:]
         self.send_response(206 if start else 200)
-        self.send_header('Content-Length', str(len(body)))
+        if server.length:
+            self.send_header('Content-Length', str(len(body)))
         if start:
             self.send_header('Content-Range', f'bytes {start}-{len(server.content) - 1}/{len(server.content)}')
         if server.tag is not None:
@@ -76,7 +80,7 @@ def files(folder):
 def test_download_shows_progress_and_happens_once(server, tmp_path, capfd):
     path = find_file(server.url())
     assert path == tmp_path / 'hub' / 'checkpoints' / 'w.pth' and path.read_bytes() == CONTENT
-    assert re.search(r'w\.pth: .*100%.*1\.00M/1\.00M', capfd.readouterr().err)
+    assert re.search(r'w\.pth: .*100%.*M/', capfd.readouterr().err)
     assert find_file(server.url()) == path and len(server.requests) == 1
     assert files(tmp_path) == ['w.pth']
 
@@ -98,7 +102,7 @@ def test_download_that_gave_up_is_gone_on_with_by_the_next(server, tmp_path):
 
 
 @pytest.mark.parametrize('change', [
-    dict(content=CONTENT[::-1], tag='"2"'), dict(content=CONTENT[:1000], tag='"2"'), dict(ranges=False),
+    dict(content=CONTENT[:100] + CONTENT[::-1], tag='"2"'), dict(content=CONTENT[:1000], tag='"2"'), dict(ranges=False),
     dict(tag=None)], ids=['another file', 'a shorter file', 'no ranges', 'no version'])
 def test_part_of_another_file_is_not_gone_on_with(server, change, tmp_path):
     server.breaks = [300_000, 0]
@@ -152,6 +156,27 @@ def test_file_that_is_not_the_published_one_is_not_kept(server, known, message, 
     assert files(tmp_path) == []
 
 
+def test_answers_that_are_no_weight_file_are_not_kept(server, tmp_path):
+    server.content = b'<html>log in first</html>'
+    with pytest.raises(CheckpointError, match='w.pth from .* is no weight file: expected one of torch.save or safet'):
+        find_file(server.url())
+    assert files(tmp_path) == []
+
+
+def test_answer_of_unknown_length_is_taken_only_where_the_file_is_known(server, tmp_path):
+    server.length = False
+    with pytest.raises(CheckpointError, match='the server does not tell the length of the file'):
+        find_file(server.url())
+    download.download(server.url(), tmp_path / 'known.pth', len(CONTENT))
+    assert (tmp_path / 'known.pth').read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize('url', ['http://127.0.0.1:1/a b.pth', 'http://host:abc/x.pth', 'http://[/x.pth'])
+def test_address_that_is_none_is_an_error(server, url):
+    with pytest.raises(CheckpointError, match='cannot download'):
+        find_file(url)
+
+
 def test_known_size_and_hash_are_accepted(server, tmp_path):
     download.download(server.url(), tmp_path / 'a.pth', len(CONTENT), SHA256)
     assert (tmp_path / 'a.pth').read_bytes() == CONTENT
@@ -159,9 +184,10 @@ def test_known_size_and_hash_are_accepted(server, tmp_path):
 
 def test_hash_in_the_name_counts(server, tmp_path):
     assert find_file(server.url(f'good-{SHA256[:8]}.pth')).read_bytes() == CONTENT
-    with pytest.raises(CheckpointError, match='expected SHA-256 01234567, got'):
-        find_file(server.url('bad-01234567.pth'))
-    assert files(tmp_path) == [f'good-{SHA256[:8]}.pth']
+    with pytest.raises(CheckpointError, match='expected SHA-256 0123456f, got'):
+        find_file(server.url('bad-0123456f.pth'))
+    assert find_file(server.url('date-20250131.pth')).read_bytes() == CONTENT
+    assert files(tmp_path) == ['date-20250131.pth', f'good-{SHA256[:8]}.pth']
 
 
 def test_processes_that_want_the_same_file_fetch_it_once(server):
@@ -191,4 +217,6 @@ def test_weights_of_a_name_come_from_the_mirror(server, tmp_path, monkeypatch):
     monkeypatch.setenv('OVERLOCK_WEIGHTS', server.url('').rstrip('/'))
     assert load('overlock_s_in1k') == {'a.weight': torch.ones(1)}
     assert [path for path, _ in server.requests] == ['/v1/overlock_s_in1k_224.pth']
+    with pytest.raises(CheckpointError, match='cannot download http://127.0.0.1:9/own.pth'):
+        find_file('http://127.0.0.1:9/own.pth')
     assert (tmp_path / 'hub' / 'checkpoints' / 'overlock_s_in1k_224.pth').is_file()
