@@ -114,6 +114,21 @@ def test_backbone_matches_the_table(name, load_config):
     assert set(backbone) == {'type', 'arch', 'drop_path_rate', 'init_cfg'}
 
 
+@pytest.mark.parametrize('name', [name for name, weights in WEIGHTS.items() if weights.config])
+def test_published_weights_expect_the_images_of_their_configuration(name, load_config):
+    weights = WEIGHTS[name]
+    cfg, images = load_config(weights.config), weights.preprocessing
+    assert variant(weights.config) == weights.arch
+    preprocessor = cfg.model.data_preprocessor
+    assert preprocessor.mean == pytest.approx([255 * mean for mean in images.mean])
+    assert preprocessor.std == pytest.approx([255 * std for std in images.std])
+    steps = {step.type: step for step in cfg.test_dataloader.dataset.pipeline}
+    assert sorted(steps['Resize'].scale) == list(images.size) and steps['Resize'].get('interpolation', 'bilinear') == (
+        images.interpolation)
+    stretched = steps.get('ResizeToMultiple')
+    assert (stretched.size_divisor if stretched else preprocessor.pad_size_divisor) == images.size_divisor
+
+
 @pytest.mark.parametrize('name', DETECTORS)
 def test_detector_matches_the_table(name, load_config):
     cfg = load_config(name)
