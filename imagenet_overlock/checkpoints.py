@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import CheckpointError, find_file, load
-from overlock.checkpoint.unpickling import UNREADABLE, unreadable
+from overlock.checkpoint.unpickling import read_pickled
 from overlock.errors import UserError
 from overlock.files import whole_file
 
@@ -40,10 +40,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise CheckpointError(f'The checkpoint {path} does not exist; give the path of a {LAST}.')
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except UNREADABLE as error:
-        raise unreadable(path, error) from error
+    content = read_pickled(path)
     if not isinstance(content, dict) or not {'epoch', 'arch', 'state_dict', 'args', 'classes'} <= set(content):
         raise CheckpointError(f'{path} holds weights, but no state of a training run; start from them with '
                               '--initial-checkpoint.')

@@ -14,10 +14,9 @@ from torch import Tensor
 from overlock.arch import ARCHS
 from overlock.checkpoint import find_file, load, to_published
 from overlock.checkpoint.forms import form_of
-from overlock.checkpoint.unpickling import weights_only
+from overlock.checkpoint.unpickling import read_pickled
 from overlock.errors import CheckpointError, UserError
 from overlock.files import drafted, whole_file
-from overlock.layers import DilatedReparamConv
 from overlock.model import OverLoCK, Trunk
 from overlock.recognise import build_like, network_entries, prefix_of
 
@@ -153,11 +152,7 @@ def _reform(tensors: Mapping[str, Tensor], network: Trunk, form: str) -> dict[st
     wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
             for name, value in tensors.items()}
     network.load_state_dict(wide, strict=True, assign=True)
-    foldable = Trunk if form == 'folded' else DilatedReparamConv
-    for module in network.modules():
-        if isinstance(module, foldable):
-            module.switch_to_deploy()
-    return network.state_dict()
+    return (network.switch_to_deploy() if form == 'folded' else network.merge()).state_dict()
 
 
 def convert_file(source: str | os.PathLike, out: str | os.PathLike, names: str = 'ours', form: str | None = None,
@@ -219,8 +214,7 @@ def _read_classes(path: Path) -> dict[str, Any]:
     """What a detector's or segmenter's file tells about its classes; empty for a .safetensors file."""
     if path.suffix == '.safetensors':
         return {}
-    with weights_only():
-        content = torch.load(path, map_location='meta', weights_only=True)
+    content = read_pickled(path, 'meta')
     meta = content.get('meta') if isinstance(content, Mapping) else None
     meta = meta if isinstance(meta, Mapping) else {}
     return {name: meta[name] for name in _CLASSES if name in meta}

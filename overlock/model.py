@@ -80,10 +80,14 @@ class Trunk(nn.Module):
         """A network of the same shape on the meta device, in the form 'training' or 'merged' of `checkpoint.forms`."""
         with torch.device('meta'):
             twin = self._rebuilt()
-        for module in twin.modules():
-            if form == 'merged' and isinstance(module, DilatedReparamConv):
+        return twin.merge() if form == 'merged' else twin
+
+    def merge(self) -> 'Trunk':
+        """Merges the branches of the large kernels alone, in place, as published _reparam files have them."""
+        for module in self.modules():
+            if isinstance(module, DilatedReparamConv):
                 module.switch_to_deploy()
-        return twin
+        return self
 
     def _rebuilt(self) -> 'Trunk':
         """A new network of the same shape, unfolded."""

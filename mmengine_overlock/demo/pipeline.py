@@ -12,9 +12,10 @@ from typing import Any
 
 from mmengine_overlock.run import test, train
 from overlock.errors import UserError
+from overlock.files import drafted
 
 from .pictures import draw_predictions
-from .report import APTable, ap_table, plot_curves, read_scalars, replacing
+from .report import APTable, ap_table, plot_curves, read_scalars
 from .shapes import draw, is_drawn
 
 # What a run leaves beside the data, all of it cleared before the next one.
@@ -82,7 +83,7 @@ def run_demo(config: str | Path, work_dir: str | Path, cfg_options: dict[str, An
 
     annotations = data / 'annotations' / 'instances_val2017.json'
     table = ap_table(annotations, {'box': files['boxes'], 'mask': files['masks']})
-    with replacing(files['AP table']) as path:
+    with drafted(files['AP table']) as (path,):
         path.write_text(table.to_markdown())
     plot_curves(read_scalars(Path(runner.log_dir, 'vis_data', 'scalars.json')), files['loss and AP'])
     draw_predictions(annotations, data / 'val2017', files['masks'], files['predictions'])

@@ -6,8 +6,7 @@ import contextlib
 import io
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from overlock.files import drafted
 
 MEASURES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
 _IOU_TYPES = {'box': 'bbox', 'mask': 'segm'}
@@ -143,14 +144,5 @@ def _running_mean(values: np.ndarray, width: int = 5) -> np.ndarray:
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 110) -> None:
     """Writes a PNG whole or not at all."""
-    with replacing(path) as new:
+    with drafted(Path(path)) as (new,):
         figure.savefig(new, format='png', dpi=dpi)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a path to write to; what was written takes the place of `path` if the block ends well."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix='.', dir=path.parent) as scratch:
-        yield Path(scratch, path.name)
-        os.replace(Path(scratch, path.name), path)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from overlock.checkpoint.download import download
 from overlock.checkpoint.registry import WEIGHTS
-from overlock.checkpoint.unpickling import UNREADABLE, unreadable, weights_only
+from overlock.checkpoint.unpickling import read_pickled, unreadable
 from overlock.errors import CheckpointError
 
 WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
@@ -110,14 +110,7 @@ def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Ten
             run code to load.
     """
     path = Path(path)
-    if path.suffix == '.safetensors':
-        content = _read_safetensors(path)
-    else:
-        try:
-            with weights_only():
-                content = torch.load(path, map_location='cpu', weights_only=True)
-        except UNREADABLE as error:
-            raise unreadable(path, error) from error
+    content = _read_safetensors(path) if path.suffix == '.safetensors' else read_pickled(path)
     averages, plain = _unwrap(content, _EMA_WRAPPERS), _unwrap(content, _WRAPPERS)
     if ema and averages is None and _unwrap(content, (_BEHIND_AVERAGE,)) is not None:
         averages = plain

@@ -132,3 +132,16 @@ def weights_only() -> Iterator[None]:
             torch.serialization.add_safe_globals(allowed)
             for name, value in environment.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def read_pickled(path: str | os.PathLike, map_location: str = 'cpu') -> Any:
+    """What a file of torch.save holds.
+
+    Raises:
+        CheckpointError: If it is damaged, or would have to run code to load.
+    """
+    try:
+        with weights_only():
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error

@@ -10,6 +10,7 @@ from mmengine_overlock.demo import report
 from mmengine_overlock.demo.pictures import draw_predictions
 from mmengine_overlock.demo.scenes import CLASSES
 from mmengine_overlock.demo.shapes import draw
+from overlock.files import drafted
 
 
 @pytest.fixture(scope='module')
@@ -125,7 +126,7 @@ def test_an_empty_log_is_refused(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / 'table.md'
     path.write_text('old')
-    with pytest.raises(ZeroDivisionError), report.replacing(path) as new:
+    with pytest.raises(ZeroDivisionError), drafted(path) as (new,):
         new.write_text('half')
         1 / 0
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
