@@ -34,14 +34,25 @@ class OperatorCase:
         exact: Whether to compute in float64, on inputs rounded to `dtype`.
     """
 
-    def __init__(self, backend: str, channels: int, groups: int, kernel_sizes: tuple[int, int], size: tuple[int, int],
-                 batch: int, dtype: str, device: str, exact: bool = False) -> None:
+    def __init__(
+        self,
+        backend: str,
+        channels: int,
+        groups: int,
+        kernel_sizes: tuple[int, int],
+        size: tuple[int, int],
+        batch: int,
+        dtype: str,
+        device: str,
+        exact: bool = False,
+    ) -> None:
         self.device, self.dtype, self.exact = torch.device(device), dtype, exact
         # As in the network: on CPUs ours runs in channels_last, the published pipeline never does.
         self.channels_last = self.device.type == 'cpu' and backend not in PIPELINES
         self.channels, self.groups, self.kernel_sizes, self.batch = channels, groups, tuple(kernel_sizes), batch
-        self.function = pick(backend, kernel_sizes=self.kernel_sizes, num_groups=groups,
-                             scale=(channels / groups) ** -0.5)
+        self.function = pick(
+            backend, kernel_sizes=self.kernel_sizes, num_groups=groups, scale=(channels / groups) ** -0.5
+        )
         self.size = tuple(size)
         self.made: dict[tuple[int, int], tuple[list[Tensor], Tensor]] = {}
         self.inputs(self.size)
@@ -61,8 +72,10 @@ class OperatorCase:
         """The forward and the backward pass as functions of their own."""
         inputs, grad = self.inputs(self.size)
         out = self.call(inputs)
-        return {'forward': partial(self.run, train=False),
-                'backward': lambda: torch.autograd.grad(out, inputs, grad.to(out.dtype), retain_graph=True)}
+        return {
+            'forward': partial(self.run, train=False),
+            'backward': lambda: torch.autograd.grad(out, inputs, grad.to(out.dtype), retain_graph=True),
+        }
 
     def call(self, inputs: list[Tensor]) -> Tensor:
         """The output."""
@@ -78,10 +91,16 @@ class OperatorCase:
         """Query, key, value, weight, bias, rpb_small and rpb_large, and the gradient of the output; made once."""
         if size not in self.made:
             generator = torch.Generator().manual_seed(0)
-            half, taps = self.channels // 2, sum(kernel ** 2 for kernel in self.kernel_sizes)
-            shapes = [(self.batch, half, *size), (self.batch, half, REGIONS, REGIONS), (self.batch, 2 * half, *size),
-                      (taps, REGIONS ** 2), (taps,), *((self.groups, 2 * k - 1, 2 * k - 1) for k in self.kernel_sizes),
-                      (self.batch, 2 * half, *size)]
+            half, taps = self.channels // 2, sum(kernel**2 for kernel in self.kernel_sizes)
+            shapes = [
+                (self.batch, half, *size),
+                (self.batch, half, REGIONS, REGIONS),
+                (self.batch, 2 * half, *size),
+                (taps, REGIONS**2),
+                (taps,),
+                *((self.groups, 2 * k - 1, 2 * k - 1) for k in self.kernel_sizes),
+                (self.batch, 2 * half, *size),
+            ]
             values = [torch.randn(shape, generator=generator) for shape in shapes]
             values[3] /= REGIONS
             for index in (0, 1, 2, 7):
@@ -114,6 +133,9 @@ def shape_of(arch: str, stage: int, size: tuple[int, int]) -> dict[str, Any]:
     shape = get_arch(arch)
     kernel, stride = shape.dynamic_kernel_sizes[stage - 3], 2 ** (stage + 1)
     # The network enlarges maps that are smaller than the kernel.
-    return {'channels': shape.embed_dims[stage - 1], 'groups': shape.focus_groups[stage - 3],
-            'kernel_sizes': (shape.small_kernel_size, kernel),
-            'size': tuple(max(kernel, -(-side // stride)) for side in size)}
+    return {
+        'channels': shape.embed_dims[stage - 1],
+        'groups': shape.focus_groups[stage - 3],
+        'kernel_sizes': (shape.small_kernel_size, kernel),
+        'size': tuple(max(kernel, -(-side // stride)) for side in size),
+    }

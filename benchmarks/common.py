@@ -26,13 +26,22 @@ PACKAGES = ('torch', 'triton', 'natten', 'timm', 'numpy')
 
 def machine(device: str, threads: int | None = None) -> dict[str, Any]:
     """The machine in words: processor, cores, threads of a worker, memory in bytes, and the GPU where it is used."""
-    facts = {'device': device, 'cpu': _cpu_name(), 'cores': len(_cores()),
-             'threads': threads or torch.get_num_threads(),
-             'memory': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), 'system': platform.platform()}
+    facts = {
+        'device': device,
+        'cpu': _cpu_name(),
+        'cores': len(_cores()),
+        'threads': threads or torch.get_num_threads(),
+        'memory': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
+        'system': platform.platform(),
+    }
     if torch.device(device).type == 'cuda':
         properties = torch.cuda.get_device_properties(device)
-        facts |= {'gpu': properties.name, 'gpu_memory': properties.total_memory, 'cuda': torch.version.cuda,
-                  'cudnn': torch.backends.cudnn.version()}
+        facts |= {
+            'gpu': properties.name,
+            'gpu_memory': properties.total_memory,
+            'cuda': torch.version.cuda,
+            'cudnn': torch.backends.cudnn.version(),
+        }
     return facts
 
 
@@ -60,6 +69,7 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> dict[str, Any]:
     """The commit checked out and whether files differ from it; None where this is no git checkout."""
+
     def git(*command: str) -> str | None:
         try:
             run = subprocess.run(['git', *command], cwd=ROOT, capture_output=True, text=True)
@@ -87,9 +97,17 @@ def write_result(folder: str | os.PathLike, what: str, device: str, settings: di
     settings = {key: value for key, value in settings.items() if not isinstance(value, os.PathLike)}
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    record = {'what': what, 'date': now.isoformat(), 'command': shlex.join(['python', str(script), *sys.argv[1:]]),
-              'machine': facts, 'versions': versions(), 'commit': commit(), 'settings': settings, 'rows': rows}
-    name = re.sub(r'[^a-z0-9]+', '-', (facts.get('gpu') or f"cpu {facts['cpu']}").lower()).strip('-')
+    record = {
+        'what': what,
+        'date': now.isoformat(),
+        'command': shlex.join(['python', str(script), *sys.argv[1:]]),
+        'machine': facts,
+        'versions': versions(),
+        'commit': commit(),
+        'settings': settings,
+        'rows': rows,
+    }
+    name = re.sub(r'[^a-z0-9]+', '-', (facts.get('gpu') or f'cpu {facts["cpu"]}').lower()).strip('-')
     path = Path(folder) / f'{what}-{name}-{now:%Y%m%dT%H%M%S}.json'
     text = json.dumps(_plain(record), indent=1, allow_nan=False)
     write_whole(path, lambda temporary: temporary.write_text(text + '\n'))
@@ -156,12 +174,22 @@ def size(text: str) -> tuple[int, int]:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options that all benchmarks share."""
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='cpu or cuda (default: cuda where there is one)')
-    parser.add_argument('--rounds', type=int, default=7, metavar='N',
-                        help='how often each row gets its turn (default: %(default)s)')
-    parser.add_argument('--turn-seconds', type=float, default=0.5, metavar='S',
-                        help='a turn repeats short iterations until this time has passed (default: %(default)s)')
+    parser.add_argument(
+        '--device',
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='cpu or cuda (default: cuda where there is one)',
+    )
+    parser.add_argument(
+        '--rounds', type=int, default=7, metavar='N', help='how often each row gets its turn (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--turn-seconds',
+        type=float,
+        default=0.5,
+        metavar='S',
+        help='a turn repeats short iterations until this time has passed (default: %(default)s)',
+    )
     parser.add_argument('--threads', type=int, metavar='N', help="threads of a worker (default: PyTorch's choice)")
-    parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR',
-                        help='folder of the JSON (default: %(default)s)')
+    parser.add_argument(
+        '--results', type=Path, default=RESULTS, metavar='DIR', help='folder of the JSON (default: %(default)s)'
+    )

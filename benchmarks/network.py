@@ -58,8 +58,10 @@ class Gate:
         narrow = name.endswith('+bf16') or worker.task['dtype'] == 'bf16'
         if narrow and name != 'published':
             limits['bf16'] = {kind: BF16_TOLERANCES[kind] for kind in self.own}
-        found = {dtype: deviation(worker.results(folder, {**self.change, 'dtype': dtype}), self.truth)
-                 for dtype in ('fp32', *(['bf16'] if narrow else []))}
+        found = {
+            dtype: deviation(worker.results(folder, {**self.change, 'dtype': dtype}), self.truth)
+            for dtype in ('fp32', *(['bf16'] if narrow else []))
+        }
         passed = all(may_be_timed(found[dtype], limits[dtype]) for dtype in limits)
         return {'passed': passed, 'deviation': found, 'limit': limits, 'size': list(self.change['size'])}
 
@@ -83,18 +85,31 @@ def check_size(size: tuple[int, int], batch: int, mode: str) -> tuple[int, int]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='xt', choices=['xt', 't', 's', 'b'], help='variant (default: %(default)s)')
-    parser.add_argument('--mode', default='forward', choices=['forward', 'train'],
-                        help='forward in evaluation, or forward and backward in training (default: %(default)s)')
+    parser.add_argument(
+        '--mode',
+        default='forward',
+        choices=['forward', 'train'],
+        help='forward in evaluation, or forward and backward in training (default: %(default)s)',
+    )
     parser.add_argument('--size', type=size, default=(224, 224), metavar='HxW', help='of the images (default: 224x224)')
     parser.add_argument('--batch', type=int, default=1, metavar='N', help='images (default: %(default)s)')
-    parser.add_argument('--dtype', default='fp32', choices=['fp32', 'bf16'],
-                        help='bf16 is autocast (default: %(default)s)')
-    parser.add_argument('--network', default='auto', choices=['auto', 'backbone', 'classifier'],
-                        help='auto: the classifier at 224x224, else the dense-prediction backbone')
-    parser.add_argument('--presets', nargs='+', metavar='NAME',
-                        help="what to measure beside `published`: train, deploy, compile or module:function; each may "
-                             "end in '+bf16' (default: all that the mode has)")
-    parser.add_argument('--beside', action='store_true', help="ConvNeXt-T and Swin-T of timm in the same rounds")
+    parser.add_argument(
+        '--dtype', default='fp32', choices=['fp32', 'bf16'], help='bf16 is autocast (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--network',
+        default='auto',
+        choices=['auto', 'backbone', 'classifier'],
+        help='auto: the classifier at 224x224, else the dense-prediction backbone',
+    )
+    parser.add_argument(
+        '--presets',
+        nargs='+',
+        metavar='NAME',
+        help='what to measure beside `published`: train, deploy, compile or module:function; each may '
+        "end in '+bf16' (default: all that the mode has)",
+    )
+    parser.add_argument('--beside', action='store_true', help='ConvNeXt-T and Swin-T of timm in the same rounds')
     add_run_options(parser)
     return parser.parse_args()
 
@@ -103,11 +118,19 @@ def main() -> int:
     args = parse_args()
     if args.network == 'auto':
         args.network = 'classifier' if args.size == (224, 224) else 'backbone'
-    names = dict.fromkeys(('published', *(args.presets or (TRAIN if args.mode == 'train' else FORWARD)),
-                           *(BESIDE if args.beside else ())))
+    names = dict.fromkeys(
+        ('published', *(args.presets or (TRAIN if args.mode == 'train' else FORWARD)), *(BESIDE if args.beside else ()))
+    )
     common = {key: getattr(args, key) for key in ('arch', 'network', 'mode', 'size', 'batch', 'dtype', 'device')}
-    rows = measure('benchmarks.presets', {name: {**common, 'preset': name} for name in names},
-                   Gate(common, args.threads), {args.mode: {}}, args.rounds, args.turn_seconds, args.threads)
+    rows = measure(
+        'benchmarks.presets',
+        {name: {**common, 'preset': name} for name in names},
+        Gate(common, args.threads),
+        {args.mode: {}},
+        args.rounds,
+        args.turn_seconds,
+        args.threads,
+    )
     finish(rows, args.mode, args.batch)
     what = f'network-{args.arch}-{args.mode}-{args.batch}x3x{args.size[0]}x{args.size[1]}-{args.dtype}'
     path = write_result(args.results, what, args.device, vars(args), rows)
@@ -130,24 +153,40 @@ def finish(rows: list[dict[str, Any]], mode: str, batch: int) -> None:
 def report(rows: list[dict[str, Any]], what: str, mode: str, device: str) -> None:
     """Prints a line a row."""
     kind = 'allocator' if device.startswith('cuda') else 'process'
-    columns = ('preset', 'deviation', 'median', 'quartiles', 'faster', 'images/s', 'memory above base', 'of published',
-               f'peak of {kind}')
+    columns = (
+        'preset',
+        'deviation',
+        'median',
+        'quartiles',
+        'faster',
+        'images/s',
+        'memory above base',
+        'of published',
+        f'peak of {kind}',
+    )
     show(what, columns, (_line(row, mode) for row in rows))
 
 
 def _line(row: dict[str, Any], mode: str) -> list[str]:
     check = row.get('check')
-    worst = 'not compared' if check is None else f"{max(max(v.values()) for v in check['deviation'].values()):.1e}"
+    worst = 'not compared' if check is None else f'{max(max(v.values()) for v in check["deviation"].values()):.1e}'
     if 'error' in row:
         return [row['name'], worst if check else '', row['error']]
     if check is not None and not check['passed']:
         return [row['name'], worst, 'wrong: no speed']
     result = row['modes'][mode]
     seconds, memory = result['seconds'], result['memory']
-    return [row['name'], worst, duration(seconds['median']), f"{duration(seconds['q1'])} - {duration(seconds['q3'])}",
-            f"{result['speedup']:.2f}x" if 'speedup' in result else '', f"{result['images_per_second']:.3g}",
-            f"{memory['above_base'] / 2 ** 20:.0f} MiB",
-            f"{result['memory_ratio']:.2f}x" if 'memory_ratio' in result else '', f"{memory['peak'] / 2 ** 20:.0f} MiB"]
+    return [
+        row['name'],
+        worst,
+        duration(seconds['median']),
+        f'{duration(seconds["q1"])} - {duration(seconds["q3"])}',
+        f'{result["speedup"]:.2f}x' if 'speedup' in result else '',
+        f'{result["images_per_second"]:.3g}',
+        f'{memory["above_base"] / 2**20:.0f} MiB',
+        f'{result["memory_ratio"]:.2f}x' if 'memory_ratio' in result else '',
+        f'{memory["peak"] / 2**20:.0f} MiB',
+    ]
 
 
 if __name__ == '__main__':

@@ -34,8 +34,17 @@ class NetworkCase:
         device: 'cpu' or 'cuda'.
     """
 
-    def __init__(self, preset: str, arch: str, network: str, mode: str, size: tuple[int, int], batch: int, dtype: str,
-                 device: str) -> None:
+    def __init__(
+        self,
+        preset: str,
+        arch: str,
+        network: str,
+        mode: str,
+        size: tuple[int, int],
+        batch: int,
+        dtype: str,
+        device: str,
+    ) -> None:
         preset, _, suffix = preset.partition('+')
         if suffix not in ('', 'bf16'):
             raise ValueError(f"a preset may end in '+bf16', got '+{suffix}'")
@@ -53,8 +62,9 @@ class NetworkCase:
         self.image(self.size, batch)
         self.facts = {'aggregation': aggregation(device).__name__} if preset == 'published' else {}
 
-    def run(self, size: Iterable[int] | None = None, batch: int | None = None, dtype: str | None = None
-            ) -> dict[str, Tensor]:
+    def run(
+        self, size: Iterable[int] | None = None, batch: int | None = None, dtype: str | None = None
+    ) -> dict[str, Tensor]:
         """One iteration, of another shape or dtype if given: outputs, and in training gradients by name."""
         self.clear()
         image = self.image(tuple(size or self.size), batch or self.batch)
@@ -63,13 +73,18 @@ class NetworkCase:
                 return outputs(self.model(image))
         with self.autocast(dtype or self.dtype):
             found = outputs(self.model(image))
-            loss = sum(out.float().square().mean() if out.dtype != torch.float64 else out.square().mean()
-                       for out in found.values())
+            loss = sum(
+                out.float().square().mean() if out.dtype != torch.float64 else out.square().mean()
+                for out in found.values()
+            )
         loss.backward()
         found = {name: out.detach() for name, out in found.items()}
         # torch.compile puts the model behind `_orig_mod`.
-        return found | {f"gradient {name.removeprefix('_orig_mod.')}": parameter.grad
-                        for name, parameter in self.model.named_parameters() if parameter.grad is not None}
+        return found | {
+            f'gradient {name.removeprefix("_orig_mod.")}': parameter.grad
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
 
     def autocast(self, dtype: str) -> AbstractContextManager:
         """bfloat16 where the dtype says so."""
@@ -102,8 +117,10 @@ def prepare(model: nn.Module, preset: str) -> nn.Module:
         module, _, function = preset.partition(':')
         return getattr(importlib.import_module(module), function)(model)
     if preset not in (TRAIN if model.training else FORWARD):
-        raise ValueError(f"preset must be one of {', '.join(TRAIN if model.training else FORWARD)} or "
-                         f"'module:function', got {preset!r}")
+        raise ValueError(
+            f'preset must be one of {", ".join(TRAIN if model.training else FORWARD)} or '
+            f"'module:function', got {preset!r}"
+        )
     if preset == 'published':
         return published(model, device)
     if preset != 'train' and not model.training:
@@ -138,6 +155,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 def beside(name: str, network: str, size: tuple[int, int]) -> nn.Module:
     """A network of timm with random weights: its four maps where ours is a backbone, else its classifier."""
     import timm
+
     options: dict[str, Any] = {'features_only': True} if network == 'backbone' else {}
     if name.startswith('swin'):
         options |= {'img_size': size, 'strict_img_size': False}

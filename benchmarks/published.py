@@ -59,9 +59,19 @@ def aggregation(device: torch.device | str) -> Callable[[Tensor, Tensor, int], T
     return aggregate_natten if torch.device(device).type == 'cpu' and natten.verify()[0] else aggregate_unfold
 
 
-def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, rpb_small: Tensor,
-            rpb_large: Tensor, kernel_sizes: tuple[int, int], num_groups: int, scale: float,
-            aggregate: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+def contmix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb_small: Tensor,
+    rpb_large: Tensor,
+    kernel_sizes: tuple[int, int],
+    num_groups: int,
+    scale: float,
+    aggregate: Callable[[Tensor, Tensor, int], Tensor],
+) -> Tensor:
     """See `overlock.ops.contmix`; `aggregate` sums values under tap weights."""
     batch, _, height, width = value.shape
     query = (query * scale).reshape(batch, num_groups, -1, height * width)
@@ -70,11 +80,15 @@ def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Ten
     logits = F.conv2d(affinity, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
     logits = logits.reshape(batch, num_groups, height, width, -1)
     halves = []
-    for size, rpb, half_logits, half in zip(kernel_sizes, (rpb_small, rpb_large),
-                                            logits.split([size ** 2 for size in kernel_sizes], dim=-1),
-                                            value.chunk(2, dim=1), strict=True):
+    for size, rpb, half_logits, half in zip(
+        kernel_sizes,
+        (rpb_small, rpb_large),
+        logits.split([size**2 for size in kernel_sizes], dim=-1),
+        value.chunk(2, dim=1),
+        strict=True,
+    ):
         bias_field = rpb.flatten(1)[:, bias_index(height, width, size).to(rpb.device)]
-        weights = (half_logits + bias_field.reshape(1, num_groups, height, width, size ** 2)).softmax(dim=-1)
+        weights = (half_logits + bias_field.reshape(1, num_groups, height, width, size**2)).softmax(dim=-1)
         half = half.reshape(batch, num_groups, -1, height, width)
         halves.append(aggregate(weights, half, size).flatten(1, 2))
     return torch.cat(halves, dim=1)
@@ -84,7 +98,7 @@ def bias_index(height: int, width: int, kernel_size: int) -> Tensor:
     """(H W, K^2), int64, on the CPU: where in the flat (2K-1) x (2K-1) bias each query finds each of its taps."""
     rows, cols = (_relative(length, kernel_size) for length in (height, width))
     index = rows[:, None, :, None] * (2 * kernel_size - 1) + cols[None, :, None, :]
-    return index.reshape(height * width, kernel_size ** 2)
+    return index.reshape(height * width, kernel_size**2)
 
 
 def _relative(length: int, kernel_size: int) -> Tensor:
@@ -110,7 +124,7 @@ def aggregate_unfold(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor
     windows = F.unfold(value.flatten(0, 1), kernel_size)
     windows = windows.reshape(batch * groups, -1, height - 2 * radius, width - 2 * radius)
     windows = F.pad(windows, (radius,) * 4, mode='replicate')
-    windows = windows.reshape(batch, groups, dims, kernel_size ** 2, height, width)
+    windows = windows.reshape(batch, groups, dims, kernel_size**2, height, width)
     return torch.einsum('bghwt,bgdthw->bgdhw', weights.to(value.dtype), windows)
 
 
@@ -140,10 +154,21 @@ class PublishedDynamicBlock(DynamicBlock):
         if short < large:
             grown = [large if side == short else int(large / short * side) for side in size]
             x, value = (F.interpolate(t, grown, mode='bilinear', align_corners=False) for t in (x, value))
-        query = self.query(x[:, :self.channels])
-        key = self.key(F.adaptive_avg_pool2d(x[:, self.channels:], NUM_REGIONS))
-        out = contmix(query, key, value, self.weight_proj.weight.flatten(1), self.weight_proj.bias, self.rpb_small,
-                      self.rpb_large, self.kernel_sizes, self.num_groups, self.scale, self.aggregate)
+        query = self.query(x[:, : self.channels])
+        key = self.key(F.adaptive_avg_pool2d(x[:, self.channels :], NUM_REGIONS))
+        out = contmix(
+            query,
+            key,
+            value,
+            self.weight_proj.weight.flatten(1),
+            self.weight_proj.bias,
+            self.rpb_small,
+            self.rpb_large,
+            self.kernel_sizes,
+            self.num_groups,
+            self.scale,
+            self.aggregate,
+        )
         return F.adaptive_avg_pool2d(out, size) if short < large else out
 
 
@@ -222,6 +247,18 @@ class PublishedChannelAffine(ChannelAffine):
         return y if addend is None else y + addend
 
 
-FORMS = {form.__mro__[1]: form for form in (
-    PublishedDynamicBlock, PublishedStaticBlock, PublishedConvFFN, PublishedConvNorm, PublishedResidualDWConv,
-    PublishedDilatedConv, PublishedLayerNorm, PublishedGRN, PublishedSqueezeExcite, PublishedChannelAffine)}
+FORMS = {
+    form.__mro__[1]: form
+    for form in (
+        PublishedDynamicBlock,
+        PublishedStaticBlock,
+        PublishedConvFFN,
+        PublishedConvNorm,
+        PublishedResidualDWConv,
+        PublishedDilatedConv,
+        PublishedLayerNorm,
+        PublishedGRN,
+        PublishedSqueezeExcite,
+        PublishedChannelAffine,
+    )
+}

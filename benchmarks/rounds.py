@@ -38,8 +38,13 @@ class Remote:
         env = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ}
         if threads:
             env['OMP_NUM_THREADS'] = str(threads)
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name('worker.py'))], env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name('worker.py'))],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.module, self.task = module, dict(task)
 
     def __enter__(self) -> 'Remote':
@@ -103,8 +108,9 @@ def deviation(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dic
         sizes = {name: torch.linalg.vector_norm(tensor, order).item() for name, tensor in wanted.items()}
         if wanted:
             least = max(floor * max(sizes.values()), 1e-300)
-            found[kind] = max(_distance(results.get(name), tensor, order) / max(sizes[name], least)
-                              for name, tensor in wanted.items())
+            found[kind] = max(
+                _distance(results.get(name), tensor, order) / max(sizes[name], least) for name, tensor in wanted.items()
+            )
     return found
 
 
@@ -119,9 +125,17 @@ def may_be_timed(found: Mapping[str, float], limits: Mapping[str, float]) -> boo
     return bool(limits) and all(found.get(kind, float('inf')) <= limit for kind, limit in limits.items())
 
 
-def measure(module: str, tasks: Mapping[str, Mapping[str, Any]], gate: Callable[[str, Remote, Path], dict | None],
-            modes: Mapping[str, Mapping[str, Any]], rounds: int, turn_seconds: float, threads: int | None = None,
-            kernels: bool = False, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def measure(
+    module: str,
+    tasks: Mapping[str, Mapping[str, Any]],
+    gate: Callable[[str, Remote, Path], dict | None],
+    modes: Mapping[str, Mapping[str, Any]],
+    rounds: int,
+    turn_seconds: float,
+    threads: int | None = None,
+    kernels: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
     """Checks every task, and then times those that passed, in turns.
 
     Args:
@@ -144,7 +158,7 @@ def measure(module: str, tasks: Mapping[str, Mapping[str, Any]], gate: Callable[
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='overlock-benchmark-')))
         timed = []
         for row in rows:
-            say(f"{row['name']}: checking")
+            say(f'{row["name"]}: checking')
             worker = stack.enter_context(Remote(module, row['task'], threads))
             if _attempt(row, say, lambda row=row, worker=worker: _prepare(row, worker, gate, modes, folder)):
                 timed.append((row, worker))
@@ -171,7 +185,7 @@ def _attempt(row: dict[str, Any], say: Callable[[str], None], work: Callable[[],
         return work() is not False
     except WorkerError as error:
         row['error'] = str(error)
-        say(f"{row['name']}: {error}")
+        say(f'{row["name"]}: {error}')
         return False
 
 
@@ -181,8 +195,9 @@ def _prepare(row: dict[str, Any], worker: Remote, gate: Callable, modes: Mapping
     row['check'] = gate(row['name'], worker, folder)
     if row['check'] is not None and not row['check']['passed']:
         return False
-    row['modes'] = {mode: {'memory': worker.ask('memory', change=dict(change)), 'times': []}
-                    for mode, change in modes.items()}
+    row['modes'] = {
+        mode: {'memory': worker.ask('memory', change=dict(change)), 'times': []} for mode, change in modes.items()
+    }
     return True
 
 

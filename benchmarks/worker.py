@@ -109,8 +109,10 @@ class Worker:
             self.warm.add(key)
 
     def _is_measured(self, change: dict[str, Any]) -> bool:
-        return all(getattr(self.case, key) == (tuple(value) if isinstance(value, list) else value)
-                   for key, value in change.items())
+        return all(
+            getattr(self.case, key) == (tuple(value) if isinstance(value, list) else value)
+            for key, value in change.items()
+        )
 
     def _synchronize(self) -> None:
         if self.cuda:

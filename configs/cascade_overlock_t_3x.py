@@ -6,8 +6,6 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        arch='t',
-        drop_path_rate=0.2,
-        init_cfg=dict(type='Pretrained', checkpoint='overlock_t_in1k')),
-    neck=dict(in_channels=[64, 128, 384, 640]))
+    backbone=dict(arch='t', drop_path_rate=0.2, init_cfg=dict(type='Pretrained', checkpoint='overlock_t_in1k')),
+    neck=dict(in_channels=[64, 128, 384, 640]),
+)

@@ -6,8 +6,6 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        arch='b',
-        drop_path_rate=0.6,
-        init_cfg=dict(type='Pretrained', checkpoint='overlock_b_in1k')),
-    neck=dict(in_channels=[80, 160, 528, 720]))
+    backbone=dict(arch='b', drop_path_rate=0.6, init_cfg=dict(type='Pretrained', checkpoint='overlock_b_in1k')),
+    neck=dict(in_channels=[80, 160, 528, 720]),
+)

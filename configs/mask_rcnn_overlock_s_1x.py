@@ -6,8 +6,6 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        arch='s',
-        drop_path_rate=0.4,
-        init_cfg=dict(type='Pretrained', checkpoint='overlock_s_in1k')),
-    neck=dict(in_channels=[64, 128, 448, 640]))
+    backbone=dict(arch='s', drop_path_rate=0.4, init_cfg=dict(type='Pretrained', checkpoint='overlock_s_in1k')),
+    neck=dict(in_channels=[64, 128, 448, 640]),
+)

@@ -6,9 +6,7 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        arch='b',
-        drop_path_rate=0.5,
-        init_cfg=dict(type='Pretrained', checkpoint='overlock_b_in1k')),
+    backbone=dict(arch='b', drop_path_rate=0.5, init_cfg=dict(type='Pretrained', checkpoint='overlock_b_in1k')),
     decode_head=dict(in_channels=[80, 160, 528, 720]),
-    auxiliary_head=dict(in_channels=528))
+    auxiliary_head=dict(in_channels=528),
+)

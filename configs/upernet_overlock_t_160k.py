@@ -6,9 +6,7 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        arch='t',
-        drop_path_rate=0.2,
-        init_cfg=dict(type='Pretrained', checkpoint='overlock_t_in1k')),
+    backbone=dict(arch='t', drop_path_rate=0.2, init_cfg=dict(type='Pretrained', checkpoint='overlock_t_in1k')),
     decode_head=dict(in_channels=[64, 128, 384, 640]),
-    auxiliary_head=dict(in_channels=384))
+    auxiliary_head=dict(in_channels=384),
+)

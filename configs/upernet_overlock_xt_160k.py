@@ -10,6 +10,8 @@ model = dict(
         arch='xt',
         # Ours: the authors publish no XT configuration for dense prediction.
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint='overlock_xt_in1k')),
+        init_cfg=dict(type='Pretrained', checkpoint='overlock_xt_in1k'),
+    ),
     decode_head=dict(in_channels=[56, 112, 340, 420]),
-    auxiliary_head=dict(in_channels=340))
+    auxiliary_head=dict(in_channels=340),
+)

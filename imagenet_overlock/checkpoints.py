@@ -42,8 +42,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f'The checkpoint {path} does not exist; give the path of a {LAST}.')
     content = read_pickled(path)
     if not isinstance(content, dict) or not {'epoch', 'arch', 'state_dict', 'args', 'classes'} <= set(content):
-        raise CheckpointError(f'{path} holds weights, but no state of a training run; start from them with '
-                              '--initial-checkpoint.')
+        raise CheckpointError(
+            f'{path} holds weights, but no state of a training run; start from them with --initial-checkpoint.'
+        )
     return content
 
 
@@ -85,8 +86,9 @@ def find_checkpoint(resume: str | None, output: Path) -> Path | None:
         if not path.is_file():
             raise CheckpointError(f'The checkpoint {path} does not exist; give the path of a {LAST}.')
         if last.exists() and not output.samefile(path.resolve().parent):
-            raise UserError(f'{last} is of another run than {path} and would be overwritten; name another folder with '
-                            '--output.')
+            raise UserError(
+                f'{last} is of another run than {path} and would be overwritten; name another folder with --output.'
+            )
         return path
     if not last.exists():
         _logger.info('There is no %s yet: the run starts anew.', last)
@@ -94,34 +96,46 @@ def find_checkpoint(resume: str | None, output: Path) -> Path | None:
     return last
 
 
-def check_resumable(content: Mapping[str, Any], path: Path, recipe: Recipe, classes: tuple[str, ...], processes: int
-                    ) -> None:
+def check_resumable(
+    content: Mapping[str, Any], path: Path, recipe: Recipe, classes: tuple[str, ...], processes: int
+) -> None:
     """Checks that a checkpoint is of the same model and classes; tells of other settings in the log.
 
     Raises:
         CheckpointError: If it is not.
     """
     if 'optimizer' not in content:
-        raise CheckpointError(f'{path} is without the state of the optimizer and cannot be resumed; resume {LAST}, or '
-                              'start from these weights with --initial-checkpoint.')
+        raise CheckpointError(
+            f'{path} is without the state of the optimizer and cannot be resumed; resume {LAST}, or '
+            'start from these weights with --initial-checkpoint.'
+        )
     if content['arch'] != recipe.model:
-        raise CheckpointError(f'{path} is of {content["arch"]} and cannot be resumed as {recipe.model}; take the same '
-                              '--model.')
+        raise CheckpointError(
+            f'{path} is of {content["arch"]} and cannot be resumed as {recipe.model}; take the same --model.'
+        )
     if tuple(content['classes']) != classes:
-        raise CheckpointError(f'{path} was trained on other classes ({len(content["classes"])}) than the image folder '
-                              f'has ({len(classes)}); give the same folder.')
+        raise CheckpointError(
+            f'{path} was trained on other classes ({len(content["classes"])}) than the image folder '
+            f'has ({len(classes)}); give the same folder.'
+        )
     there, here = content['args'], settings(recipe)
     for name in _FIXED:
         if there[name] != here[name] and (name != 'aux_weight' or not there[name] or not here[name]):
-            raise CheckpointError(f'{path} was trained with {name} = {there[name]} and cannot be resumed with '
-                                  f'{here[name]}; take the same.')
-    changed = [f'{name} {there[name]} -> {here[name]}' for name in here
-               if there.get(name) != here[name] and name not in _INDIFFERENT]
+            raise CheckpointError(
+                f'{path} was trained with {name} = {there[name]} and cannot be resumed with '
+                f'{here[name]}; take the same.'
+            )
+    changed = [
+        f'{name} {there[name]} -> {here[name]}'
+        for name in here
+        if there.get(name) != here[name] and name not in _INDIFFERENT
+    ]
     if content['processes'] != processes:
         changed.append(f'processes {content["processes"]} -> {processes}')
     if changed:
-        _logger.warning('Resumed with other settings, so not exactly as without the interruption: %s.',
-                        ', '.join(changed))
+        _logger.warning(
+            'Resumed with other settings, so not exactly as without the interruption: %s.', ', '.join(changed)
+        )
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

@@ -46,11 +46,15 @@ def check_confusion_file(path: Path, classes: int) -> None:
     if path.suffix not in ('.csv', '.png'):
         raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {path}.')
     if path.suffix == '.png' and find_spec('matplotlib') is None:
-        raise UserError('--confusion FILE.png needs the package matplotlib; install it with `pip install matplotlib` '
-                        'or write a .csv.')
+        raise UserError(
+            '--confusion FILE.png needs the package matplotlib; install it with `pip install matplotlib` '
+            'or write a .csv.'
+        )
     if path.suffix == '.png' and classes > MOST_IN_PICTURE:
-        raise UserError(f'A picture of {classes} classes is not readable, at most {MOST_IN_PICTURE} are; write '
-                        f'{path.with_suffix(".csv").name} instead.')
+        raise UserError(
+            f'A picture of {classes} classes is not readable, at most {MOST_IN_PICTURE} are; write '
+            f'{path.with_suffix(".csv").name} instead.'
+        )
 
 
 def write_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> None:
@@ -88,8 +92,15 @@ def _picture(confusion: Tensor, classes: tuple[str, ...]) -> bytes:
     axes.set_xlabel('taken for')
     axes.set_ylabel('true class')
     for i, j in zip(*confusion.numpy().nonzero(), strict=True):
-        axes.text(j, i, f'{shares[i, j]:.0f}', ha='center', va='center', fontsize=8,
-                  color='white' if shares[i, j] > 50 else 'black')
+        axes.text(
+            j,
+            i,
+            f'{shares[i, j]:.0f}',
+            ha='center',
+            va='center',
+            fontsize=8,
+            color='white' if shares[i, j] > 50 else 'black',
+        )
     content = io.BytesIO()
     figure.savefig(content, format='png', dpi=120)
     return content.getvalue()

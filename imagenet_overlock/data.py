@@ -24,8 +24,9 @@ class EveryImage(ImageDataset):
             with file:
                 image = Image.open(file).convert('RGB')
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f'The image {self.filename(index, absolute=True)} cannot be decoded ({error}); replace or '
-                            'remove it.') from error
+            raise UserError(
+                f'The image {self.filename(index, absolute=True)} cannot be decoded ({error}); replace or remove it.'
+            ) from error
         return self.transform(image), target
 
 
@@ -34,21 +35,41 @@ def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -
     config = resolve_data_config({'img_size': recipe.img_size}, model=model)
     _check_augmentation(recipe.aa)
     loader = create_loader(
-        ImageDataset(str(split.root), class_map=_class_map(split.classes)), config['input_size'], recipe.batch_size,
-        is_training=True, re_prob=recipe.reprob, re_mode='pixel', scale=recipe.scale, hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter, auto_augment=recipe.aa or None, interpolation=config['interpolation'],
-        mean=config['mean'], std=config['std'], num_workers=recipe.workers, distributed=world.is_distributed,
-        pin_memory=world.device.type == 'cuda', device=world.device,
+        ImageDataset(str(split.root), class_map=_class_map(split.classes)),
+        config['input_size'],
+        recipe.batch_size,
+        is_training=True,
+        re_prob=recipe.reprob,
+        re_mode='pixel',
+        scale=recipe.scale,
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.aa or None,
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        num_workers=recipe.workers,
+        distributed=world.is_distributed,
+        pin_memory=world.device.type == 'cuda',
+        device=world.device,
         # Workers that lived on would carry random states over from epoch to epoch, and no run could resume exactly.
-        persistent_workers=False)
+        persistent_workers=False,
+    )
     if world.is_distributed:
         loader.sampler.seed = recipe.seed
     return loader
 
 
-def val_loader(split: Split, world: World, model: nn.Module, batch_size: int, workers: int = 4,
-               img_size: int | None = None, crop_pct: float | None = None,
-               classes: tuple[str, ...] | None = None) -> PrefetchLoader:
+def val_loader(
+    split: Split,
+    world: World,
+    model: nn.Module,
+    batch_size: int,
+    workers: int = 4,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> PrefetchLoader:
     """Batches of this process's share of a split, on its device: every image is in one share, once.
 
     Args:
@@ -67,11 +88,20 @@ def val_loader(split: Split, world: World, model: nn.Module, batch_size: int, wo
         config['crop_pct'] = 1.0
     dataset = EveryImage(str(split.root), class_map=_class_map(classes or split.classes))
     # timm's sampler for several processes repeats images so that all have as many.
-    dataset.reader.samples = dataset.reader.samples[world.rank::world.size]
+    dataset.reader.samples = dataset.reader.samples[world.rank :: world.size]
     return create_loader(
-        dataset, config['input_size'], batch_size, interpolation=config['interpolation'], mean=config['mean'],
-        std=config['std'], crop_pct=config['crop_pct'], num_workers=workers,
-        pin_memory=world.device.type == 'cuda', device=world.device, persistent_workers=False)
+        dataset,
+        config['input_size'],
+        batch_size,
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        crop_pct=config['crop_pct'],
+        num_workers=workers,
+        pin_memory=world.device.type == 'cuda',
+        device=world.device,
+        persistent_workers=False,
+    )
 
 
 def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
@@ -91,8 +121,10 @@ def _check_augmentation(name: str) -> None:
         try:
             create_transform(32, is_training=True, auto_augment=name)
         except (AssertionError, ValueError, IndexError, KeyError) as error:
-            raise UserError(f'The setting aa takes the name of one of timm\'s augmentations, such as '
-                            f'rand-m9-mstd0.5-inc1, augmix-m3-w3 or original, got {name} ({error}).') from error
+            raise UserError(
+                f"The setting aa takes the name of one of timm's augmentations, such as "
+                f'rand-m9-mstd0.5-inc1, augmix-m3-w3 or original, got {name} ({error}).'
+            ) from error
 
 
 def _class_map(classes: tuple[str, ...]) -> dict[str, int]:

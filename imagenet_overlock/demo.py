@@ -36,18 +36,22 @@ class Outcome:
 
     def to_markdown(self) -> str:
         """The figures as a table."""
-        lines = ['| weights | top-1, main head | top-1, auxiliary head | top-5, main head | loss |',
-                 '| --- | --- | --- | --- | --- |']
+        lines = [
+            '| weights | top-1, main head | top-1, auxiliary head | top-5, main head | loss |',
+            '| --- | --- | --- | --- | --- |',
+        ]
         for name, found in (('last', self.last), ('averaged (EMA)', self.average)):
             metrics = found.metrics
-            lines.append(f'| {name} | {metrics.top1:.1f} | {metrics.aux_top1:.1f} | {metrics.top5:.1f} | '
-                         f'{metrics.loss:.3f} |')
+            lines.append(
+                f'| {name} | {metrics.top1:.1f} | {metrics.aux_top1:.1f} | {metrics.top5:.1f} | {metrics.loss:.3f} |'
+            )
         lines.append(f'| chance | {100 / len(CLASSES):.1f} | {100 / len(CLASSES):.1f} | {500 / len(CLASSES):.1f} | |')
         return '\n'.join(lines)
 
 
-def run_demo(config: str | os.PathLike, work_dir: str | os.PathLike, options: Mapping[str, Any] | None = None
-             ) -> Outcome:
+def run_demo(
+    config: str | os.PathLike, work_dir: str | os.PathLike, options: Mapping[str, Any] | None = None
+) -> Outcome:
     """Draws the images, trains on them and validates.
 
     Args:
@@ -63,18 +67,30 @@ def run_demo(config: str | os.PathLike, work_dir: str | os.PathLike, options: Ma
     run, times = work_dir / 'run', [time.monotonic()]
     if run.exists():
         if not is_drawn(work_dir / 'data'):
-            raise UserError(f'{run} is there, but {work_dir} holds no earlier demonstration: name another folder with '
-                            '--work-dir DIR.')
+            raise UserError(
+                f'{run} is there, but {work_dir} holds no earlier demonstration: name another folder with '
+                '--work-dir DIR.'
+            )
         shutil.rmtree(run)
     data = draw(work_dir / 'data')
     times.append(time.monotonic())
     train(recipe, data, run)
     times.append(time.monotonic())
     files = {'checkpoint': run / LAST, 'figures of epochs': run / 'summary.csv', 'confusion': run / 'confusion.png'}
-    last, average = (validate(data, checkpoint=str(run / LAST), ema=ema, aux=True, batch_size=50,
-                              workers=recipe.workers, confusion=files['confusion'] if ema else None)
-                     for ema in (False, True))
+    last, average = (
+        validate(
+            data,
+            checkpoint=str(run / LAST),
+            ema=ema,
+            aux=True,
+            batch_size=50,
+            workers=recipe.workers,
+            confusion=files['confusion'] if ema else None,
+        )
+        for ema in (False, True)
+    )
     times.append(time.monotonic())
     steps = ('drawing', 'training', 'validation')
-    return Outcome(last, average, files,
-                   {step: end - begin for step, begin, end in zip(steps, times, times[1:], strict=False)})
+    return Outcome(
+        last, average, files, {step: end - begin for step, begin, end in zip(steps, times, times[1:], strict=False)}
+    )

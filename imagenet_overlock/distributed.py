@@ -100,8 +100,10 @@ def join_world(device: str | None = None) -> Iterator[World]:
         torch.backends.cudnn.benchmark = True
     distributed_run = is_distributed_env()
     if distributed_run and 'MASTER_ADDR' not in os.environ:
-        raise UserError('A run of several processes needs MASTER_ADDR and MASTER_PORT in the environment; start it '
-                        'with torchrun, or set them.')
+        raise UserError(
+            'A run of several processes needs MASTER_ADDR and MASTER_PORT in the environment; start it '
+            'with torchrun, or set them.'
+        )
     joined = init_distributed_device_so(device)
     world = World(torch.device(joined['device']), joined['global_rank'], joined['local_rank'], joined['world_size'])
     yield world

@@ -33,6 +33,7 @@ def _stripes(turn: float) -> Callable[[int, np.random.Generator], np.ndarray]:
     def draw_stripes(size: int, rng: np.random.Generator) -> np.ndarray:
         across, _ = _grid(size, rng, turn + (90 * rng.integers(2) if turn == 45 else 0))
         return across % 1 < rng.uniform(0.35, 0.65)
+
     return draw_stripes
 
 
@@ -60,6 +61,7 @@ def _blotches(size: int, rng: np.random.Generator) -> np.ndarray:
 
 def _polygons(corners: int, inner: float) -> Callable[[int, np.random.Generator], np.ndarray]:
     """One to three polygons; every second vertex lies at `inner` of the radius."""
+
     def draw_polygons(size: int, rng: np.random.Generator) -> np.ndarray:
         image = Image.new('1', (size, size))
         pen = ImageDraw.Draw(image)
@@ -71,6 +73,7 @@ def _polygons(corners: int, inner: float) -> Callable[[int, np.random.Generator]
             points = center * size + np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
             pen.polygon([tuple(point) for point in points], fill=1)
         return np.asarray(image)
+
     return draw_polygons
 
 
@@ -148,8 +151,10 @@ def draw(root: str | os.PathLike, train: int = 200, val: int = 40, size: int = 9
         UserError: If a number is out of range, or `root` holds something else than a drawn image folder.
     """
     if min(train, val) < 1 or size < 32:
-        raise UserError('The drawn image folder needs at least 1 image of each class in each split, and 32 pixels, got '
-                        f'train={train}, val={val}, size={size}.')
+        raise UserError(
+            'The drawn image folder needs at least 1 image of each class in each split, and 32 pixels, got '
+            f'train={train}, val={val}, size={size}.'
+        )
     root = Path(root)
     parameters = dict(version=_VERSION, train=train, val=val, size=size, seed=seed)
     if _is_complete(root, parameters):
@@ -185,8 +190,11 @@ def _is_complete(root: Path, parameters: dict[str, int]) -> bool:
             return False
     except (OSError, ValueError):
         return False
-    return all(len(list((root / split / name).glob('*.png'))) == parameters[split]
-               for split in ('train', 'val') for name in CLASSES)
+    return all(
+        len(list((root / split / name).glob('*.png'))) == parameters[split]
+        for split in ('train', 'val')
+        for name in CLASSES
+    )
 
 
 def contact_sheet(columns: int = 8, size: int = 96, seed: int = 0) -> Image.Image:

@@ -67,8 +67,15 @@ def evaluate(model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=world.device)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     timer = _Timer(world.device)
-    for images, targets in tqdm(_shared(batches, world), 'validation', leave=False, unit='batch', dynamic_ncols=True,
-                                total=len(batches), disable=not (world.is_first and sys.stderr.isatty())):
+    for images, targets in tqdm(
+        _shared(batches, world),
+        'validation',
+        leave=False,
+        unit='batch',
+        dynamic_ncols=True,
+        total=len(batches),
+        disable=not (world.is_first and sys.stderr.isatty()),
+    ):
         with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
             logits = both_logits(model, images)
         loss += F.cross_entropy(logits['main'].float(), targets, reduction='none').double().sum()
@@ -82,8 +89,14 @@ def evaluate(model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world
     world.sum(loss)
     total = int(confusion.sum())
     percent = {head: (100 * world.sum(hits[head]).double() / max(total, 1)).tolist() for head in heads}
-    return Metrics(total, loss.item() / max(total, 1), *percent['main'], *percent.get('aux', (None, None)),
-                   confusion.view(classes, classes).cpu(), rate or None)
+    return Metrics(
+        total,
+        loss.item() / max(total, 1),
+        *percent['main'],
+        *percent.get('aux', (None, None)),
+        confusion.view(classes, classes).cpu(),
+        rate or None,
+    )
 
 
 def first_classes(logits: Tensor) -> Tensor:

@@ -54,14 +54,19 @@ def check_folder(root: str | os.PathLike, batch: int = 1) -> ImageFolder:
     """
     root = _existing(root)
     folder = ImageFolder(check_split(_split(root, TRAIN)), check_split(_split(root, VAL)))
-    only_train, only_val = (set(a.classes) - set(b.classes)
-                            for a, b in ((folder.train, folder.val), (folder.val, folder.train)))
+    only_train, only_val = (
+        set(a.classes) - set(b.classes) for a, b in ((folder.train, folder.val), (folder.val, folder.train))
+    )
     if only_train or only_val:
-        raise UserError(f'{folder.train.root} and {folder.val.root} must have the same classes, but '
-                        f'{_some(only_train)} only in the first and {_some(only_val)} only in the second.')
+        raise UserError(
+            f'{folder.train.root} and {folder.val.root} must have the same classes, but '
+            f'{_some(only_train)} only in the first and {_some(only_val)} only in the second.'
+        )
     if folder.train.images < batch:
-        raise UserError(f'{folder.train.root} has {folder.train.images} images, fewer than the {batch} of one update; '
-                        'lower --batch-size.')
+        raise UserError(
+            f'{folder.train.root} has {folder.train.images} images, fewer than the {batch} of one update; '
+            'lower --batch-size.'
+        )
     return folder
 
 
@@ -117,9 +122,14 @@ def _check_class(folder: Path) -> int:
         names = [entry.name for entry in entries if is_img_extension(Path(entry.name).suffix.lower())]
     if not names:
         nested = any(path.is_dir() for path in folder.iterdir())
-        raise UserError(f'The class folder {folder} has no images (.jpg, .jpeg, .png)'
-                        + (' but folders; images must lie in it directly.' if nested
-                           else '; fill it or remove it from both splits.'))
+        raise UserError(
+            f'The class folder {folder} has no images (.jpg, .jpeg, .png)'
+            + (
+                ' but folders; images must lie in it directly.'
+                if nested
+                else '; fill it or remove it from both splits.'
+            )
+        )
     first = folder / min(names, key=natural_key)
     try:
         with Image.open(first) as image:

@@ -17,8 +17,9 @@ _logger = logging.getLogger(__name__)
 _CLASSIFIERS = ('head.fc', 'aux_head.fc')
 
 
-def create_model(name: str, num_classes: int, aux_head: bool, drop_path: float = 0.0, pretrained: bool = False
-                 ) -> nn.Module:
+def create_model(
+    name: str, num_classes: int, aux_head: bool, drop_path: float = 0.0, pretrained: bool = False
+) -> nn.Module:
     """A classifier of timm's registry.
 
     Args:
@@ -33,8 +34,9 @@ def create_model(name: str, num_classes: int, aux_head: bool, drop_path: float =
         CheckpointError: If the weights cannot be found.
     """
     check_model(name)
-    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, aux_head=aux_head,
-                             drop_path_rate=drop_path)
+    return timm.create_model(
+        name, pretrained=pretrained, num_classes=num_classes, aux_head=aux_head, drop_path_rate=drop_path
+    )
 
 
 def check_model(name: str) -> None:
@@ -56,16 +58,27 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     """
     given = from_published(state_dict)
     own = model.state_dict()
-    new = [name for name in own if name.startswith('aux_head.') and name not in given
-           or name.startswith(_CLASSIFIERS) and name in given and given[name].shape != own[name].shape]
+    new = [
+        name
+        for name in own
+        if name.startswith('aux_head.')
+        and name not in given
+        or name.startswith(_CLASSIFIERS)
+        and name in given
+        and given[name].shape != own[name].shape
+    ]
     load_state_dict(model, {**given, **{name: own[name] for name in new}}, source)
     if new:
-        _logger.info('%s start anew: %s has them for other classes, or not at all.',
-                     ', '.join(sorted({name.rpartition('.')[0] for name in new})), source)
+        _logger.info(
+            '%s start anew: %s has them for other classes, or not at all.',
+            ', '.join(sorted({name.rpartition('.')[0] for name in new})),
+            source,
+        )
 
 
-def load_for_validation(model_name: str, source: str | os.PathLike, num_classes: int, aux_head: bool, ema: bool
-                        ) -> nn.Module:
+def load_for_validation(
+    model_name: str, source: str | os.PathLike, num_classes: int, aux_head: bool, ema: bool
+) -> nn.Module:
     """A classifier with the weights of a file.
 
     Args:
@@ -83,8 +96,10 @@ def load_for_validation(model_name: str, source: str | os.PathLike, num_classes:
         raise CheckpointError(f'{source} has no auxiliary head; leave out --aux.')
     classes = given['head.fc.weight'].shape[0] if 'head.fc.weight' in given else num_classes
     if classes != num_classes:
-        raise CheckpointError(f'{source} tells {classes} classes apart, but the image folder has {num_classes}; give '
-                              'the folder that it was trained on, or train on this one first.')
+        raise CheckpointError(
+            f'{source} tells {classes} classes apart, but the image folder has {num_classes}; give '
+            'the folder that it was trained on, or train on this one first.'
+        )
     model = create_model(model_name, num_classes, aux_head)
     load_state_dict(model, given, os.fspath(source))
     return model

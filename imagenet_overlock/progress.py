@@ -66,8 +66,14 @@ class EpochProgress:
         last = time.perf_counter()
         # Workers start and kernels are chosen in the first update: the rate leaves it out where there are others.
         begin, skipped = last, 0
-        with tqdm(total=self.updates, desc=self.title, leave=False, disable=not self.on_terminal, unit='update',
-                  dynamic_ncols=True) as self.bar:
+        with tqdm(
+            total=self.updates,
+            desc=self.title,
+            leave=False,
+            disable=not self.on_terminal,
+            unit='update',
+            dynamic_ncols=True,
+        ) as self.bar:
             for update in range(1, self.updates + 1):
                 yield update
                 now = time.perf_counter()
@@ -84,8 +90,16 @@ class EpochProgress:
         rate, left = (f'{self.rate:.1f}', duration(self.eta.seconds())) if self.rate else ('?', '?')
         self.bar.set_postfix_str(f'loss {loss:.3f}, {rate} images/s, run ends in {left}')
         if self.logs:
-            _logger.info('%s, update %d/%d: loss %.3f, lr %.2e, %s images/s, ETA %s', self.title, update, self.updates,
-                         loss, lr, rate, left)
+            _logger.info(
+                '%s, update %d/%d: loss %.3f, lr %.2e, %s images/s, ETA %s',
+                self.title,
+                update,
+                self.updates,
+                loss,
+                lr,
+                rate,
+                left,
+            )
 
 
 def epoch_line(row: Mapping[str, float], epochs: int, eta: Eta) -> str:
@@ -93,12 +107,18 @@ def epoch_line(row: Mapping[str, float], epochs: int, eta: Eta) -> str:
     heads = ''
     if 'train_loss_aux' in row:
         heads = f' (main {row["train_loss_main"]:.3f}, aux {row["train_loss_aux"]:.3f})'
-    parts = [f'epoch {row["epoch"] + 1}/{epochs}: lr {row["lr"]:.2e}', f'loss {row["train_loss"]:.3f}{heads}',
-             f'validation loss {row["val_loss"]:.3f}']
+    parts = [
+        f'epoch {row["epoch"] + 1}/{epochs}: lr {row["lr"]:.2e}',
+        f'loss {row["train_loss"]:.3f}{heads}',
+        f'validation loss {row["val_loss"]:.3f}',
+    ]
     named = {'val_top1': 'top-1', 'val_top5': 'top-5', 'val_aux_top1': 'aux top-1', 'val_ema_top1': 'EMA top-1'}
     parts += [f'{text} {row[name]:.2f}' for name, text in named.items() if name in row]
-    parts += [f'{row["train_images_per_second"]:.1f} images/s', duration(row['seconds']),
-              f'ETA {duration(eta.seconds())}']
+    parts += [
+        f'{row["train_images_per_second"]:.1f} images/s',
+        duration(row['seconds']),
+        f'ETA {duration(eta.seconds())}',
+    ]
     return ', '.join(parts)
 
 

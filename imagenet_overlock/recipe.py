@@ -16,8 +16,7 @@ import yaml
 from overlock.errors import UserError
 
 
-def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flags: tuple[str, ...] = ()
-             ) -> Any:
+def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flags: tuple[str, ...] = ()) -> Any:
     """A field with what the command line and the checks need to know of it."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, flags=flags))
 
@@ -38,12 +37,18 @@ class Recipe:
     drop_path: float = _setting(0.0, 'drop path rate of the last block, linear from 0', 0, 0.99)
     aux_weight: float = _setting(0.4, "weight of the auxiliary head's loss; 0 builds no such head", 0)
     pretrained: bool = _setting(False, 'start from the published weights')
-    initial_checkpoint: str = _setting('', 'start from the weights of a file or URL, the averaged ones of a checkpoint '
-                                       'of training')
+    initial_checkpoint: str = _setting(
+        '', 'start from the weights of a file or URL, the averaged ones of a checkpoint of training'
+    )
 
     img_size: int = _setting(224, 'side of the images in pixels', 32)
-    crop_pct: float | None = _setting(None, "side of validation's centre crop over that of the resized image "
-                                      '(default: that of the variant, 1.0 above its image size)', 0.1, 1)
+    crop_pct: float | None = _setting(
+        None,
+        "side of validation's centre crop over that of the resized image "
+        '(default: that of the variant, 1.0 above its image size)',
+        0.1,
+        1,
+    )
     batch_size: int = _setting(256, 'images of a step in each process', 1, flags=('-b',))
     grad_accum_steps: int = _setting(1, 'steps whose gradients make one update', 1)
     workers: int = _setting(8, 'processes that read images, for each training process', 0, flags=('-j',))
@@ -54,8 +59,9 @@ class Recipe:
     lr_base: float = _setting(1e-3, 'learning rate for --lr-base-size images in an update, scaled linearly', 0)
     lr_base_size: int = _setting(1024, 'images in an update that --lr-base is for', 1)
     weight_decay: float = _setting(0.05, 'weight decay; none on norms and biases', 0)
-    layer_decay: float | None = _setting(None, 'factor from the learning rate of a layer to that of the one before',
-                                         0.01, 1)
+    layer_decay: float | None = _setting(
+        None, 'factor from the learning rate of a layer to that of the one before', 0.01, 1
+    )
     warmup_epochs: float = _setting(5.0, 'epochs of linear warm-up, among the epochs', 0)
     warmup_lr: float = _setting(1e-6, 'learning rate that the warm-up starts from', 0)
     min_lr: float = _setting(1e-5, 'learning rate that the cosine ends at', 0)
@@ -74,7 +80,7 @@ class Recipe:
     model_ema_decay: float = _setting(0.9999, 'decay of that average in an update', 0, 1)
     amp: bool = _setting(False, 'train and validate in bfloat16 autocast')
     grad_checkpointing: bool = _setting(False, 'recompute activations in the backward pass to save memory')
-    seed: int = _setting(42, 'seed of everything random', 0, 2 ** 32 - 1)
+    seed: int = _setting(42, 'seed of everything random', 0, 2**32 - 1)
     log_interval: int = _setting(50, 'updates between two log lines', 1)
 
     def __post_init__(self) -> None:
@@ -86,14 +92,19 @@ class Recipe:
         if self.scale[0] > self.scale[1]:
             raise UserError(f'The setting scale takes the smaller number first, got {list(self.scale)}.')
         if self.warmup_epochs >= self.epochs:
-            raise UserError(f'warmup_epochs must be below epochs, got {self.warmup_epochs} of {self.epochs}; lower '
-                            'warmup_epochs.')
+            raise UserError(
+                f'warmup_epochs must be below epochs, got {self.warmup_epochs} of {self.epochs}; lower warmup_epochs.'
+            )
         if self.mixes and self.batch_size % 2:
-            raise UserError(f'mixup and cutmix mix images in pairs and need an even batch_size, got {self.batch_size}; '
-                            'take an even one, or set mixup and cutmix to 0.')
+            raise UserError(
+                f'mixup and cutmix mix images in pairs and need an even batch_size, got {self.batch_size}; '
+                'take an even one, or set mixup and cutmix to 0.'
+            )
         if self.pretrained and self.initial_checkpoint:
-            raise UserError('pretrained and initial_checkpoint both say what to start from; leave one of them out, by '
-                            '--no-pretrained where the recipe has it.')
+            raise UserError(
+                'pretrained and initial_checkpoint both say what to start from; leave one of them out, by '
+                '--no-pretrained where the recipe has it.'
+            )
 
     @property
     def mixes(self) -> bool:
@@ -124,8 +135,10 @@ def load_recipe(path: str | os.PathLike | None = None, options: Mapping[str, Any
     for name in settings:
         if name not in known:
             near = get_close_matches(str(name), known, 1)
-            raise UserError(f'{path} has the setting {name}, which a recipe does not know; '
-                            + (f'did you mean {near[0]}?' if near else f'it knows {", ".join(known)}.'))
+            raise UserError(
+                f'{path} has the setting {name}, which a recipe does not know; '
+                + (f'did you mean {near[0]}?' if near else f'it knows {", ".join(known)}.')
+            )
     return Recipe(**{**settings, **(options or {})})
 
 
@@ -145,8 +158,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding='utf-8'))
     except OSError as error:
-        raise UserError(f'The recipe {path} cannot be read ({error.strerror}); give the path of a .yaml file, such as '
-                        'those in configs/imagenet/.') from error
+        raise UserError(
+            f'The recipe {path} cannot be read ({error.strerror}); give the path of a .yaml file, such as '
+            'those in configs/imagenet/.'
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(f'The recipe {path} is not YAML: {reason}.') from error

@@ -43,8 +43,14 @@ from overlock.files import whole_file
 _logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, data_dir: str | os.PathLike, output: str | os.PathLike, resume: str | None = None,
-          device: str | None = None, tensorboard: bool = False) -> list[dict[str, float]]:
+def train(
+    recipe: Recipe,
+    data_dir: str | os.PathLike,
+    output: str | os.PathLike,
+    resume: str | None = None,
+    device: str | None = None,
+    tensorboard: bool = False,
+) -> list[dict[str, float]]:
     """Trains a classifier and validates it after each epoch.
 
     `output` receives `last.pth` (all that is needed to go on), `best.pth` (the weights of the best epoch, by the top-1
@@ -70,8 +76,10 @@ def train(recipe: Recipe, data_dir: str | os.PathLike, output: str | os.PathLike
         folder = world.once_per_machine(lambda: check_folder(data_dir, batch))
         contents = [(split.classes, split.images) for split in (folder.train, folder.val)]
         if any(other != contents for other in world.gather(contents)):
-            raise UserError(f'The machines of this run do not find the same classes and numbers of images in '
-                            f'{data_dir}; give a folder that is the same for all.')
+            raise UserError(
+                f'The machines of this run do not find the same classes and numbers of images in '
+                f'{data_dir}; give a folder that is the same for all.'
+            )
         last = world.once_per_machine(lambda: find_checkpoint(resume, output))
         if len(set(world.gather(last))) > 1:
             raise UserError(f'Not every machine sees the same checkpoint in {output}; take a folder that all share.')
@@ -95,8 +103,9 @@ class Trainer:
         UserError: If the settings do not fit each other or the images, or the weights cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, folder: ImageFolder, output: Path, world: World, from_start: bool = True
-                 ) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: ImageFolder, output: Path, world: World, from_start: bool = True
+    ) -> None:
         classes = folder.train.classes
         if recipe.model.endswith('_reparam'):
             raise UserError(f'{recipe.model} is folded for inference; train {recipe.model.removesuffix("_reparam")}.')
@@ -104,22 +113,31 @@ class Trainer:
         random_seed(recipe.seed)
         self.model = _build(recipe, len(classes), world, from_start)
         self.loader = train_loader(recipe, folder.train, world, self.model)
-        self.val_loader = val_loader(folder.val, world, self.model, recipe.batch_size, recipe.workers,
-                                     recipe.img_size, recipe.crop_pct)
+        self.val_loader = val_loader(
+            folder.val, world, self.model, recipe.batch_size, recipe.workers, recipe.img_size, recipe.crop_pct
+        )
         self.val_images = folder.val.images
         self.mixup = create_mixup(recipe, len(classes))
         self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(recipe.smoothing)
         self.updates = len(self.loader) // recipe.grad_accum_steps
         self.optimizer = _create_optimizer(recipe, world, self.model)
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, 'cosine', recipe.epochs, warmup_epochs=recipe.warmup_epochs, warmup_lr=recipe.warmup_lr,
-            min_lr=recipe.min_lr, step_on_epochs=False, updates_per_epoch=self.updates)
+            self.optimizer,
+            'cosine',
+            recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )
         self.ema = ModelEmaV3(self.model, recipe.model_ema_decay) if recipe.model_ema else None
         self.parallel: nn.Module = self.model
         if world.is_distributed:
             # Each process has its own running statistics in an epoch, and their mean after it.
             self.parallel = DistributedDataParallel(
-                self.model, [world.device] if world.device.type == 'cuda' else None, broadcast_buffers=False)
+                self.model, [world.device] if world.device.type == 'cuda' else None, broadcast_buffers=False
+            )
         self.epoch = self.done = 0
         self.history: list[dict[str, float]] = []
 
@@ -189,8 +207,9 @@ class Trainer:
         self.parallel.train()
         batches = iter(self.loader)
         sums = recent = torch.zeros(3, dtype=torch.float64, device=world.device)
-        progress = EpochProgress(f'epoch {self.epoch + 1}/{recipe.epochs}', self.updates,
-                                 recipe.total_batch(world.size), eta, world.is_first)
+        progress = EpochProgress(
+            f'epoch {self.epoch + 1}/{recipe.epochs}', self.updates, recipe.total_batch(world.size), eta, world.is_first
+        )
         since = 0
         for update in progress:
             recent = recent + self._update(batches)
@@ -255,8 +274,10 @@ class Trainer:
             return
         last = self.output / LAST
         kept = f'{last} holds the state of epoch {self.epoch}' if last.exists() else 'there is no checkpoint yet'
-        raise UserError(f'The loss became {loss} in epoch {self.epoch + 1}; {kept}. Lower --lr-base, raise '
-                        f'--warmup-epochs{", or leave out --amp" if self.recipe.amp else ""}.')
+        raise UserError(
+            f'The loss became {loss} in epoch {self.epoch + 1}; {kept}. Lower --lr-base, raise '
+            f'--warmup-epochs{", or leave out --amp" if self.recipe.amp else ""}.'
+        )
 
     def _save(self) -> None:
         if not self.world.is_first:
@@ -264,8 +285,15 @@ class Trainer:
         metric = 'val_ema_top1' if self.ema else 'val_top1'
         best = max(self.history, key=lambda row: row[metric])
         content = dict(
-            epoch=self.epoch, arch=self.recipe.model, state_dict=self.model.state_dict(), classes=list(self.classes),
-            args=settings(self.recipe), processes=self.world.size, metric=best[metric], history=self.history)
+            epoch=self.epoch,
+            arch=self.recipe.model,
+            state_dict=self.model.state_dict(),
+            classes=list(self.classes),
+            args=settings(self.recipe),
+            processes=self.world.size,
+            metric=best[metric],
+            history=self.history,
+        )
         if self.ema:
             content['state_dict_ema'] = self.ema.module.state_dict()
         if best is self.history[-1]:
@@ -280,9 +308,20 @@ class Trainer:
         _logger.info(
             '%s, %.2f M parameters, %d classes, %d training and %d validation images at %dx%d; %d process%s on %s, '
             '%d images in an update, %d updates in an epoch, learning rate %.2e',
-            recipe.model, parameters / 1e6, len(self.classes), len(self.loader.dataset), self.val_images,
-            recipe.img_size, recipe.img_size, world.size, '' if world.size == 1 else 'es', world.device.type,
-            recipe.total_batch(world.size), self.updates, recipe.learning_rate(world.size))
+            recipe.model,
+            parameters / 1e6,
+            len(self.classes),
+            len(self.loader.dataset),
+            self.val_images,
+            recipe.img_size,
+            recipe.img_size,
+            world.size,
+            '' if world.size == 1 else 'es',
+            world.device.type,
+            recipe.total_batch(world.size),
+            self.updates,
+            recipe.learning_rate(world.size),
+        )
 
 
 def write_summary(path: Path, history: list[dict[str, float]]) -> None:
@@ -297,8 +336,9 @@ def write_summary(path: Path, history: list[dict[str, float]]) -> None:
 
 def _build(recipe: Recipe, num_classes: int, world: World, from_start: bool) -> nn.Module:
     """The model on its device."""
-    model = create_model(recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path,
-                         recipe.pretrained and from_start)
+    model = create_model(
+        recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path, recipe.pretrained and from_start
+    )
     if recipe.initial_checkpoint and from_start:
         load_weights(model, *starting_weights(recipe.initial_checkpoint))
     model.set_grad_checkpointing(recipe.grad_checkpointing)
@@ -308,8 +348,10 @@ def _build(recipe: Recipe, num_classes: int, world: World, from_start: bool) -> 
 def _create_optimizer(recipe: Recipe, world: World, model: nn.Module) -> torch.optim.Optimizer:
     lr = recipe.learning_rate(world.size)
     if lr < recipe.min_lr:
-        raise UserError(f'The learning rate for {recipe.total_batch(world.size)} images in an update is {lr:.2e}, '
-                        f'below the {recipe.min_lr:.2e} that the cosine ends at; lower --min-lr.')
+        raise UserError(
+            f'The learning rate for {recipe.total_batch(world.size)} images in an update is {lr:.2e}, '
+            f'below the {recipe.min_lr:.2e} that the cosine ends at; lower --min-lr.'
+        )
     try:
         return create_optimizer_v2(model, recipe.opt, lr, recipe.weight_decay, layer_decay=recipe.layer_decay)
     # timm asserts the name before 1.0.12, and raises after.
@@ -321,6 +363,7 @@ def _tensorboard_writer(output: Path, world: World) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError('--tensorboard needs the package tensorboard; install it with `pip install tensorboard`.'
-                        ) from error
+        raise UserError(
+            '--tensorboard needs the package tensorboard; install it with `pip install tensorboard`.'
+        ) from error
     return SummaryWriter(str(output / 'tensorboard')) if world.is_first else None

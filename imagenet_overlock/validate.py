@@ -46,15 +46,23 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         """What `--results` writes."""
-        return dict(model=self.model, weights=self.weights, ema=self.ema, img_size=self.img_size,
-                    images=self.metrics.images, **self.metrics.scalars(),
-                    images_per_second=self.metrics.images_per_second)
+        return dict(
+            model=self.model,
+            weights=self.weights,
+            ema=self.ema,
+            img_size=self.img_size,
+            images=self.metrics.images,
+            **self.metrics.scalars(),
+            images_per_second=self.metrics.images_per_second,
+        )
 
     def __str__(self) -> str:
         metrics = self.metrics
-        lines = [f'{self.model}, {self.weights}{" (EMA)" if self.ema else ""}: {metrics.images} images at '
-                 f'{self.img_size}x{self.img_size}',
-                 f'top-1 {metrics.top1:.3f}, top-5 {metrics.top5:.3f}, loss {metrics.loss:.4f}']
+        lines = [
+            f'{self.model}, {self.weights}{" (EMA)" if self.ema else ""}: {metrics.images} images at '
+            f'{self.img_size}x{self.img_size}',
+            f'top-1 {metrics.top1:.3f}, top-5 {metrics.top5:.3f}, loss {metrics.loss:.4f}',
+        ]
         if metrics.aux_top1 is not None:
             lines.append(f'auxiliary head: top-1 {metrics.aux_top1:.3f}, top-5 {metrics.aux_top5:.3f}')
         if metrics.images_per_second:
@@ -62,15 +70,31 @@ class Validation:
         pairs = confused_pairs(metrics.confusion, self.classes, 5)
         if pairs:
             lines.append('most confused: ' + '; '.join(f'{a} for {b} {count}' for a, b, count in pairs))
-            lines.append('worst classes: ' + '; '.join(
-                f'{name} {accuracy:.1f} %' for name, accuracy in worst_classes(metrics.confusion, self.classes)))
+            lines.append(
+                'worst classes: '
+                + '; '.join(
+                    f'{name} {accuracy:.1f} %' for name, accuracy in worst_classes(metrics.confusion, self.classes)
+                )
+            )
         return '\n'.join(lines)
 
 
-def validate(data_dir: str | os.PathLike, model: str | None = None, checkpoint: str | None = None,
-             pretrained: bool = False, ema: bool = False, aux: bool = False, batch_size: int = 128, workers: int = 4,
-             img_size: int | None = None, crop_pct: float | None = None, amp: bool = False, device: str | None = None,
-             confusion: str | os.PathLike | None = None, results: str | os.PathLike | None = None) -> Validation:
+def validate(
+    data_dir: str | os.PathLike,
+    model: str | None = None,
+    checkpoint: str | None = None,
+    pretrained: bool = False,
+    ema: bool = False,
+    aux: bool = False,
+    batch_size: int = 128,
+    workers: int = 4,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    amp: bool = False,
+    device: str | None = None,
+    confusion: str | os.PathLike | None = None,
+    results: str | os.PathLike | None = None,
+) -> Validation:
     """Validates a classifier; several processes share the images.
 
     Args:
@@ -140,6 +164,8 @@ def _classes(trained: Mapping[str, Any], split: Split, source: str | None) -> tu
         return split.classes
     unknown = sorted(set(split.classes) - set(trained['classes']))
     if unknown:
-        raise UserError(f'{split.root} has the class {unknown[0]}, which {source} was not trained on; give a folder of '
-                        'the classes that it was trained on.')
+        raise UserError(
+            f'{split.root} has the class {unknown[0]}, which {source} was not trained on; give a folder of '
+            'the classes that it was trained on.'
+        )
     return tuple(trained['classes'])

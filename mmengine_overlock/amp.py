@@ -68,8 +68,10 @@ def enable_amp(cfg: Config) -> None:
     if kind in ('AmpOptimWrapper', 'BFloat16OptimWrapper'):
         return
     if kind != 'OptimWrapper':
-        raise UserError(f'--amp works with the optimizer wrapper OptimWrapper, got {kind}; set mixed precision in the '
-                        'configuration.')
+        raise UserError(
+            f'--amp works with the optimizer wrapper OptimWrapper, got {kind}; set mixed precision in the '
+            'configuration.'
+        )
     if device not in ('cpu', 'cuda'):
         raise UserError(f'--amp works on CUDA devices and CPUs, got {device}.')
     if half_dtype(device) == torch.float16:

@@ -85,10 +85,14 @@ def find_resumable(work_dir: str | Path) -> Path | None:
     for path in candidates:
         if zipfile.is_zipfile(path):
             return path
-        print_log(f'{path} is missing or was cut off while it was written; trying the one before it.',
-                  'current', logging.WARNING)
+        print_log(
+            f'{path} is missing or was cut off while it was written; trying the one before it.',
+            'current',
+            logging.WARNING,
+        )
     if candidates:
         raise CheckpointError(
             f'None of the checkpoints in {work_dir} is whole; remove them to start again, or give one with '
-            '--resume PATH.')
+            '--resume PATH.'
+        )
     return None

@@ -19,8 +19,9 @@ LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 EVALUATORS = ('val_evaluator', 'test_evaluator')
 
 
-def load_config(path: str | Path, options: dict[str, Any] | None = None, work_dir: str | Path | None = None,
-                launcher: str = 'none') -> Config:
+def load_config(
+    path: str | Path, options: dict[str, Any] | None = None, work_dir: str | Path | None = None, launcher: str = 'none'
+) -> Config:
     """Read a configuration and settle its work folder.
 
     Args:
@@ -34,16 +35,18 @@ def load_config(path: str | Path, options: dict[str, Any] | None = None, work_di
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'The configuration {path} does not exist; give the path of a .py file, such as those in '
-                        'configs/.')
+        raise UserError(
+            f'The configuration {path} does not exist; give the path of a .py file, such as those in configs/.'
+        )
     try:
         cfg = Config.fromfile(path)
     except ImportError as error:
         reason = error
         while reason.__cause__ or reason.__context__:
             reason = reason.__cause__ or reason.__context__
-        raise UserError(f'{path} needs a module that cannot be imported ({reason}); install what it needs, see the '
-                        'README.') from error
+        raise UserError(
+            f'{path} needs a module that cannot be imported ({reason}); install what it needs, see the README.'
+        ) from error
     except (SyntaxError, TypeError, KeyError) as error:
         raise UserError(f'{path} cannot be read as a configuration: {error}') from error
     try:
@@ -73,8 +76,11 @@ def as_list(value: Any) -> list:
 def import_with(cfg: Config, module: str) -> None:
     """Have a configuration import a module, so that its copy in the work folder works with any tool."""
     custom = cfg.get('custom_imports') or {}
-    cfg.custom_imports = {'allow_failed_imports': False, **custom,
-                          'imports': [*dict.fromkeys([*as_list(custom.get('imports')), module])]}
+    cfg.custom_imports = {
+        'allow_failed_imports': False,
+        **custom,
+        'imports': [*dict.fromkeys([*as_list(custom.get('imports')), module])],
+    }
 
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:
@@ -100,7 +106,7 @@ def set_data_root(cfg: Config, data_root: str | Path) -> None:
     def move(text: str) -> str:
         for root in sorted((root.rstrip('/') for root in roots), key=len, reverse=True):
             if text == root or text.startswith(f'{root}/'):
-                return os.path.join(data_root, text[len(root) + 1:])
+                return os.path.join(data_root, text[len(root) + 1 :])
         return text
 
     for name, part in parts.items():
@@ -140,8 +146,10 @@ def enable_auto_scale_lr(cfg: Config) -> None:
         UserError: The configuration does not say which batch size its learning rate is for.
     """
     if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
-        raise UserError('--auto-scale-lr needs the total batch size that the learning rate is meant for; add '
-                        '`auto_scale_lr = dict(base_batch_size=16)` to the configuration, with its own number.')
+        raise UserError(
+            '--auto-scale-lr needs the total batch size that the learning rate is meant for; add '
+            '`auto_scale_lr = dict(base_batch_size=16)` to the configuration, with its own number.'
+        )
     cfg.auto_scale_lr.enable = True
 
 
@@ -175,8 +183,11 @@ def use_tta(cfg: Config) -> None:
             node['pipeline'] = cfg.tta_pipeline
     for evaluator in as_list(cfg.test_evaluator):
         if cfg.tta_model.type == 'DetTTAModel' and 'segm' in as_list(evaluator.get('metric')):
-            print_log('mmdet merges the boxes of several views, but not their masks: boxes alone are tested.',
-                      'current', logging.WARNING)
+            print_log(
+                'mmdet merges the boxes of several views, but not their masks: boxes alone are tested.',
+                'current',
+                logging.WARNING,
+            )
             evaluator['metric'] = 'bbox'
             cfg.custom_hooks = [*as_list(cfg.get('custom_hooks')), dict(type='BoxesOnlyHook')]
             import_with(cfg, 'mmengine_overlock.hooks')
@@ -205,8 +216,9 @@ def draw_predictions(cfg: Config, folder: str | Path | None, show: bool = False)
     """
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
-        raise UserError(f'--show-dir and --show need the hook `visualization` in default_hooks, which {cfg.filename} '
-                        'does not have.')
+        raise UserError(
+            f'--show-dir and --show need the hook `visualization` in default_hooks, which {cfg.filename} does not have.'
+        )
     hook.update(draw=True, show=show, interval=1, wait_time=2 if show else 0)
     if folder is None:
         return

@@ -42,8 +42,10 @@ def check_data(cfg: Config, *splits: str) -> None:
         for evaluator in evaluators:
             path = evaluator.get('ann_file')
             if path and _is_local(path) and not Path(path).is_file():
-                raise UserError(f'The annotation file {path} of {split}_evaluator does not exist; give the folder of '
-                                'the data with --data-root DIR.')
+                raise UserError(
+                    f'The annotation file {path} of {split}_evaluator does not exist; give the folder of '
+                    'the data with --data-root DIR.'
+                )
 
 
 def _leaves(dataset: dict | None) -> Iterator[dict]:
@@ -96,7 +98,7 @@ def _check_coco(dataset: dict, split: str, kind: type | None, labelled: bool) ->
     except ValueError as error:
         fail(f'{ann_file} is {"empty" if not ann_file.stat().st_size else f"not JSON ({error})"}')
     if not isinstance(content, dict):
-        fail(f'{ann_file} holds a JSON {type(content).__name__}, not the dict of COCO\'s format')
+        fail(f"{ann_file} holds a JSON {type(content).__name__}, not the dict of COCO's format")
     for key in ('images', 'categories', *(['annotations'] if labelled else [])):
         if not content.get(key):
             fail(f'{ann_file} has no {key}')
@@ -114,7 +116,8 @@ def _check_classes(dataset: dict, split: str, kind: type | None, ann_file: Path,
     if isinstance(classes, (list, tuple)) and not set(classes) & set(names):
         raise UserError(
             f'The {split} data set cannot be used: no category of {ann_file} ({_some(names)}) is one of its classes '
-            f'({_some(classes)}); set `metainfo = dict(classes=(...))` in the data set to the names in the file.')
+            f'({_some(classes)}); set `metainfo = dict(classes=(...))` in the data set to the names in the file.'
+        )
 
 
 def _some(names: list | tuple) -> str:
@@ -127,10 +130,15 @@ def _check_maps(dataset: dict, split: str, kind: type | None) -> None:
     if paths is None:
         return
     defaults = inspect.signature(kind).parameters if kind else {}
-    suffixes = [dataset.get(name) or getattr(defaults.get(name), 'default', fallback)
-                for name, fallback in (('img_suffix', '.jpg'), ('seg_map_suffix', '.png'))]
-    layout = _layout(dataset, f'images {prefix["img_path"]}/*{suffixes[0]} and, by the same names, label maps '
-                              f'{prefix["seg_map_path"]}/*{suffixes[1]}')
+    suffixes = [
+        dataset.get(name) or getattr(defaults.get(name), 'default', fallback)
+        for name, fallback in (('img_suffix', '.jpg'), ('seg_map_suffix', '.png'))
+    ]
+    layout = _layout(
+        dataset,
+        f'images {prefix["img_path"]}/*{suffixes[0]} and, by the same names, label maps '
+        f'{prefix["seg_map_path"]}/*{suffixes[1]}',
+    )
     found = []
     for path, suffix in zip(paths, suffixes, strict=True):
         if not path.is_dir():
@@ -142,5 +150,7 @@ def _check_maps(dataset: dict, split: str, kind: type | None) -> None:
     if dataset.get('ann_file'):
         return
     if images - maps:
-        raise UserError(f'The {split} data set cannot be used: {len(images - maps)} of {len(images)} images have no '
-                        f'label map, first {min(images - maps)}{suffixes[0]}; {layout}.')
+        raise UserError(
+            f'The {split} data set cannot be used: {len(images - maps)} of {len(images)} images have no '
+            f'label map, first {min(images - maps)}{suffixes[0]}; {layout}.'
+        )

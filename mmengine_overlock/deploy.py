@@ -46,8 +46,15 @@ class Prediction:
     sample: Any
 
 
-def reparameterize(config: str | Path, checkpoint: str, out: str | Path, *, image: str | Path | None = None,
-                   ema: bool = False, cfg_options: dict[str, Any] | None = None) -> str:
+def reparameterize(
+    config: str | Path,
+    checkpoint: str,
+    out: str | Path,
+    *,
+    image: str | Path | None = None,
+    ema: bool = False,
+    cfg_options: dict[str, Any] | None = None,
+) -> str:
     """Folds the backbone of a trained detector or segmenter, and writes it with the configuration that it then has.
 
     Both files are read back and compared with the model before, on one image, on the CPU; they take their names only if
@@ -72,8 +79,10 @@ def reparameterize(config: str | Path, checkpoint: str, out: str | Path, *, imag
     cfg = load_config(config, cfg_options)
     source = _check_paths(Path(config), checkpoint, out, image)
     if 'backbone' not in cfg.get('model', {}) or 'test_dataloader' not in cfg:
-        raise UserError(f'{config} must be the configuration of a detector or segmenter: expected `model.backbone` and '
-                        '`test_dataloader`; give the one that the checkpoint was trained with')
+        raise UserError(
+            f'{config} must be the configuration of a detector or segmenter: expected `model.backbone` and '
+            '`test_dataloader`; give the one that the checkpoint was trained with'
+        )
     with drafted(out, out.with_suffix('.py')) as (weights, configuration):
         picture = Path(image) if image else _draw(weights.parent / 'scene.png')
         before = predict(_build(cfg, load(source, ema), checkpoint), cfg, picture)
@@ -84,13 +93,20 @@ def reparameterize(config: str | Path, checkpoint: str, out: str | Path, *, imag
         same, account = compare(after, before)
         if not same:
             found = '; '.join(f'{what} {value}' for what, value in account.items())
-            raise UserError(f'{out} was not written: on {picture.name} the deploy form predicts something else '
-                            f'({found}), expected the same but for rounding; check that the weights are finite, or '
-                            'compare on another image with --image FILE')
+            raise UserError(
+                f'{out} was not written: on {picture.name} the deploy form predicts something else '
+                f'({found}), expected the same but for rounding; check that the weights are finite, or '
+                'compare on another image with --image FILE'
+            )
     width = max(map(len, account))
-    return '\n'.join((f'wrote {out} and {out.with_suffix(".py")}', f'verified: {verified}',
-                      f'before and after, on {picture.name}:',
-                      *(f'{what:<{width}}  {value}' for what, value in account.items())))
+    return '\n'.join(
+        (
+            f'wrote {out} and {out.with_suffix(".py")}',
+            f'verified: {verified}',
+            f'before and after, on {picture.name}:',
+            *(f'{what:<{width}}  {value}' for what, value in account.items()),
+        )
+    )
 
 
 def _check_paths(config: Path, checkpoint: str, out: Path, image: str | Path | None) -> Path:
@@ -101,13 +117,16 @@ def _check_paths(config: Path, checkpoint: str, out: Path, image: str | Path | N
         try:
             Image.open(image).close()
         except OSError as error:
-            raise UserError(f'the image {image} given by --image cannot be read ({error}); give the path of an image '
-                            'file') from error
+            raise UserError(
+                f'the image {image} given by --image cannot be read ({error}); give the path of an image file'
+            ) from error
     source = find_file(checkpoint)
     for old, new in ((config, out.with_suffix('.py')), (source, out)):
         if new.exists() and new.samefile(old):
-            raise UserError(f'{new} would be overwritten by the new file of this name; give another name than {out}, '
-                            'so that nothing is lost')
+            raise UserError(
+                f'{new} would be overwritten by the new file of this name; give another name than {out}, '
+                'so that nothing is lost'
+            )
     return source
 
 
@@ -129,18 +148,27 @@ def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> nn.Module
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = revert_sync_batchnorm(MODELS.build(settings))
     if not isinstance(model.backbone, Trunk):
-        raise UserError(f'{cfg.filename} has the backbone {cfg.model.backbone.type}, expected OverLoCK, which alone '
-                        'can be folded; give the configuration of an OverLoCK detector or segmenter')
+        raise UserError(
+            f'{cfg.filename} has the backbone {cfg.model.backbone.type}, expected OverLoCK, which alone '
+            'can be folded; give the configuration of an OverLoCK detector or segmenter'
+        )
     try:
         result = model.load_state_dict(tensors, strict=False)
-        reason = ', '.join(f'{len(names)} tensors {kind} (first {names[0]})' for kind, names in (
-            ('missing from the file', result.missing_keys), ('that the model does not have', result.unexpected_keys))
-            if names)
+        reason = ', '.join(
+            f'{len(names)} tensors {kind} (first {names[0]})'
+            for kind, names in (
+                ('missing from the file', result.missing_keys),
+                ('that the model does not have', result.unexpected_keys),
+            )
+            if names
+        )
     except RuntimeError as error:
         reason = ' '.join(str(error).split('\n')[1].split())
     if reason:
-        raise CheckpointError(f'{source} is not a checkpoint of this model: {reason.rstrip(".")}; give the '
-                              'configuration that it was trained with.')
+        raise CheckpointError(
+            f'{source} is not a checkpoint of this model: {reason.rstrip(".")}; give the '
+            'configuration that it was trained with.'
+        )
     return model.eval()
 
 
@@ -184,8 +212,10 @@ def _compare_maps(found: Any, expected: Any) -> tuple[float, dict[str, str]]:
     classes = found.pred_sem_seg.data, expected.pred_sem_seg.data
     share = (classes[0] == classes[1]).double().mean().item()
     deviation = largest_deviation(found.seg_logits.data, expected.seg_logits.data)
-    return share, {'classes': f'{share:.4%} of {classes[0].numel()} pixels the same',
-                   'logits': f'within {deviation:.1e} of the largest'}
+    return share, {
+        'classes': f'{share:.4%} of {classes[0].numel()} pixels the same',
+        'logits': f'within {deviation:.1e} of the largest',
+    }
 
 
 def _compare_instances(found: Any, expected: Any) -> tuple[float, dict[str, str]]:

@@ -32,8 +32,9 @@ class ProgressBarHook(Hook):
 
     def _open(self, mode: str, total: int, done: int = 0) -> None:
         if self.enabled:
-            self.bars[mode] = tqdm(total=total, initial=done, desc=mode, leave=False, dynamic_ncols=True,
-                                   file=sys.stdout)
+            self.bars[mode] = tqdm(
+                total=total, initial=done, desc=mode, leave=False, dynamic_ncols=True, file=sys.stdout
+            )
 
     def _close(self, mode: str) -> None:
         if self.enabled:
@@ -48,8 +49,9 @@ class ProgressBarHook(Hook):
     def before_test_epoch(self, runner: Runner) -> None:
         self._open('test', len(runner.test_dataloader))
 
-    def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None,
-                    mode: str = 'train') -> None:
+    def _after_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None, mode: str = 'train'
+    ) -> None:
         if self.enabled:
             if mode == 'train' and 'train/loss' in runner.message_hub.log_scalars:
                 loss = runner.message_hub.get_scalar('train/loss').current()
@@ -76,11 +78,14 @@ class AverageBuffersHook(Hook):
     def after_train_epoch(self, runner: Runner) -> None:
         all_reduce_params(runner.model.buffers(), op='mean')
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict | None = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         intervals = [hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
-        if intervals and (self.is_last_train_iter(runner)
-                          or any(self.every_n_train_iters(runner, n) for n in (*intervals, runner.val_interval))):
+        if intervals and (
+            self.is_last_train_iter(runner)
+            or any(self.every_n_train_iters(runner, n) for n in (*intervals, runner.val_interval))
+        ):
             all_reduce_params(runner.model.buffers(), op='mean')
 
 

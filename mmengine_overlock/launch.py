@@ -41,8 +41,10 @@ def prepare_launch(cfg: Config) -> None:
     names = _VARIABLES[cfg.launcher]
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise UserError(f'--launcher {cfg.launcher} needs {", ".join(missing)} in the environment; start the run with '
-                        'tools/dist_train.sh, tools/dist_test.sh, tools/slurm_train.sh or tools/slurm_test.sh.')
+        raise UserError(
+            f'--launcher {cfg.launcher} needs {", ".join(missing)} in the environment; start the run with '
+            'tools/dist_train.sh, tools/dist_test.sh, tools/slurm_train.sh or tools/slurm_test.sh.'
+        )
     device = get_device()
     if device == 'cpu':
         _prepare_cpu(cfg, [os.environ[name] for name in names])
@@ -67,12 +69,19 @@ def _prepare_cpu(cfg: Config, ranks: list[str]) -> None:
         set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
         distributed.init_process_group('gloo')
     cfg.env_cfg = {**env_cfg, 'dist_cfg': dict(backend='gloo')}
-    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
-                                 find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
     synced = [node for node in nodes(cfg.model) if node.get('type') in ('SyncBN', 'MMSyncBN')]
     for node in synced:
         node['type'] = 'BN'
     if synced or cfg.get('sync_bn'):
         cfg.sync_bn = None
-        print_log('SyncBN needs GPUs: on CPUs it becomes BN, each process normalising by its own images.', 'current',
-                  logging.WARNING)
+        print_log(
+            'SyncBN needs GPUs: on CPUs it becomes BN, each process normalising by its own images.',
+            'current',
+            logging.WARNING,
+        )

@@ -36,10 +36,20 @@ from overlock.checkpoint import find_file
 from overlock.errors import CheckpointError
 
 
-def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str | None = None, amp: bool = False,
-          auto_scale_lr: bool = False, compile: bool = False, tensorboard: bool = False,
-          data_root: str | Path | None = None, weights: str | None = None, cfg_options: dict[str, Any] | None = None,
-          launcher: str = 'none') -> Runner:
+def train(
+    config: str | Path,
+    *,
+    work_dir: str | Path | None = None,
+    resume: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    compile: bool = False,
+    tensorboard: bool = False,
+    data_root: str | Path | None = None,
+    weights: str | None = None,
+    cfg_options: dict[str, Any] | None = None,
+    launcher: str = 'none',
+) -> Runner:
     """Train a detector or segmenter.
 
     Args:
@@ -83,10 +93,21 @@ def train(config: str | Path, *, work_dir: str | Path | None = None, resume: str
     return runner
 
 
-def test(config: str | Path, checkpoint: str, *, work_dir: str | Path | None = None, out: str | Path | None = None,
-         show_dir: str | Path | None = None, show: bool = False, tta: bool = False, amp: bool = False,
-         compile: bool = False, data_root: str | Path | None = None, cfg_options: dict[str, Any] | None = None,
-         launcher: str = 'none') -> dict[str, float]:
+def test(
+    config: str | Path,
+    checkpoint: str,
+    *,
+    work_dir: str | Path | None = None,
+    out: str | Path | None = None,
+    show_dir: str | Path | None = None,
+    show: bool = False,
+    tta: bool = False,
+    amp: bool = False,
+    compile: bool = False,
+    data_root: str | Path | None = None,
+    cfg_options: dict[str, Any] | None = None,
+    launcher: str = 'none',
+) -> dict[str, float]:
     """Evaluate a trained detector or segmenter.
 
     Args:
@@ -146,8 +167,9 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
     if found is not None:
         cfg.load_from = str(found)
     elif resume is not None:
-        print_log(f'There is no checkpoint in {cfg.work_dir} to go on from: training starts anew.', 'current',
-                  logging.WARNING)
+        print_log(
+            f'There is no checkpoint in {cfg.work_dir} to go on from: training starts anew.', 'current', logging.WARNING
+        )
     cfg.resume = found is not None
     if cfg.get('load_from'):
         cfg.load_from = _local(cfg.load_from)
@@ -181,8 +203,10 @@ def _whole_model(load: Callable) -> Callable:
         except RuntimeError as error:
             if 'do not match exactly' not in str(error):
                 raise
-            raise CheckpointError(f'{filename} is not a checkpoint of this model: {_misfits(str(error))}; give the '
-                                  'configuration that it was trained with.') from error
+            raise CheckpointError(
+                f'{filename} is not a checkpoint of this model: {_misfits(str(error))}; give the '
+                'configuration that it was trained with.'
+            ) from error
 
     return load_whole
 

@@ -20,5 +20,6 @@ def require(package: str, **ranges: tuple[str, str]) -> None:
         except (ImportError, AssertionError) as error:
             raise ImportError(f'{needs}, which does not import here: {error}') from error
         from mmengine.utils import digit_version  # here: mmengine itself may be what is missing
+
         if not digit_version(minimum) <= digit_version(version) < digit_version(maximum):
             raise ImportError(f'{needs}, but {version} is installed; install a version in this range')

@@ -6,5 +6,4 @@ from overlock.model import OverLoCK, OverLoCKBackbone
 from overlock.ops import contmix
 
 __version__ = '0.1.0'
-__all__ = ['ARCHS', 'Arch', 'OverLoCK', 'OverLoCKBackbone', 'contmix', 'get_arch',
-           'keep_freed_memory']
+__all__ = ['ARCHS', 'Arch', 'OverLoCK', 'OverLoCKBackbone', 'contmix', 'get_arch', 'keep_freed_memory']

@@ -36,8 +36,14 @@ class Arch:
     dynamic_mlp_ratio: int = 3
 
     def __post_init__(self) -> None:
-        lengths = {'embed_dims': 4, 'base_depths': 3, 'focus_depths': 2, 'focus_groups': 2,
-                   'kernel_sizes': 4, 'dynamic_kernel_sizes': 2}
+        lengths = {
+            'embed_dims': 4,
+            'base_depths': 3,
+            'focus_depths': 2,
+            'focus_groups': 2,
+            'kernel_sizes': 4,
+            'dynamic_kernel_sizes': 2,
+        }
         for name, length in lengths.items():
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or len(value) != length:
@@ -53,8 +59,10 @@ class Arch:
             if any(size % 2 == 0 for size in getattr(self, name)):
                 raise ValueError(f'arch: {name} must be odd, got {getattr(self, name)}')
         if self.small_kernel_size % 2 == 0 or self.small_kernel_size > min(self.dynamic_kernel_sizes):
-            raise ValueError('arch: small_kernel_size must be odd and at most the smallest of dynamic_kernel_sizes '
-                             f'{self.dynamic_kernel_sizes}, got {self.small_kernel_size}')
+            raise ValueError(
+                'arch: small_kernel_size must be odd and at most the smallest of dynamic_kernel_sizes '
+                f'{self.dynamic_kernel_sizes}, got {self.small_kernel_size}'
+            )
         if self.embed_dims[3] % 4:
             raise ValueError(f'arch: the last of embed_dims must be divisible by 4, got {self.embed_dims[3]}')
         for dims, groups in zip(self.embed_dims[2:], self.focus_groups, strict=True):
@@ -97,14 +105,15 @@ def get_arch(arch: str | Mapping | Arch) -> Arch:
         return arch
     if isinstance(arch, str):
         if arch not in ARCHS:
-            raise ValueError(f'arch must be one of {", ".join(ARCHS)} or a dict of one\'s own, got {arch!r}')
+            raise ValueError(f"arch must be one of {', '.join(ARCHS)} or a dict of one's own, got {arch!r}")
         return ARCHS[arch]
     if isinstance(arch, Mapping):
         known = {field.name: field.default for field in fields(Arch)}
         unknown = [name for name in arch if name not in known]
         missing = [field.name for field in fields(Arch)[:5] if field.name not in arch]
         if unknown or missing:
-            raise ValueError(f'arch dict: unknown fields {unknown}, missing fields {missing}; '
-                             f'its fields are {", ".join(known)}')
+            raise ValueError(
+                f'arch dict: unknown fields {unknown}, missing fields {missing}; its fields are {", ".join(known)}'
+            )
         return Arch(**arch)
     raise TypeError(f'arch must be a name, a dict or an overlock.Arch, got {type(arch).__name__}')

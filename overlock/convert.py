@@ -76,8 +76,13 @@ class Report:
         return '\n'.join(f'{entry.fate:<8} {entry.given or "-"} -> {entry.written or "-"}' for entry in self.entries)
 
 
-def convert(state_dict: Mapping[str, Tensor], names: str = 'ours', form: str | None = None, backbone: bool = False,
-            source: str = 'the state dict') -> tuple[dict[str, Tensor], Report]:
+def convert(
+    state_dict: Mapping[str, Tensor],
+    names: str = 'ours',
+    form: str | None = None,
+    backbone: bool = False,
+    source: str = 'the state dict',
+) -> tuple[dict[str, Tensor], Report]:
     """Converts the state dict of a classifier, backbone, detector or segmenter; heads of the last two stay as they are.
 
     Args:
@@ -97,8 +102,10 @@ def convert(state_dict: Mapping[str, Tensor], names: str = 'ours', form: str | N
     prefix, entries = prefix_of(state_dict, source), network_entries(state_dict, source)
     network = build_like(state_dict, source)
     if backbone and isinstance(network, OverLoCK):
-        raise CheckpointError(f'{source} is of a classifier, expected a detector or segmenter to take the backbone of; '
-                              'backbones load a classifier as it is')
+        raise CheckpointError(
+            f'{source} is of a classifier, expected a detector or segmenter to take the backbone of; '
+            'backbones load a classifier as it is'
+        )
     tensors = {name: state_dict[entries[name]] for name in network.state_dict() if name in entries}
     if _changes(form_of(tensors), form, source):
         tensors = _reform(tensors, network, form)
@@ -111,8 +118,13 @@ def convert(state_dict: Mapping[str, Tensor], names: str = 'ours', form: str | N
     return converted, _account(state_dict, converted, {entries[name]: name for name in entries}, written, prefix)
 
 
-def _account(state_dict: Mapping[str, Tensor], converted: Mapping[str, Tensor], ours: Mapping[str, str],
-             written: Mapping[str, str], prefix: str) -> Report:
+def _account(
+    state_dict: Mapping[str, Tensor],
+    converted: Mapping[str, Tensor],
+    ours: Mapping[str, str],
+    written: Mapping[str, str],
+    prefix: str,
+) -> Report:
     """The report on a conversion.
 
     Args:
@@ -134,29 +146,47 @@ def _account(state_dict: Mapping[str, Tensor], converted: Mapping[str, Tensor], 
         else:
             report.append(Entry(part, 'kept' if new == given else 'renamed', given, new))
     used = {entry.written for entry in report}
-    return Report((*report, *(Entry(prefix + name.partition('.')[0], 'added', None, new)
-                              for name, new in written.items() if new not in used)))
+    return Report(
+        (
+            *report,
+            *(
+                Entry(prefix + name.partition('.')[0], 'added', None, new)
+                for name, new in written.items()
+                if new not in used
+            ),
+        )
+    )
 
 
 def _changes(given: str, wanted: str | None, source: str) -> bool:
     if wanted is None or given == wanted:
         return False
     if _FORMS.index(wanted) < _FORMS.index(given):
-        raise CheckpointError(f'{source} has the {given} form, out of which no {wanted} form can be made; give the '
-                              'file that it was made from')
+        raise CheckpointError(
+            f'{source} has the {given} form, out of which no {wanted} form can be made; give the '
+            'file that it was made from'
+        )
     return True
 
 
 def _reform(tensors: Mapping[str, Tensor], network: Trunk, form: str) -> dict[str, Tensor]:
     """The tensors of `network`, which is on the meta device, in another form."""
-    wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
-            for name, value in tensors.items()}
+    wide = {
+        name: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
     network.load_state_dict(wide, strict=True, assign=True)
     return (network.switch_to_deploy() if form == 'folded' else network.merge()).state_dict()
 
 
-def convert_file(source: str | os.PathLike, out: str | os.PathLike, names: str = 'ours', form: str | None = None,
-                 backbone: bool = False, ema: bool = False) -> Report:
+def convert_file(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    names: str = 'ours',
+    form: str | None = None,
+    backbone: bool = False,
+    ema: bool = False,
+) -> Report:
     """Converts a weight file; the new one takes its name when it was read back and loaded, and not before.
 
     It holds a bare state dict; that of a whole detector or segmenter, as .pth, is wrapped as mmengine's are, with what
@@ -203,8 +233,9 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None) 
             try:
                 from safetensors.torch import save
             except ImportError as error:
-                raise UserError(f'{path.name} needs the package safetensors; install it with `pip install safetensors`'
-                                ) from error
+                raise UserError(
+                    f'{path.name} needs the package safetensors; install it with `pip install safetensors`'
+                ) from error
             file.write(save(tensors, {'format': 'pt'}))
         else:
             torch.save(tensors if meta is None else {'state_dict': tensors, 'meta': meta}, file)
@@ -224,32 +255,41 @@ def _verify(draft: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tens
     """Reads a file back, loads it strictly, and compares its outputs with the old ones where the form changed."""
     read = load(draft)
     if read.keys() != tensors.keys() or not all(_same_bits(read[name], value) for name, value in tensors.items()):
-        raise CheckpointError(f'{draft.name} does not hold what was written to it, and was discarded; check the disk '
-                              'and convert again')
+        raise CheckpointError(
+            f'{draft.name} does not hold what was written to it, and was discarded; check the disk and convert again'
+        )
     network, form = _loaded(read), form_of(network_entries(read))
     variant = next((name for name, arch in ARCHS.items() if arch == network.arch), 'an arch of its own')
-    text = (f'{len(read)} tensors read back bit for bit, loaded strictly into {type(network).__name__} ({variant}, '
-            f'{form} form)')
+    text = (
+        f'{len(read)} tensors read back bit for bit, loaded strictly into {type(network).__name__} ({variant}, '
+        f'{form} form)'
+    )
     if form == form_of(network_entries(given)):
         return text
     deviation = largest_deviation(_outputs(network), _outputs(_loaded(given)))
     if not deviation <= _TOLERANCE:
-        raise CheckpointError(f'{draft.name} was discarded: its outputs on a random image deviate by {deviation:.1e} '
-                              f'of the largest, expected at most {_TOLERANCE:.0e}; check that the weights are finite')
+        raise CheckpointError(
+            f'{draft.name} was discarded: its outputs on a random image deviate by {deviation:.1e} '
+            f'of the largest, expected at most {_TOLERANCE:.0e}; check that the weights are finite'
+        )
     return f'{text}, outputs on a random image within {deviation:.1e} of the largest'
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     # As bytes: not-a-number is not equal to itself.
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*(
-        value.contiguous().reshape(-1).view(torch.uint8) for value in (a, b)))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(*(value.contiguous().reshape(-1).view(torch.uint8) for value in (a, b)))
+    )
 
 
 def _loaded(state_dict: Mapping[str, Tensor]) -> Trunk:
     """The network that a state dict is of, with its tensors."""
     network = build_like(state_dict)
-    network.load_state_dict({name: state_dict[given] for name, given in network_entries(state_dict).items()},
-                            strict=True, assign=True)
+    network.load_state_dict(
+        {name: state_dict[given] for name, given in network_entries(state_dict).items()}, strict=True, assign=True
+    )
     return network
 
 
@@ -265,7 +305,9 @@ def largest_deviation(outs: Tensor | Sequence[Tensor], expected: Tensor | Sequen
     """The largest deviation of one or several tensors, each relative to its largest magnitude; NaN where one is NaN."""
     if isinstance(outs, Tensor):
         outs, expected = [outs], [expected]
-    deviations = [(a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
-                  for a, b in zip(outs, expected, strict=True)]
+    deviations = [
+        (a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
+        for a, b in zip(outs, expected, strict=True)
+    ]
     # Python's max would pass over not-a-number.
     return torch.stack(deviations).max().item()

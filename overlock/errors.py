@@ -36,8 +36,10 @@ def check_gpus() -> None:
     """
     processes = int(next((os.environ[name] for name in _LOCAL_SIZES if os.environ.get(name)), local_rank() + 1))
     if processes > torch.cuda.device_count():
-        raise UserError(f'There are {processes} processes on this machine, but each sees {torch.cuda.device_count()} '
-                        'GPUs; start no more processes than GPUs.')
+        raise UserError(
+            f'There are {processes} processes on this machine, but each sees {torch.cuda.device_count()} '
+            'GPUs; start no more processes than GPUs.'
+        )
 
 
 @contextmanager

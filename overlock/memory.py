@@ -5,7 +5,7 @@ import platform
 
 # From malloc.h; mallopt takes an int.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-LARGEST = 2 ** 31 - 1
+LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:

@@ -36,8 +36,15 @@ class Trunk(nn.Module):
 
     memory_format: torch.memory_format | None = None
 
-    def __init__(self, arch: str | Mapping | Arch, in_channels: int = 3, num_outputs: int = 4,
-                 drop_path_rate: float = 0.0, with_cp: bool = False, contmix_backend: str = 'auto') -> None:
+    def __init__(
+        self,
+        arch: str | Mapping | Arch,
+        in_channels: int = 3,
+        num_outputs: int = 4,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        contmix_backend: str = 'auto',
+    ) -> None:
         super().__init__()
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
@@ -54,11 +61,19 @@ class Trunk(nn.Module):
             self.focus_net = FocusNet(self.arch, stages[4:], num_outputs - 2, with_cp, contmix_backend)
         self.num_outputs = num_outputs
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict, strict: bool,
-                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         given_names = from_published({name: name for name in state_dict}, prefix)
         tensors = {ours: state_dict[given] for ours, given in given_names.items()}
-        below = {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
+        below = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
         form, own = form_of(below), self.state_dict()
         if must_fold(form, form_of(own)):
             folded = fold_state_dict(below, own, lambda: self.unfolded(form))
@@ -68,13 +83,16 @@ class Trunk(nn.Module):
                 missing = (f'{prefix}{name}' for name in folded.missing)
                 missing_keys += [published_name(name, prefix) if published else name for name in missing]
                 unexpected_keys += [given_names[f'{prefix}{name}'] for name in folded.unexpected]
-            error_msgs += [f'size mismatch for {given_names[prefix + name]}: the state dict has {got}, the model needs '
-                           f'{wanted}.' for name, (wanted, got) in folded.misfits.items()]
+            error_msgs += [
+                f'size mismatch for {given_names[prefix + name]}: the state dict has {got}, the model needs {wanted}.'
+                for name, (wanted, got) in folded.misfits.items()
+            ]
         # In place: the children are given what is in `state_dict` after this.
         state_dict.clear()
         state_dict.update(tensors)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                                      error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def unfolded(self, form: str = 'training') -> 'Trunk':
         """A network of the same shape on the meta device, in the form 'training' or 'merged' of `checkpoint.forms`."""
@@ -102,8 +120,9 @@ class Trunk(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def encode(self, x: Tensor, stage2_norm: nn.Module | None = None
-               ) -> tuple[list[Tensor | tuple[Tensor, Tensor]], Tensor | None]:
+    def encode(
+        self, x: Tensor, stage2_norm: nn.Module | None = None
+    ) -> tuple[list[Tensor | tuple[Tensor, Tensor]], Tensor | None]:
         """Image (B, C, H, W) to up to four outputs, the third a pair, and the overview.
 
         All are raw but the second, which is normed where `stage2_norm` is given (see `BaseNet`).
@@ -149,9 +168,17 @@ class OverLoCK(Trunk):
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
 
-    def __init__(self, arch: str | Mapping | Arch = 'xt', in_channels: int = 3, num_classes: int = 1000,
-                 aux_head: bool = True, drop_path_rate: float = 0.0, with_cp: bool = False, deploy: bool = False,
-                 contmix_backend: str = 'auto') -> None:
+    def __init__(
+        self,
+        arch: str | Mapping | Arch = 'xt',
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        aux_head: bool = True,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        deploy: bool = False,
+        contmix_backend: str = 'auto',
+    ) -> None:
         if num_classes < 1:
             raise ValueError(f'num_classes must be at least 1, got {num_classes}')
         super().__init__(arch, in_channels, 4, drop_path_rate, with_cp, contmix_backend)
@@ -191,8 +218,9 @@ class OverLoCK(Trunk):
         return self
 
     def _rebuilt(self) -> 'OverLoCK':
-        return OverLoCK(self.arch, self.base_net.stem[0].conv.in_channels, self.head.fc.out_channels,
-                        self.aux_head is not None)
+        return OverLoCK(
+            self.arch, self.base_net.stem[0].conv.in_channels, self.head.fc.out_channels, self.aux_head is not None
+        )
 
 
 class OverLoCKBackbone(Trunk):
@@ -219,10 +247,19 @@ class OverLoCKBackbone(Trunk):
         out_channels: Channels of the outputs, in the order of `out_indices`.
     """
 
-    def __init__(self, arch: str | Mapping | Arch = 'xt', in_channels: int = 3,
-                 out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1, norm_eval: bool = False,
-                 drop_path_rate: float = 0.0, with_cp: bool = False, deploy: bool = False,
-                 overview_residual: bool = True, contmix_backend: str = 'auto') -> None:
+    def __init__(
+        self,
+        arch: str | Mapping | Arch = 'xt',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        deploy: bool = False,
+        overview_residual: bool = True,
+        contmix_backend: str = 'auto',
+    ) -> None:
         indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
         if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= set(range(4)):
             raise ValueError(f'out_indices must be ascending and among 0 to 3, got {indices}')
@@ -275,8 +312,12 @@ class OverLoCKBackbone(Trunk):
         return self
 
     def _rebuilt(self) -> 'OverLoCKBackbone':
-        return OverLoCKBackbone(self.arch, self.base_net.stem[0].conv.in_channels, self.out_indices,
-                                overview_residual=self.overview_residual)
+        return OverLoCKBackbone(
+            self.arch,
+            self.base_net.stem[0].conv.in_channels,
+            self.out_indices,
+            overview_residual=self.overview_residual,
+        )
 
     def _frozen_modules(self) -> list[nn.Module]:
         base = self.base_net
@@ -285,7 +326,7 @@ class OverLoCKBackbone(Trunk):
             stages.append([base.downsample2, base.stage2])
         if self.num_outputs > 2:
             stages += [[base.downsample3, base.stage3], [self.overview_net]]
-        return [module for stage in stages[:self.frozen_stages + 1] for module in stage]
+        return [module for stage in stages[: self.frozen_stages + 1] for module in stage]
 
     def _freeze(self) -> None:
         for module in self._frozen_modules():

@@ -16,8 +16,9 @@ def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Tensor 
     """Runs a block; under `with_cp` its activations are computed again in the backward pass and not kept."""
     if with_cp and torch.is_grad_enabled():
         # torch.compile makes the second run pure by itself, and takes no context for it.
-        context = {} if torch.compiler.is_compiling() else {
-            'context_fn': lambda: (nullcontext(), _same_statistics(block))}
+        context = (
+            {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _same_statistics(block))}
+        )
         return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **context)
     return block(*args)
 
@@ -38,9 +39,14 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
 
 def _static_stage(arch: Arch, stage: int, rates: Sequence[float]) -> nn.Sequential:
     """The blocks of stage 0 to 3; the two deep stages have layer scale."""
-    return nn.Sequential(*(
-        StaticBlock(arch.embed_dims[stage], arch.kernel_sizes[stage], arch.static_mlp_ratio, rate,
-                    layer_scale=stage >= 2) for rate in rates))
+    return nn.Sequential(
+        *(
+            StaticBlock(
+                arch.embed_dims[stage], arch.kernel_sizes[stage], arch.static_mlp_ratio, rate, layer_scale=stage >= 2
+            )
+            for rate in rates
+        )
+    )
 
 
 class BaseNet(nn.Module):
@@ -54,16 +60,20 @@ class BaseNet(nn.Module):
         with_cp: Whether to checkpoint blocks.
     """
 
-    def __init__(self, arch: Arch, in_channels: int, rates: Sequence[Sequence[float]], num_stages: int = 3,
-                 with_cp: bool = False) -> None:
+    def __init__(
+        self, arch: Arch, in_channels: int, rates: Sequence[Sequence[float]], num_stages: int = 3, with_cp: bool = False
+    ) -> None:
         super().__init__()
         c1, c2, c3, _ = arch.embed_dims
         half = c1 // 2
         self.num_stages = num_stages
         self.with_cp = with_cp
         self.stem = nn.Sequential(
-            ConvNorm(in_channels, half, 3, stride=2, act=nn.GELU()), ConvNorm(half, half, 3, act=nn.GELU()),
-            ConvNorm(half, c1, 3, stride=2, act=nn.GELU()), ConvNorm(c1, c1, 3))
+            ConvNorm(in_channels, half, 3, stride=2, act=nn.GELU()),
+            ConvNorm(half, half, 3, act=nn.GELU()),
+            ConvNorm(half, c1, 3, stride=2, act=nn.GELU()),
+            ConvNorm(c1, c1, 3),
+        )
         self.stage1 = _static_stage(arch, 0, rates[0])
         if num_stages > 1:
             self.downsample2 = ConvNorm(c1, c2, 3, stride=2)
@@ -132,8 +142,14 @@ class FocusNet(nn.Module):
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
 
-    def __init__(self, arch: Arch, rates: Sequence[Sequence[float]], num_stages: int = 2, with_cp: bool = False,
-                 contmix_backend: str = 'auto') -> None:
+    def __init__(
+        self,
+        arch: Arch,
+        rates: Sequence[Sequence[float]],
+        num_stages: int = 2,
+        with_cp: bool = False,
+        contmix_backend: str = 'auto',
+    ) -> None:
         super().__init__()
         _, _, c3, c4 = arch.embed_dims
         self.with_cp = with_cp
@@ -143,11 +159,21 @@ class FocusNet(nn.Module):
         def stage(index: int) -> nn.ModuleList:
             last = len(rates[index]) - 1
             return nn.ModuleList(
-                DynamicBlock(arch.embed_dims[2 + index], arch.context_dims, arch.dynamic_kernel_sizes[index],
-                             arch.small_kernel_size, arch.focus_groups[index], arch.kernel_sizes[2 + index],
-                             arch.dynamic_mlp_ratio, rate, mix_prior=(index, i) != (0, 0),
-                             split=(index, i) != (1, last), contmix_backend=contmix_backend)
-                for i, rate in enumerate(rates[index]))
+                DynamicBlock(
+                    arch.embed_dims[2 + index],
+                    arch.context_dims,
+                    arch.dynamic_kernel_sizes[index],
+                    arch.small_kernel_size,
+                    arch.focus_groups[index],
+                    arch.kernel_sizes[2 + index],
+                    arch.dynamic_mlp_ratio,
+                    rate,
+                    mix_prior=(index, i) != (0, 0),
+                    split=(index, i) != (1, last),
+                    contmix_backend=contmix_backend,
+                )
+                for i, rate in enumerate(rates[index])
+            )
 
         self.stage3 = stage(0)
         if num_stages == 2:

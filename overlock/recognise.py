@@ -27,16 +27,21 @@ def prefix_of(names: Iterable[str], source: str = 'the state dict') -> str:
         CheckpointError: If there is no OverLoCK, or more than one.
     """
     names = list(names)
-    prefixes = {name.removesuffix(first) for name in names for first in _FIRST
-                if name == first or name.endswith(f'.{first}')}
+    prefixes = {
+        name.removesuffix(first) for name in names for first in _FIRST if name == first or name.endswith(f'.{first}')
+    }
     if not prefixes:
-        raise CheckpointError(f'{source} holds no OverLoCK: expected an entry {_FIRST[0]} or {_FIRST[1]}, alone or '
-                              f'behind a prefix such as backbone., got {names[0] if names else "nothing"}; give a file '
-                              'of an OverLoCK')
+        raise CheckpointError(
+            f'{source} holds no OverLoCK: expected an entry {_FIRST[0]} or {_FIRST[1]}, alone or '
+            f'behind a prefix such as backbone., got {names[0] if names else "nothing"}; give a file '
+            'of an OverLoCK'
+        )
     if len(prefixes) > 1:
-        raise CheckpointError(f'{source} holds {len(prefixes)} OverLoCKs, expected one: below '
-                              f'{" and ".join(repr(prefix) for prefix in sorted(prefixes))}; give a file of one of '
-                              'them')
+        raise CheckpointError(
+            f'{source} holds {len(prefixes)} OverLoCKs, expected one: below '
+            f'{" and ".join(repr(prefix) for prefix in sorted(prefixes))}; give a file of one of '
+            'them'
+        )
     return prefixes.pop()
 
 
@@ -51,8 +56,10 @@ def network_entries(state_dict: Mapping[str, Tensor], source: str = 'the state d
     entries = from_published({name.removeprefix(prefix): name for name in given})
     if len(entries) < len(given):
         twice = next(name for name in given if name not in entries.values())
-        raise CheckpointError(f'{source} has {twice} under our name and the published one, expected one of them; give '
-                              'a file in one kind of names')
+        raise CheckpointError(
+            f'{source} has {twice} under our name and the published one, expected one of them; give '
+            'a file in one kind of names'
+        )
     return entries
 
 
@@ -67,8 +74,11 @@ def arch_of(state_dict: Mapping[str, Tensor], source: str = 'the state dict') ->
     entries = network_entries(state_dict, source)
     found = _fields({name: tuple(state_dict[given].shape) for name, given in entries.items()})
     for arch in ARCHS.values():
-        if all(value in (None, ours) for field, values in found.items()
-               for value, ours in zip(values, _as_tuple(getattr(arch, field)), strict=True)):
+        if all(
+            value in (None, ours)
+            for field, values in found.items()
+            for value, ours in zip(values, _as_tuple(getattr(arch, field)), strict=True)
+        ):
             return arch
     filled = {}
     for field, values in found.items():
@@ -106,8 +116,10 @@ def _fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int | None
 
     static = ('base_net.stage1', 'base_net.stage2', 'base_net.stage3', 'overview_net.stage')
     dynamic = ('focus_net.stage3', 'focus_net.stage4')
-    widths = tuple(side(f'{module}.conv.weight') for module in (
-        'base_net.stem.3', 'base_net.downsample2', 'base_net.downsample3', 'overview_net.downsample'))
+    widths = tuple(
+        side(f'{module}.conv.weight')
+        for module in ('base_net.stem.3', 'base_net.downsample2', 'base_net.downsample3', 'overview_net.downsample')
+    )
     return {
         'embed_dims': widths,
         'base_depths': tuple(depth(stage) for stage in static[:3]),
@@ -118,7 +130,8 @@ def _fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int | None
         'dynamic_kernel_sizes': tuple(kernel(f'{stage}.0.rpb_large') for stage in dynamic),
         'small_kernel_size': (kernel(f'{dynamic[0]}.0.rpb_small'),),
         'static_mlp_ratio': (ratio(f'{static[0]}.0', widths[0]),),
-        'dynamic_mlp_ratio': (ratio(f'{dynamic[0]}.0', widths[2]),)}
+        'dynamic_mlp_ratio': (ratio(f'{dynamic[0]}.0', widths[2]),),
+    }
 
 
 def build_like(state_dict: Mapping[str, Tensor], source: str = 'the state dict') -> Trunk:
@@ -134,15 +147,19 @@ def build_like(state_dict: Mapping[str, Tensor], source: str = 'the state dict')
         options = {'in_channels': shapes[_FIRST[0]][1], 'deploy': form == 'folded'}
         with torch.device('meta'):
             if 'head.fc.weight' in entries:
-                model = OverLoCK(arch, num_classes=shapes['head.fc.weight'][0],
-                                 aux_head='aux_head.fc.weight' in entries, **options)
+                model = OverLoCK(
+                    arch, num_classes=shapes['head.fc.weight'][0], aux_head='aux_head.fc.weight' in entries, **options
+                )
             else:
                 indices = [i for i in range(4) if f'output_norms.out{i}.weight' in entries]
-                model = OverLoCKBackbone(arch, out_indices=indices,
-                                         overview_residual='overview_proj.weight' in entries, **options)
+                model = OverLoCKBackbone(
+                    arch, out_indices=indices, overview_residual='overview_proj.weight' in entries, **options
+                )
     except (ValueError, IndexError) as error:
-        raise CheckpointError(f'{source} is neither an OverLoCK classifier nor a backbone of one: expected head.fc or '
-                              f'output_norms and what belongs to them ({error}); give a whole file') from error
+        raise CheckpointError(
+            f'{source} is neither an OverLoCK classifier nor a backbone of one: expected head.fc or '
+            f'output_norms and what belongs to them ({error}); give a whole file'
+        ) from error
     model = model.unfolded('merged') if form == 'merged' else model
     _check_whole(shapes, model, source)
     return model.eval()
@@ -152,9 +169,14 @@ def _check_whole(shapes: Mapping[str, tuple[int, ...]], model: Trunk, source: st
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = [name for name in wanted if name not in shapes and not name.endswith('num_batches_tracked')]
     unexpected = [name for name in shapes if name not in wanted]
-    misfits = [f'{name} of shape {shape}, expected {wanted[name]}' for name, shape in shapes.items()
-               if shape != wanted.get(name, shape)]
+    misfits = [
+        f'{name} of shape {shape}, expected {wanted[name]}'
+        for name, shape in shapes.items()
+        if shape != wanted.get(name, shape)
+    ]
     for kind, names in (('lacks', missing), ('has no place for', unexpected), ('cannot use', misfits)):
         if names:
-            raise CheckpointError(f'{source} is not of one whole OverLoCK: the {type(model).__name__} that its other '
-                                  f'tensors make {kind} {len(names)} (first {names[0]}); give a whole file')
+            raise CheckpointError(
+                f'{source} is not of one whole OverLoCK: the {type(model).__name__} that its other '
+                f'tensors make {kind} {len(names)} (first {names[0]}); give a whole file'
+            )

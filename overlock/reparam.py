@@ -75,11 +75,13 @@ def pad_kernel(weight: Tensor, dilation: int, size: int) -> Tensor:
     """
     span = (weight.shape[-1] - 1) * dilation + 1
     if span > size or (size - span) % 2:
-        raise ValueError(f'a {weight.shape[-1]}x{weight.shape[-1]} kernel with dilation {dilation} spans {span} '
-                         f'pixels and does not fit centred into {size}')
+        raise ValueError(
+            f'a {weight.shape[-1]}x{weight.shape[-1]} kernel with dilation {dilation} spans {span} '
+            f'pixels and does not fit centred into {size}'
+        )
     padded = weight.new_zeros((*weight.shape[:2], size, size))
     start = (size - span) // 2
-    padded[..., start:start + span:dilation, start:start + span:dilation] = weight
+    padded[..., start : start + span : dilation, start : start + span : dilation] = weight
     return padded
 
 

@@ -33,10 +33,14 @@ def parameters(arch: str, form: str = 'training') -> int:
 def model_index() -> dict[str, Any]:
     """The published weights in the form of OpenMMLab's model-index.yml; results are paper-reported."""
     collection = dict(
-        Name='OverLoCK', README='README.md',
+        Name='OverLoCK',
+        README='README.md',
         Metadata=dict(Architecture=['Base-Net', 'Overview-Net', 'Focus-Net', 'ContMix']),
-        Paper=dict(URL='https://arxiv.org/abs/2502.20087',
-                   Title='OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels'))
+        Paper=dict(
+            URL='https://arxiv.org/abs/2502.20087',
+            Title='OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels',
+        ),
+    )
     return dict(Collections=[collection], Models=[_entry(name, weights) for name, weights in WEIGHTS.items()])
 
 
@@ -47,8 +51,14 @@ def _entry(name: str, weights: Weights) -> dict[str, Any]:
         entry['Metadata'] = dict(Parameters=parameters(weights.arch, weights.form), Form=weights.form)
     else:
         entry['Config'] = f'configs/{weights.config}.py'
-    entry['Results'] = [dict(Task=task, Dataset=dataset, Source='paper',
-                             Metrics={metrics[key]: value for key, value in weights.metrics.items()})]
+    entry['Results'] = [
+        dict(
+            Task=task,
+            Dataset=dataset,
+            Source='paper',
+            Metrics={metrics[key]: value for key, value in weights.metrics.items()},
+        )
+    ]
     entry['Weights'] = weights.url
     return entry
 
@@ -63,8 +73,12 @@ def _classification() -> Iterator[Sequence[str]]:
     for arch in ARCHS:
         names = [f'overlock_{arch}_in1k', f'overlock_{arch}_in1k_reparam']
         weights = WEIGHTS[names[0]]
-        yield (', '.join(_link(name) for name in names), f'{parameters(arch) / 1e6:.2f} M',
-               f'{weights.metrics["top1"]:.1f}', str(weights.preprocessing.crop_pct))
+        yield (
+            ', '.join(_link(name) for name in names),
+            f'{parameters(arch) / 1e6:.2f} M',
+            f'{weights.metrics["top1"]:.1f}',
+            str(weights.preprocessing.crop_pct),
+        )
 
 
 def _dense() -> Iterator[Sequence[str]]:
@@ -94,8 +108,9 @@ def fill_in(document: str, tables: dict[str, str]) -> str:
     """
     for name, table in tables.items():
         opening = f'<!-- table: {name} -->\n'
-        document, places = re.subn(rf'{opening}.*?(?=<!-- end -->)', lambda _, new=opening + table: new, document,
-                                   flags=re.DOTALL)
+        document, places = re.subn(
+            rf'{opening}.*?(?=<!-- end -->)', lambda _, new=opening + table: new, document, flags=re.DOTALL
+        )
         if places != 1:
             raise ValueError(f'expected one place for the table {name}, got {places}')
     return document

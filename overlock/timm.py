@@ -44,15 +44,20 @@ _FEATURES = ('base_net.stage1', 'base_net.stage2', 'focus_net.stage3', 'focus_ne
 
 # In the order of the forward pass: a stage of blocks, and what stands before its first one (regular expressions).
 _STAGES = (
-    (r'base_net\.stage1', r'base_net\.downsample1'), (r'base_net\.stage2', r'base_net\.downsample2'),
-    (r'base_net\.stage3', r'base_net\.downsample3'), (r'overview_net\.stage', r'overview_net\.downsample'),
-    (r'focus_net\.stage3', r'focus_net\.context_proj'), (r'focus_net\.stage4', r'focus_net\.(?:context_)?downsample'))
+    (r'base_net\.stage1', r'base_net\.downsample1'),
+    (r'base_net\.stage2', r'base_net\.downsample2'),
+    (r'base_net\.stage3', r'base_net\.downsample3'),
+    (r'overview_net\.stage', r'overview_net\.downsample'),
+    (r'focus_net\.stage3', r'focus_net\.context_proj'),
+    (r'focus_net\.stage4', r'focus_net\.(?:context_)?downsample'),
+)
 
 # What only the output of this number, counted from 1, needs.
 _NEEDED_BY = {
     4: ('focus_net.downsample', 'focus_net.context_downsample', 'focus_net.stage4'),
     3: ('focus_net', 'overview_net', 'base_net.downsample3', 'base_net.stage3'),
-    2: ('base_net.downsample2', 'base_net.stage2')}
+    2: ('base_net.downsample2', 'base_net.stage2'),
+}
 
 
 class TimmOverLoCK(OverLoCK):
@@ -80,19 +85,37 @@ class TimmOverLoCK(OverLoCK):
         feature_info: Channels, stride and module of each of the four outputs.
     """
 
-    def __init__(self, arch: str | Mapping | Arch = 'xt', in_chans: int = 3, num_classes: int = 1000,
-                 global_pool: str = 'avg', drop_rate: float = 0.0, drop_path_rate: float = 0.0, aux_head: bool = False,
-                 deploy: bool = False, contmix_backend: str = 'auto', device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping | Arch = 'xt',
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        aux_head: bool = False,
+        deploy: bool = False,
+        contmix_backend: str = 'auto',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         with nullcontext() if device is None else torch.device(device):
-            super().__init__(arch, in_chans, max(num_classes, 1), aux_head, drop_path_rate, deploy=deploy,
-                             contmix_backend=contmix_backend)
+            super().__init__(
+                arch,
+                in_chans,
+                max(num_classes, 1),
+                aux_head,
+                drop_path_rate,
+                deploy=deploy,
+                contmix_backend=contmix_backend,
+            )
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.num_features = self.arch.out_channels[3]
         self.feature_info = [
-            {'num_chs': channels, 'reduction': 4 * 2 ** i, 'module': module}
-            for i, (channels, module) in enumerate(zip(self.arch.out_channels, _FEATURES, strict=True))]
+            {'num_chs': channels, 'reduction': 4 * 2**i, 'module': module}
+            for i, (channels, module) in enumerate(zip(self.arch.out_channels, _FEATURES, strict=True))
+        ]
         self.to(dtype=dtype)
         self.reset_classifier(num_classes, global_pool)
 
@@ -121,9 +144,15 @@ class TimmOverLoCK(OverLoCK):
             x = self.head.fc(x)
         return x.flatten(1) if self.head.pool.pool_type else x
 
-    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False,
-                              stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False
-                              ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The outputs at strides 4, 8, 16 and 32, raw, the third with its context.
 
         Args:
@@ -144,8 +173,9 @@ class TimmOverLoCK(OverLoCK):
         intermediates = [_joined(outs[i]) for i in take_indices]
         return intermediates if intermediates_only else (_joined(outs[self.num_outputs - 1]), intermediates)
 
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-                                  ) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Removes what the outputs `indices` do not need, in place, and returns them counted from the first.
 
         Args:
@@ -201,16 +231,21 @@ class TimmOverLoCK(OverLoCK):
 
     def no_weight_decay(self) -> set[str]:
         """Scales, shifts and position biases that their shape does not exempt."""
-        affine = {f'{prefix}.{name}' for prefix, module in self.named_modules()
-                  if isinstance(module, (ChannelAffine, GRN)) for name, _ in module.named_parameters()}
+        affine = {
+            f'{prefix}.{name}'
+            for prefix, module in self.named_modules()
+            if isinstance(module, (ChannelAffine, GRN))
+            for name, _ in module.named_parameters()
+        }
         return affine | {name for name, _ in self.named_parameters() if '.rpb_' in name}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int, ...] | None]]]:
         """Parameters by depth, a group for each block (`coarse`: each stage); those of the heads are the last."""
         groups = {'stem': r'^base_net\.stem\.'}
         for stage, entry in _STAGES:
-            groups[stage] = rf'^(?:{entry}|{stage})\.' if coarse else [
-                (rf'^{entry}\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
+            groups[stage] = (
+                rf'^(?:{entry}|{stage})\.' if coarse else [(rf'^{entry}\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
+            )
         return groups
 
     def load_pretrained(self, checkpoint_path: str) -> None:
@@ -235,8 +270,10 @@ class TimmOverLoCK(OverLoCK):
         if self.num_classes != getattr(self, 'pretrained_cfg', {}).get('num_classes', 1000):
             kept = {name: value for name, value in self.state_dict().items() if name.startswith(_CLASSIFIERS)}
         report = load_state_dict(self, {**given, **kept}, checkpoint_path)
-        _logger.info('%s', replace(report, loaded=tuple(name for name in report.loaded if name not in kept),
-                                   new=(*report.new, *kept)))
+        _logger.info(
+            '%s',
+            replace(report, loaded=tuple(name for name in report.loaded if name not in kept), new=(*report.new, *kept)),
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if self.aux_head is None:
@@ -264,20 +301,39 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 def _pretrained_cfg(weights: Weights) -> dict[str, Any]:
     images = weights.preprocessing
     return {
-        'url': weights.url, 'num_classes': 1000, 'input_size': (3, *images.size),
-        'min_input_size': (3, MIN_SIZE, MIN_SIZE), 'pool_size': tuple(side // 32 for side in images.size),
-        'crop_pct': images.crop_pct, 'interpolation': images.interpolation, 'mean': images.mean, 'std': images.std,
-        'first_conv': _FIRST_CONV, 'classifier': _CLASSIFIERS[0], 'paper_ids': 'arXiv:2502.20087',
-        'origin_url': 'https://github.com/LMMMEng/OverLoCK'}
+        'url': weights.url,
+        'num_classes': 1000,
+        'input_size': (3, *images.size),
+        'min_input_size': (3, MIN_SIZE, MIN_SIZE),
+        'pool_size': tuple(side // 32 for side in images.size),
+        'crop_pct': images.crop_pct,
+        'interpolation': images.interpolation,
+        'mean': images.mean,
+        'std': images.std,
+        'first_conv': _FIRST_CONV,
+        'classifier': _CLASSIFIERS[0],
+        'paper_ids': 'arXiv:2502.20087',
+        'origin_url': 'https://github.com/LMMMEng/OverLoCK',
+    }
 
 
-default_cfgs = generate_default_cfgs({
-    f'overlock_{arch}{suffix}.in1k': _pretrained_cfg(WEIGHTS[f'overlock_{arch}_in1k{suffix}'])
-    for arch in ARCHS for suffix in ('', '_reparam')})
+default_cfgs = generate_default_cfgs(
+    {
+        f'overlock_{arch}{suffix}.in1k': _pretrained_cfg(WEIGHTS[f'overlock_{arch}_in1k{suffix}'])
+        for arch in ARCHS
+        for suffix in ('', '_reparam')
+    }
+)
 
 
-def _create(name: str, weights: str, pretrained: bool, pretrained_cfg: Any = None,
-            pretrained_cfg_overlay: Mapping[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+def _create(
+    name: str,
+    weights: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     overlay = dict(pretrained_cfg_overlay or {})
     if kwargs.get('aux_head'):
         overlay.setdefault('classifier', _CLASSIFIERS)
@@ -288,9 +344,15 @@ def _create(name: str, weights: str, pretrained: bool, pretrained_cfg: Any = Non
         source = weights if source == WEIGHTS[weights].url else source
         overlay |= {'file': str(find_file(source)), 'custom_load': True}
     return build_model_with_cfg(
-        TimmOverLoCK, name, pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=checkpoint_filter_fn, feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs)
+        TimmOverLoCK,
+        name,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
+        **kwargs,
+    )
 
 
 def _entry_point(arch: str, deploy: bool) -> Callable[..., nn.Module]:
@@ -309,8 +371,10 @@ def main() -> None:
     """Runs the script that the command line names, with its arguments."""
     with exit_on_user_error():
         if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-            raise UserError(f'expected the path of a script, got {" ".join(sys.argv[1:2]) or "nothing"}; those of timm '
-                            '(train.py, validate.py, benchmark.py) are in its repository')
+            raise UserError(
+                f'expected the path of a script, got {" ".join(sys.argv[1:2]) or "nothing"}; those of timm '
+                '(train.py, validate.py, benchmark.py) are in its repository'
+            )
         del sys.argv[0]
         sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
         runpy.run_path(sys.argv[0], run_name='__main__')
@@ -319,6 +383,7 @@ def main() -> None:
 if __name__ == '__main__':
     # This is a second copy of the module; the models are those of the one that others import.
     from overlock import timm
+
     timm.main()
 else:
     for _arch in ARCHS:

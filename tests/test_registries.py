@@ -35,19 +35,25 @@ def last_word(code, cwd):
 
 @pytest.mark.parametrize(('toolbox', 'overview_residual'), [('mmdet', 'True'), ('mmseg', 'False')])
 def test_import_alone_registers_each_form_in_a_fresh_interpreter(toolbox, overview_residual, tmp_path):
-    code = (f'import {toolbox}_overlock; from {toolbox}.registry import MODELS; '
-            'print(MODELS.build(dict(type="OverLoCK", arch="xt")).overview_residual)')
+    code = (
+        f'import {toolbox}_overlock; from {toolbox}.registry import MODELS; '
+        'print(MODELS.build(dict(type="OverLoCK", arch="xt")).overview_residual)'
+    )
     assert last_word(code, tmp_path) == overview_residual
 
 
 @pytest.mark.parametrize('toolbox', TOOLBOXES)
 def test_custom_imports_of_a_configuration_anywhere_register_it(toolbox, tmp_path):
     config = tmp_path / 'config.py'
-    config.write_text(f"custom_imports = dict(imports=['{toolbox}_overlock'], allow_failed_imports=False)\n"
-                      f"default_scope = '{toolbox}'\nmodel = dict(type='OverLoCK', arch='xt', out_indices=(3,))\n")
-    code = ('from mmengine.config import Config; from mmengine.registry import MODELS, init_default_scope; '
-            f'cfg = Config.fromfile({str(config)!r}); init_default_scope(cfg.default_scope); '
-            'print(type(MODELS.build(cfg.model)).__module__)')
+    config.write_text(
+        f"custom_imports = dict(imports=['{toolbox}_overlock'], allow_failed_imports=False)\n"
+        f"default_scope = '{toolbox}'\nmodel = dict(type='OverLoCK', arch='xt', out_indices=(3,))\n"
+    )
+    code = (
+        'from mmengine.config import Config; from mmengine.registry import MODELS, init_default_scope; '
+        f'cfg = Config.fromfile({str(config)!r}); init_default_scope(cfg.default_scope); '
+        'print(type(MODELS.build(cfg.model)).__module__)'
+    )
     assert last_word(code, tmp_path) == f'{toolbox}_overlock.backbone'
 
 
@@ -67,13 +73,15 @@ def test_pretrained_weights_are_loaded_and_told_once(build, tmp_path, monkeypatc
 def test_pretrained_weights_load_in_a_distributed_run(tmp_path):
     torch.save(OverLoCK(TINY).state_dict(), tmp_path / 'imagenet.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'imagenet.pth'))
-    code = ('import torch, logging; from mmdet_overlock import OverLoCK; '
-            f'store = torch.distributed.FileStore({str(tmp_path / "store")!r}, 1); '
-            'torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1); '
-            f'model = OverLoCK({TINY}, init_cfg={init_cfg}); logging.disable(); model.init_weights(); '
-            'stem = model.base_net.stem[0].conv.weight; '
-            f'given = torch.load({init_cfg["checkpoint"]!r})["base_net.stem.0.conv.weight"]; '
-            'print(torch.equal(stem, given))')
+    code = (
+        'import torch, logging; from mmdet_overlock import OverLoCK; '
+        f'store = torch.distributed.FileStore({str(tmp_path / "store")!r}, 1); '
+        'torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1); '
+        f'model = OverLoCK({TINY}, init_cfg={init_cfg}); logging.disable(); model.init_weights(); '
+        'stem = model.base_net.stem[0].conv.weight; '
+        f'given = torch.load({init_cfg["checkpoint"]!r})["base_net.stem.0.conv.weight"]; '
+        'print(torch.equal(stem, given))'
+    )
     assert last_word(code, tmp_path) == 'True'
 
 

@@ -49,8 +49,16 @@ class RecordingConsole(Console):
 
 
 def an_interpreter(**fields) -> Interpreter:
-    defaults = dict(python='/env/bin/python', version=(3, 11, 7), platform='linux-x86_64', site='/env/site',
-                    include='/include', torch='2.11.0+cu130', torch_cuda='13.0', torchvision='0.26.0')
+    defaults = dict(
+        python='/env/bin/python',
+        version=(3, 11, 7),
+        platform='linux-x86_64',
+        site='/env/site',
+        include='/include',
+        torch='2.11.0+cu130',
+        torch_cuda='13.0',
+        torchvision='0.26.0',
+    )
     return Interpreter(**{**defaults, **fields})
 
 
@@ -99,8 +107,9 @@ def test_an_old_python_can_read_the_script_as_far_as_its_refusal():
 def make(*arguments: str, **variables: str) -> str:
     cleared = {'PYTHON', 'VENV', 'MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'PYTEST_ARGS', 'DEMO_ARGS'}
     environ = {name: value for name, value in os.environ.items() if name not in cleared}
-    return subprocess.run(['make', *arguments], cwd=ROOT, env={**environ, **variables}, check=True,
-                          capture_output=True, text=True).stdout
+    return subprocess.run(
+        ['make', *arguments], cwd=ROOT, env={**environ, **variables}, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def fake_python(folder: Path, name: str, status: int) -> None:
@@ -165,8 +174,12 @@ def installed(monkeypatch):
     """A set-up that finds everything installed, but for what its console runs."""
     interpreter = an_interpreter(mmcv='2.1.0')
     for name, stub in dict(
-            probe=lambda python: interpreter, probe_surely=lambda python: interpreter, visible_gpus=lambda found: [],
-            create_environment=lambda *_: interpreter, install_mmcv=lambda *_: None).items():
+        probe=lambda python: interpreter,
+        probe_surely=lambda python: interpreter,
+        visible_gpus=lambda found: [],
+        create_environment=lambda *_: interpreter,
+        install_mmcv=lambda *_: None,
+    ).items():
         monkeypatch.setattr(setup_env, name, stub)
 
 
@@ -436,10 +449,10 @@ def test_gpu_that_cannot_be_compiled_for_is_noted(interpreter, nvcc, environ, re
 
 def write_nvcc(folder: Path, toolkit: str) -> None:
     folder.mkdir(parents=True)
-    (folder / 'nvcc').write_text(f'''#!/bin/sh
+    (folder / 'nvcc').write_text(f"""#!/bin/sh
 echo "Cuda compilation tools, release 12.8, V12.8.93"
 echo "#$ _HERE_={toolkit}/bin"
-''')
+""")
     (folder / 'nvcc').chmod(0o755)
 
 
@@ -485,10 +498,10 @@ def test_cache_entry_is_the_same_for_another_patch_release_of_python(tmp_path):
 
 def damage_middle(content: bytes) -> bytes:
     middle = 60
-    return content[:middle] + bytes(byte ^ 255 for byte in content[middle:middle + 40]) + content[middle + 40:]
+    return content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 40]) + content[middle + 40 :]
 
 
-@pytest.mark.parametrize('damage', [lambda content: content[:len(content) // 2], damage_middle, lambda content: b''])
+@pytest.mark.parametrize('damage', [lambda content: content[: len(content) // 2], damage_middle, lambda content: b''])
 def test_damaged_wheel_is_not_taken(tmp_path, damage):
     path = write_wheel(tmp_path)
     assert setup_mmcv.whole_wheel(tmp_path) == path
@@ -506,8 +519,9 @@ def install(tmp_path, console, interpreter=None, proofs=('',)):
     results = iter(proofs)
     interpreter = interpreter or an_interpreter(include=str(tmp_path))
     (tmp_path / 'Python.h').write_text('')
-    setup_mmcv.install_mmcv(interpreter, CPU, tmp_path / 'entry', console, {'CC': 'sh', 'CXX': 'sh'},
-                            lambda *_: next(results))
+    setup_mmcv.install_mmcv(
+        interpreter, CPU, tmp_path / 'entry', console, {'CC': 'sh', 'CXX': 'sh'}, lambda *_: next(results)
+    )
 
 
 def test_wheel_compiled_earlier_is_installed_without_compiling(tmp_path):
@@ -692,8 +706,10 @@ def test_interruption_ends_the_command_and_its_children(tmp_path):
 def test_script_stops_with_the_message_and_status_of_a_failure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(setup_env, 'is_set_up', lambda *_: False)
     monkeypatch.setattr(setup_env.signal, 'signal', lambda *_: None)
-    for failure, status, words in ((SetupError('no compiler'), 1, 'setup: no compiler'),
-                                   (KeyboardInterrupt(), 130, 'the next run goes on')):
+    for failure, status, words in (
+        (SetupError('no compiler'), 1, 'setup: no compiler'),
+        (KeyboardInterrupt(), 130, 'the next run goes on'),
+    ):
         monkeypatch.setattr(setup_env, 'set_up', lambda *_, failure=failure: (_ for _ in ()).throw(failure))
         assert setup_env.main(['--venv', str(tmp_path)]) == status
         assert words in capsys.readouterr().err

@@ -18,10 +18,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('out', metavar='OUT', help='the new file, .pth or .safetensors')
     parser.add_argument('--names', choices=['ours', 'published'], default='ours', help='names to write (default: ours)')
     form = parser.add_mutually_exclusive_group()
-    form.add_argument('--deploy', dest='form', action='store_const', const='folded',
-                      help='fold all that is linear, for models with deploy=True')
-    form.add_argument('--merge', dest='form', action='store_const', const='merged',
-                      help='merge the large kernels alone, as in the published _reparam files')
+    form.add_argument(
+        '--deploy',
+        dest='form',
+        action='store_const',
+        const='folded',
+        help='fold all that is linear, for models with deploy=True',
+    )
+    form.add_argument(
+        '--merge',
+        dest='form',
+        action='store_const',
+        const='merged',
+        help='merge the large kernels alone, as in the published _reparam files',
+    )
     parser.add_argument('--ema', action='store_true', help='take the running average of the weights')
     parser.add_argument('--backbone', action='store_true', help='keep the backbone of a detector or segmenter alone')
     parser.add_argument('--verbose', action='store_true', help='print each tensor')

@@ -23,11 +23,20 @@ TARGET = 0.5
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', metavar='DIR', default='work_dirs/demo',
-                        help='folder for the data and the results (default: %(default)s)')
+    parser.add_argument(
+        '--work-dir',
+        metavar='DIR',
+        default='work_dirs/demo',
+        help='folder for the data and the results (default: %(default)s)',
+    )
     parser.add_argument('--draw-only', action='store_true', help='draw the data set and stop')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings over those of the configuration, as key=value, key="[a,b]" or key=a,b')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings over those of the configuration, as key=value, key="[a,b]" or key=a,b',
+    )
     return parser.parse_args()
 
 
@@ -37,8 +46,11 @@ def main() -> int:
         if args.draw_only:
             print(f'data set: {draw(Path(args.work_dir, "data"))}')
             return 0
-        print('Drawing shapes, then training on them: 5 to 10 minutes on 2 CPU cores. A log line follows every 10 '
-              'iterations, with the time left (eta).', flush=True)
+        print(
+            'Drawing shapes, then training on them: 5 to 10 minutes on 2 CPU cores. A log line follows every 10 '
+            'iterations, with the time left (eta).',
+            flush=True,
+        )
         outcome = run_demo(ROOT / 'configs/demo/cascade_overlock_xt_shapes.py', args.work_dir, args.cfg_options)
     print(f'\nAverage precision on the held-out images (%):\n\n{outcome.table.to_markdown()}')
     for what, path in outcome.files.items():

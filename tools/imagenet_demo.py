@@ -23,8 +23,12 @@ TARGET = 80
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', metavar='DIR', default='work_dirs/imagenet_demo',
-                        help='folder for the images and the results (default: %(default)s)')
+    parser.add_argument(
+        '--work-dir',
+        metavar='DIR',
+        default='work_dirs/imagenet_demo',
+        help='folder for the images and the results (default: %(default)s)',
+    )
     parser.add_argument('--draw-only', action='store_true', help='draw the images and stop')
     add_recipe_options(parser, 'model', 'img_size', 'batch_size', 'workers', 'epochs', 'lr', 'amp', 'seed')
     return parser.parse_args()

@@ -23,10 +23,18 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('data_dir', metavar='DIR', help='image folder: train/CLASS/*.jpg and val/CLASS/*.jpg')
     parser.add_argument('-c', '--config', metavar='FILE', help='recipe, see configs/imagenet/')
-    parser.add_argument('--output', metavar='DIR',
-                        help='folder for checkpoints and logs (default: work_dirs/imagenet/<name of the recipe>)')
-    parser.add_argument('--resume', nargs='?', const='auto', metavar='auto|FILE',
-                        help='go on from a checkpoint; without a FILE, from last.pth in the output folder')
+    parser.add_argument(
+        '--output',
+        metavar='DIR',
+        help='folder for checkpoints and logs (default: work_dirs/imagenet/<name of the recipe>)',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='auto|FILE',
+        help='go on from a checkpoint; without a FILE, from last.pth in the output folder',
+    )
     parser.add_argument('--device', metavar='NAME', help='cuda or cpu (default: cuda where there is a GPU)')
     parser.add_argument('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
     add_recipe_options(parser)

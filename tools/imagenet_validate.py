@@ -20,22 +20,42 @@ from overlock.errors import exit_on_user_error  # noqa: E402
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('data_dir', metavar='DIR', help='image folder with val/CLASS/*.jpg, or the folder val/ itself')
-    parser.add_argument('--model', metavar='NAME',
-                        help='such as overlock_xt, overlock_xt_reparam (default: that which the checkpoint names)')
+    parser.add_argument(
+        '--model',
+        metavar='NAME',
+        help='such as overlock_xt, overlock_xt_reparam (default: that which the checkpoint names)',
+    )
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument('--pretrained', action='store_true', help='the published weights')
     weights.add_argument('--checkpoint', metavar='FILE', help='a path or URL of weights')
     parser.add_argument('--ema', action='store_true', help='the averaged weights of the checkpoint')
     parser.add_argument('--aux', action='store_true', help='validate the auxiliary head too')
-    parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N',
-                        help='images of a batch, in each process (default: %(default)s)')
-    parser.add_argument('-j', '--workers', type=int, default=4, metavar='N',
-                        help='processes that read images, for each process (default: %(default)s)')
-    parser.add_argument('--img-size', type=int, metavar='N',
-                        help='side of the images in pixels (default: that of the training)')
-    parser.add_argument('--crop-pct', type=float, metavar='X',
-                        help='side of the centre crop over that of the resized image (default: that of the training; '
-                             '1.0 for larger images)')
+    parser.add_argument(
+        '-b',
+        '--batch-size',
+        type=int,
+        default=128,
+        metavar='N',
+        help='images of a batch, in each process (default: %(default)s)',
+    )
+    parser.add_argument(
+        '-j',
+        '--workers',
+        type=int,
+        default=4,
+        metavar='N',
+        help='processes that read images, for each process (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--img-size', type=int, metavar='N', help='side of the images in pixels (default: that of the training)'
+    )
+    parser.add_argument(
+        '--crop-pct',
+        type=float,
+        metavar='X',
+        help='side of the centre crop over that of the resized image (default: that of the training; '
+        '1.0 for larger images)',
+    )
     parser.add_argument('--amp', action='store_true', help='run in bfloat16')
     parser.add_argument('--device', metavar='NAME', help='cuda or cpu (default: cuda where there is a GPU)')
     parser.add_argument('--confusion', metavar='FILE', help='write the confusion matrix, as .csv or .png')

@@ -21,8 +21,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('out', metavar='OUT.pth', help='the new weights; the configuration is written to OUT.py')
     parser.add_argument('--image', metavar='FILE', help='the image to compare the results on (default: a drawn scene)')
     parser.add_argument('--ema', action='store_true', help='take the running average of the weights')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings over those of the configuration, kept in the new one')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings over those of the configuration, kept in the new one',
+    )
     return parser.parse_args()
 
 

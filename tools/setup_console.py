@@ -108,8 +108,15 @@ class Console:
         progress = Progress(time.monotonic())
         lines: list[str] = []
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors='replace', env={**os.environ, **(variables or {})}, start_new_session=True)
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors='replace',
+            env={**os.environ, **(variables or {})},
+            start_new_session=True,
+        )
         reader = threading.Thread(target=self._read, args=(process.stdout, lines, progress, command), daemon=True)
         try:
             reader.start()
@@ -121,8 +128,10 @@ class Console:
                 os.killpg(process.pid, signal.SIGTERM)
             raise
         if code:
-            raise SetupError(f'`{shlex.join(command)[:300]}` failed with exit status {code}:\n{excerpt(lines)}\n'
-                             f'The complete log is {self.log}. Run the same command again to go on from here.')
+            raise SetupError(
+                f'`{shlex.join(command)[:300]}` failed with exit status {code}:\n{excerpt(lines)}\n'
+                f'The complete log is {self.log}. Run the same command again to go on from here.'
+            )
 
     def _read(self, stream: TextIO, lines: list[str], progress: Progress, command: list[str]) -> None:
         with stream, open(self.log, 'a', buffering=1) as log:

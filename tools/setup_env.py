@@ -9,6 +9,7 @@ mmcv's operators are compiled against the torch of the environment. The wheel is
 Variables: OVERLOCK_CACHE (cache folder), FORCE_CUDA (1: compile the CUDA operators without a visible GPU; 0: never),
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CC, CXX.
 """
+
 import sys
 
 OLDEST, NEWEST = (3, 10), (3, 12)
@@ -19,8 +20,10 @@ def python_refusal(version, python):
     """Returns the sentence that refuses a Python of this version, '' for an accepted one."""
     if OLDEST <= tuple(version[:2]) <= NEWEST:
         return ''
-    return ('Python 3.10, 3.11 or 3.12 is needed, got {} ({}): install one of them and name it, '
-            'as in `PYTHON=python3.11 make test`'.format('.'.join(map(str, version[:3])), python))
+    return (
+        'Python 3.10, 3.11 or 3.12 is needed, got {} ({}): install one of them and name it, '
+        'as in `PYTHON=python3.11 make test`'.format('.'.join(map(str, version[:3])), python)
+    )
 
 
 if __name__ == '__main__' and python_refusal(sys.version_info, sys.executable):
@@ -41,16 +44,7 @@ from pathlib import Path
 
 from setup_console import Console, SetupError
 from setup_interpreter import Interpreter, pip_install, probe, probe_surely
-from setup_mmcv import (
-    MMCV,
-    cache_folder,
-    check_compiler,
-    find_nvcc,
-    install_mmcv,
-    plan_ops,
-    visible_gpus,
-    wheel_folder,
-)
+from setup_mmcv import MMCV, cache_folder, check_compiler, find_nvcc, install_mmcv, plan_ops, visible_gpus, wheel_folder
 
 OLDEST_TORCH = (2, 4)
 STAMP, LOCK, LOG = 'overlock-setup.json', 'overlock-setup.lock', 'overlock-setup.log'
@@ -59,9 +53,16 @@ STAMP, LOCK, LOG = 'overlock-setup.json', 'overlock-setup.lock', 'overlock-setup
 def stamp_key(root: Path, interpreter: Interpreter) -> str:
     """Returns a digest of all that decides what the set-up installs."""
     digest = hashlib.sha256()
-    for path in sorted([*root.glob('requirements/*.txt'), *root.glob('tools/setup_*.py'), root / 'setup.cfg',
-                        root / 'pyproject.toml', *root.glob('overlock/ops/**/*.cpp'),
-                        *root.glob('overlock/ops/extension.py')]):
+    for path in sorted(
+        [
+            *root.glob('requirements/*.txt'),
+            *root.glob('tools/setup_*.py'),
+            root / 'setup.cfg',
+            root / 'pyproject.toml',
+            *root.glob('overlock/ops/**/*.cpp'),
+            *root.glob('overlock/ops/extension.py'),
+        ]
+    ):
         digest.update(f'{path.name}\n'.encode() + path.read_bytes())
     packages = sorted(path.parent.name for path in root.glob('*overlock*/__init__.py'))
     digest.update(repr((str(root), packages, interpreter.version, interpreter.torch)).encode())
@@ -102,8 +103,9 @@ def create_environment(venv: Path, own: bool, console: Console) -> Interpreter:
     rest = [path for path in venv.iterdir() if path.name not in (STAMP, LOCK, LOG)]
     if found is None:
         if rest and not own:
-            raise SetupError(f'{venv} exists, but its bin/python does not run: '
-                             'name another folder with VENV=, or remove this one')
+            raise SetupError(
+                f'{venv} exists, but its bin/python does not run: name another folder with VENV=, or remove this one'
+            )
         for path in rest:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         # pip comes next, by itself, so that an environment left without it is completed by the same lines.
@@ -119,8 +121,10 @@ def create_environment(venv: Path, own: bool, console: Console) -> Interpreter:
             package = f'python{found.version[0]}.{found.version[1]}-venv'
             raise SetupError(f'{error}\nOn Debian and Ubuntu `apt install {package}` brings ensurepip.') from None
     if found.version[:2] != sys.version_info[:2]:
-        console.note(f'{venv} has {found.name} and keeps it, though this is Python {sys.version.split()[0]}: '
-                     '`make clean` first, or another VENV=, changes that')
+        console.note(
+            f'{venv} has {found.name} and keeps it, though this is Python {sys.version.split()[0]}: '
+            '`make clean` first, or another VENV=, changes that'
+        )
     return found
 
 
@@ -134,8 +138,10 @@ def keeps_torch(interpreter: Interpreter, own: bool) -> bool:
         return False
     found = tuple(int(part) for part in re.findall(r'\d+', interpreter.torch)[:2])
     if found < OLDEST_TORCH:
-        raise SetupError(f'torch >= 2.4 is needed, got {interpreter.torch} in the environment of {interpreter.python}: '
-                         'upgrade torch there, or leave VENV out for an environment with the tested one')
+        raise SetupError(
+            f'torch >= 2.4 is needed, got {interpreter.torch} in the environment of {interpreter.python}: '
+            'upgrade torch there, or leave VENV out for an environment with the tested one'
+        )
     return True
 
 
@@ -143,8 +149,11 @@ def install_libraries(interpreter: Interpreter, root: Path, own: bool, console: 
     """Installs everything but torch and mmcv; the torch and torchvision there are named to pip, so that they stay."""
     folder = root / 'requirements'
     # Without the local part (+cu130): the metadata that pip compares with may lack it.
-    kept = [f'{name}=={version.partition("+")[0]}' for name, version in
-            (('torch', interpreter.torch), ('torchvision', interpreter.torchvision)) if version]
+    kept = [
+        f'{name}=={version.partition("+")[0]}'
+        for name, version in (('torch', interpreter.torch), ('torchvision', interpreter.torchvision))
+        if version
+    ]
     files = [part for name in ('build', 'runtime', 'dev') for part in ('-r', str(folder / f'{name}.txt'))]
     if own or not interpreter.cv2:
         files += ['-r', str(folder / 'opencv.txt')]

@@ -10,7 +10,7 @@ from setup_console import SetupError
 PIP_FLAGS = ('--disable-pip-version-check', '--no-input')
 
 # torch's own metadata lacks the local part (+cu130, +cpu) that its operators depend on; importing torch takes seconds.
-PROBE = '''
+PROBE = """
 import importlib.metadata, importlib.util, json, pathlib, re, sys, sysconfig
 def version(name):
     try:
@@ -29,7 +29,7 @@ print(json.dumps(dict(
     python=sys.executable, version=sys.version_info[:3], platform=sysconfig.get_platform(), site=site,
     include=sysconfig.get_path('include'), torch=torch, torch_cuda=cuda, torchvision=version('torchvision'),
     mmcv=version('mmcv'), cv2=importlib.util.find_spec('cv2') is not None)))
-'''
+"""
 
 
 @dataclass(frozen=True)

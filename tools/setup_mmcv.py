@@ -18,7 +18,7 @@ from setup_interpreter import PIP_FLAGS, Interpreter, pip_install
 
 MMCV = '2.1.0'
 
-PROOF = '''
+PROOF = """
 import sys, torch, torchvision
 from mmcv.ops import get_compiling_cuda_version, nms
 boxes = torch.tensor([[0., 0., 10., 10.], [1., 1., 10., 10.], [20., 20., 30., 30.]])
@@ -32,13 +32,13 @@ for device in devices:
     kept = nms(boxes.to(device), scores.to(device), 0.5)[1].tolist()
     if kept != [0, 2]:
         sys.exit(f'nms on {device} kept boxes {kept}, expected [0, 2]')
-'''
+"""
 
-GPUS = '''
+GPUS = """
 import json, torch
 count = torch.cuda.device_count() if torch.cuda.is_available() else 0
 print(json.dumps(sorted({'{}.{}'.format(*torch.cuda.get_device_capability(i)) for i in range(count)})))
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,18 @@ def check_compiler(interpreter: Interpreter, environ: Mapping[str, str], which: 
     tools = [shlex.split(environ.get(name) or default)[0] for name, default in (('CC', 'gcc'), ('CXX', 'c++'))]
     missing = [tool for tool in tools if not which(tool)]
     if missing:
-        raise SetupError("mmcv's operators are compiled here, which needs a C and a C++ compiler, and "
-                         f'{" and ".join(missing)} was not found: install GCC (Debian and Ubuntu: '
-                         '`apt install build-essential`; Fedora: `dnf install gcc gcc-c++ make`) or set CC and CXX')
+        raise SetupError(
+            "mmcv's operators are compiled here, which needs a C and a C++ compiler, and "
+            f'{" and ".join(missing)} was not found: install GCC (Debian and Ubuntu: '
+            '`apt install build-essential`; Fedora: `dnf install gcc gcc-c++ make`) or set CC and CXX'
+        )
     header = Path(interpreter.include) / 'Python.h'
     if not header.exists():
         package = f'python{interpreter.version[0]}.{interpreter.version[1]}-dev'
-        raise SetupError(f"mmcv's operators are compiled here, which needs Python's headers, and {header} is missing: "
-                         f'install them (Debian and Ubuntu: `apt install {package}`)')
+        raise SetupError(
+            f"mmcv's operators are compiled here, which needs Python's headers, and {header} is missing: "
+            f'install them (Debian and Ubuntu: `apt install {package}`)'
+        )
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
@@ -185,11 +189,29 @@ def build_wheel(interpreter: Interpreter, plan: OpsPlan, folder: Path, console: 
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder, prefix='.build-')
     except OSError as error:
-        raise SetupError(f'{folder} cannot be written ({error.strerror}): '
-                         'set OVERLOCK_CACHE to a folder that can') from None
+        raise SetupError(
+            f'{folder} cannot be written ({error.strerror}): set OVERLOCK_CACHE to a folder that can'
+        ) from None
     with scratch:
-        console.run([interpreter.python, '-m', 'pip', 'wheel', *PIP_FLAGS, '-v', '--no-deps', '--no-build-isolation',
-                     '--no-cache-dir', '--no-binary', 'mmcv', '-w', scratch.name, f'mmcv=={MMCV}'], plan.variables)
+        console.run(
+            [
+                interpreter.python,
+                '-m',
+                'pip',
+                'wheel',
+                *PIP_FLAGS,
+                '-v',
+                '--no-deps',
+                '--no-build-isolation',
+                '--no-cache-dir',
+                '--no-binary',
+                'mmcv',
+                '-w',
+                scratch.name,
+                f'mmcv=={MMCV}',
+            ],
+            plan.variables,
+        )
         built = whole_wheel(Path(scratch.name))
         if built is None:
             raise SetupError(f'mmcv {MMCV} was built without its operators; {console.log} tells why')
@@ -224,13 +246,14 @@ def install_mmcv(
         console.note(f'compiled earlier: {wheel}')
     else:
         check_compiler(interpreter, environ)
-        console.note(f"compiling {plan.variables['MAX_JOBS']} files at a time, which takes minutes; log: {console.log}")
+        console.note(f'compiling {plan.variables["MAX_JOBS"]} files at a time, which takes minutes; log: {console.log}')
         wheel = build_wheel(interpreter, plan, folder, console)
         console.note(f'kept for other checkouts: {wheel}')
     console.run(pip_install(interpreter, '--no-deps', '--force-reinstall', str(wheel)))
     problem = prove(interpreter, plan.target)
     if problem:
         raise SetupError(
-            f"mmcv {MMCV} is installed, but its operators do not work with torch {interpreter.torch} and torchvision "
+            f'mmcv {MMCV} is installed, but its operators do not work with torch {interpreter.torch} and torchvision '
             f'{interpreter.torchvision} on {interpreter.name}:\n{excerpt(problem.splitlines())}\n'
-            f'Remove {folder} and run again to compile them anew; the complete log is {console.log}.')
+            f'Remove {folder} and run again to compile them anew; the complete log is {console.log}.'
+        )

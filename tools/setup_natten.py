@@ -28,8 +28,10 @@ def main() -> int:
         # Its set-up calls cmake by name; pip's own cache does not know for which torch a wheel was built.
         path = os.pathsep.join((str(prefix / 'bin'), os.environ.get('PATH', '')))
         options = ('--no-build-isolation', '--no-deps', '--no-cache-dir')
-        console.run(pip_install(interpreter, *options, f'natten=={NATTEN}'),
-                    {'PATH': path, 'NATTEN_N_WORKERS': str(default_jobs())})
+        console.run(
+            pip_install(interpreter, *options, f'natten=={NATTEN}'),
+            {'PATH': path, 'NATTEN_N_WORKERS': str(default_jobs())},
+        )
         subprocess.run([sys.executable, '-c', PROOF], check=True)
     except SetupError as error:
         print(f'setup: {error}', file=sys.stderr)

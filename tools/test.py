@@ -19,20 +19,31 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='file of the configuration, see configs/')
     parser.add_argument('checkpoint', help='the weights: a path, a URL, or a published name')
-    parser.add_argument('--work-dir', metavar='DIR',
-                        help='folder for the log (default: work_dirs/<name of the configuration>)')
+    parser.add_argument(
+        '--work-dir', metavar='DIR', help='folder for the log (default: work_dirs/<name of the configuration>)'
+    )
     parser.add_argument('--out', metavar='FILE.pkl', help='file for the predictions')
-    parser.add_argument('--show-dir', metavar='DIR',
-                        help='folder for images with the predictions drawn beside the truth')
+    parser.add_argument(
+        '--show-dir', metavar='DIR', help='folder for images with the predictions drawn beside the truth'
+    )
     parser.add_argument('--show', action='store_true', help='show these images in windows')
     parser.add_argument('--tta', action='store_true', help='merge the predictions for several views of each image')
     parser.add_argument('--amp', action='store_true', help='run the backbone in bfloat16')
     parser.add_argument('--compile', action='store_true', help='compile the backbone with torch.compile')
     parser.add_argument('--data-root', metavar='DIR', help='folder of the data, for every data set and evaluator')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings over those of the configuration, as key=value, key="[a,b]" or key=a,b')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-                        help='what started the processes of a distributed run')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings over those of the configuration, as key=value, key="[a,b]" or key=a,b',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed run',
+    )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -20,10 +20,13 @@ def main() -> int:
     parser.add_argument('--check', action='store_true', help='write nothing; the exit code is 1 if something is stale')
     check = parser.parse_args().check
     readme = ROOT / 'README.md'
-    contents = {readme: fill_in(readme.read_text(encoding='utf-8'), readme_tables()),
-                ROOT / 'model-index.yml': yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120)}
-    stale = [path for path, content in contents.items()
-             if not path.is_file() or path.read_text(encoding='utf-8') != content]
+    contents = {
+        readme: fill_in(readme.read_text(encoding='utf-8'), readme_tables()),
+        ROOT / 'model-index.yml': yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120),
+    }
+    stale = [
+        path for path, content in contents.items() if not path.is_file() or path.read_text(encoding='utf-8') != content
+    ]
     for path in stale:
         print(f'{path.relative_to(ROOT)} {"is stale" if check else "written"}')
         if not check:

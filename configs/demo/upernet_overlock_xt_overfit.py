@@ -10,10 +10,12 @@ model = dict(
     backbone=dict(
         # Fitting by heart is the aim.
         drop_path_rate=0.0,
-        init_cfg=None),
+        init_cfg=None,
+    ),
     # Heads of the full width would cost many times the backbone.
     decode_head=dict(channels=128),
-    auxiliary_head=dict(channels=64))
+    auxiliary_head=dict(channels=64),
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -31,13 +33,14 @@ test_pipeline = [
 ]
 
 # Total batch size 4 = 1 device x 4.
-train_dataloader = dict(
-    batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
-        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'), pipeline=test_pipeline))
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'), pipeline=test_pipeline
+    ),
+)
 test_dataloader = val_dataloader
 
 max_iters = 400

@@ -5,7 +5,8 @@ data_root = 'work_dirs/demo/data/ade/'
 # The ground is a class here: 0 in the maps, unlike ADE20K's unlabeled 0.
 metainfo = dict(
     classes=('ground', 'circle', 'square', 'triangle', 'star', 'ring'),
-    palette=[(0, 0, 0), (230, 25, 75), (60, 180, 75), (67, 99, 216), (245, 130, 49), (177, 58, 214)])
+    palette=[(0, 0, 0), (230, 25, 75), (60, 180, 75), (67, 99, 216), (245, 130, 49), (177, 58, 214)],
+)
 num_classes = 6
 size = (128, 128)
 
@@ -15,10 +16,12 @@ model = dict(
         # Too few iterations to need regularization.
         drop_path_rate=0.0,
         # Random weights: what is shown is learned here.
-        init_cfg=None),
+        init_cfg=None,
+    ),
     # Narrow heads: they would cost more than the backbone.
     decode_head=dict(channels=128, num_classes=num_classes),
-    auxiliary_head=dict(channels=64, num_classes=num_classes))
+    auxiliary_head=dict(channels=64, num_classes=num_classes),
+)
 
 # Images are drawn at the size at which they are used.
 train_pipeline = [
@@ -41,12 +44,11 @@ train_dataloader = dict(
     # Reading a small image takes a hundredth of a step; workers would only take cores away.
     num_workers=0,
     persistent_workers=False,
-    dataset=dict(pipeline=train_pipeline, **dataset))
+    dataset=dict(pipeline=train_pipeline, **dataset),
+)
 val_dataloader = dict(
-    batch_size=8,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(pipeline=test_pipeline, **dataset))
+    batch_size=8, num_workers=0, persistent_workers=False, dataset=dict(pipeline=test_pipeline, **dataset)
+)
 test_dataloader = val_dataloader
 
 max_iters = 300

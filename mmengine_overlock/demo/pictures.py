@@ -55,7 +55,11 @@ def draw_predictions(
         axes.set_ylabel(label, fontsize=13)
     figure.legend(
         handles=[Patch(color=color, label=name) for name, color in categories.values()],
-        loc='outside lower center', ncols=len(categories), frameon=False, fontsize=12)
+        loc='outside lower center',
+        ncols=len(categories),
+        frameon=False,
+        fontsize=12,
+    )
     save_figure(figure, path, dpi=130)
 
 
@@ -71,8 +75,7 @@ def _draw_object(axes: Axes, item: dict, name: str, color: str) -> None:
     """Fills the mask, draws its edge and box, and writes the score where there is one."""
     mask = coco_mask.decode(item['segmentation']).astype(np.float32)
     height, width = mask.shape
-    large = np.asarray(
-        Image.fromarray(mask).resize((width * _ENLARGED, height * _ENLARGED), Image.Resampling.BICUBIC))
+    large = np.asarray(Image.fromarray(mask).resize((width * _ENLARGED, height * _ENLARGED), Image.Resampling.BICUBIC))
     extent = dict(extent=(0, width, 0, height), origin='lower')
     axes.contourf(large, levels=(0.5, 2), colors=[color], alpha=0.45, **extent)
     axes.contour(large, levels=(0.5,), colors=[color], linewidths=1.6, **extent)
@@ -81,7 +84,11 @@ def _draw_object(axes: Axes, item: dict, name: str, color: str) -> None:
     # a label grows away from the nearer side, so that it stays inside the picture
     left = x + box_width / 2 < width / 2
     axes.text(
-        max(x, 1) if left else min(x + box_width, width - 1), max(y - 1.5, 6),
+        max(x, 1) if left else min(x + box_width, width - 1),
+        max(y - 1.5, 6),
         name if 'score' not in item else f'{name} {item["score"]:.2f}',
-        horizontalalignment='left' if left else 'right', color='white', fontsize=8,
-        path_effects=[patheffects.withStroke(linewidth=2.5, foreground=color)]).set_in_layout(False)
+        horizontalalignment='left' if left else 'right',
+        color='white',
+        fontsize=8,
+        path_effects=[patheffects.withStroke(linewidth=2.5, foreground=color)],
+    ).set_in_layout(False)

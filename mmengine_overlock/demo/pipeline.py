@@ -102,8 +102,10 @@ def _clear(work_dir: Path, paths: list[Path]) -> None:
     """Removes the results of an earlier demonstration, and nothing that is not one's."""
     found = [path for path in paths if path.exists()]
     if found and not is_drawn(work_dir / 'data'):
-        raise UserError(f'{found[0]} is there, but {work_dir} holds no earlier demonstration: name another folder with '
-                        '--work-dir DIR.')
+        raise UserError(
+            f'{found[0]} is there, but {work_dir} holds no earlier demonstration: name another folder with '
+            '--work-dir DIR.'
+        )
     for path in found:
         if path.is_dir():
             shutil.rmtree(path)

@@ -139,7 +139,7 @@ def plot_curves(records: Sequence[Mapping], path: str | os.PathLike, title: str 
 
 def _running_mean(values: np.ndarray, width: int = 5) -> np.ndarray:
     """Mean of every value with up to `width` - 1 before it."""
-    return np.array([values[max(0, end - width):end].mean() for end in range(1, len(values) + 1)])
+    return np.array([values[max(0, end - width) : end].mean() for end in range(1, len(values) + 1)])
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 110) -> None:

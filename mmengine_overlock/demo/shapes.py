@@ -45,8 +45,10 @@ def draw(root: str | os.PathLike, train: int = 320, val: int = 48, size: int = 1
         UserError: If a number is out of range, or `root` holds something else than a drawn data set.
     """
     if min(train, val) < len(CLASSES) or size < 64:
-        raise UserError(f'The drawn data set needs at least {len(CLASSES)} images a split and a size of at least 64, '
-                        f'got train={train}, val={val}, size={size}; raise what is too low.')
+        raise UserError(
+            f'The drawn data set needs at least {len(CLASSES)} images a split and a size of at least 64, '
+            f'got train={train}, val={val}, size={size}; raise what is too low.'
+        )
     root = Path(root).absolute()
     counts = {'train': train, 'val': val}
     parameters = dict(version=_VERSION, **counts, size=size, seed=seed)
@@ -100,8 +102,14 @@ def _write_split(root: Path, split: str, scenes: Iterator[Scene]) -> None:
     categories = [dict(id=i, name=name, supercategory='shape') for i, name in enumerate(CLASSES, start=1)]
     _write_json(
         root / 'coco' / 'annotations' / f'instances_{split}2017.json',
-        dict(info=dict(description='Drawn geometric shapes'), licenses=[], images=images,
-             categories=categories, annotations=annotations))
+        dict(
+            info=dict(description='Drawn geometric shapes'),
+            licenses=[],
+            images=images,
+            categories=categories,
+            annotations=annotations,
+        ),
+    )
 
 
 def _annotations(scene: Scene) -> Iterator[dict]:
@@ -114,7 +122,8 @@ def _annotations(scene: Scene) -> Iterator[dict]:
             segmentation=dict(size=rle['size'], counts=rle['counts'].decode('ascii')),
             bbox=coco_mask.toBbox(rle).tolist(),
             area=int(mask.sum()),
-            iscrowd=0)
+            iscrowd=0,
+        )
 
 
 def _is_complete(root: Path, parameters: dict) -> bool:

@@ -39,10 +39,20 @@ class DynamicBlock(nn.Module):
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
 
-    def __init__(self, channels: int, context_channels: int, kernel_size: int, small_kernel_size: int = 5,
-                 num_groups: int = 8, local_kernel_size: int | None = None, mlp_ratio: int = 3,
-                 drop_path_rate: float = 0.0, mix_prior: bool = True, split: bool = True,
-                 contmix_backend: str = 'auto') -> None:
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        kernel_size: int,
+        small_kernel_size: int = 5,
+        num_groups: int = 8,
+        local_kernel_size: int | None = None,
+        mlp_ratio: int = 3,
+        drop_path_rate: float = 0.0,
+        mix_prior: bool = True,
+        split: bool = True,
+        contmix_backend: str = 'auto',
+    ) -> None:
         super().__init__()
         width = channels + context_channels
         self.channels = channels
@@ -53,7 +63,8 @@ class DynamicBlock(nn.Module):
         self.contmix_backend = contmix_backend
 
         self.rpb_small, self.rpb_large = (
-            nn.Parameter(torch.zeros(num_groups, 2 * size - 1, 2 * size - 1)) for size in self.kernel_sizes)
+            nn.Parameter(torch.zeros(num_groups, 2 * size - 1, 2 * size - 1)) for size in self.kernel_sizes
+        )
         self.mix_prior = mix_prior
         if mix_prior:
             self.context_scale = ChannelAffine(context_channels)
@@ -63,14 +74,16 @@ class DynamicBlock(nn.Module):
         self.fusion = nn.Sequential(
             ConvNorm(width, width, 3, groups=width, bias=True, act=nn.GELU()),
             nn.Conv2d(width, channels, 1),
-            GRN(channels))
+            GRN(channels),
+        )
         self.query = ConvNorm(channels, channels // 2)
         self.key = ConvNorm(context_channels, channels // 2)
-        num_taps = small_kernel_size ** 2 + kernel_size ** 2
-        self.weight_proj = nn.Conv2d(NUM_REGIONS ** 2, num_taps, 1)
+        num_taps = small_kernel_size**2 + kernel_size**2
+        self.weight_proj = nn.Conv2d(NUM_REGIONS**2, num_taps, 1)
         self.dynamic_proj = ConvNorm(channels, channels)
-        self.local = nn.Sequential(DilatedReparamConv(channels, local_kernel_size or kernel_size),
-                                   nn.BatchNorm2d(channels))
+        self.local = nn.Sequential(
+            DilatedReparamConv(channels, local_kernel_size or kernel_size), nn.BatchNorm2d(channels)
+        )
         self.se = SqueezeExcite(channels)
         self.gate = ConvNorm(channels, channels, act=nn.SiLU())
         self.proj = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 1))
@@ -91,7 +104,7 @@ class DynamicBlock(nn.Module):
         y = self.ls2(y, self.drop_path(self.ffn(self.norm2(y))))
         if not self.split:
             return y
-        return y[:, :self.channels], y[:, self.channels:]
+        return y[:, : self.channels], y[:, self.channels :]
 
     def mix(self, x: Tensor) -> Tensor:
         """The token mixer: (B, C + P, H, W) to the same."""
@@ -105,11 +118,21 @@ class DynamicBlock(nn.Module):
         enlarged = _at_least(size, self.kernel_sizes[1])
         if enlarged != size:
             x, value = (F.interpolate(t, enlarged, mode='bilinear', align_corners=False) for t in (x, value))
-        query = self.query(x[:, :self.channels])
-        key = self.key(F.adaptive_avg_pool2d(x[:, self.channels:], NUM_REGIONS))
-        out = contmix(query, key, value, self.weight_proj.weight.flatten(1), self.weight_proj.bias, self.rpb_small,
-                      self.rpb_large, kernel_sizes=self.kernel_sizes, num_groups=self.num_groups, scale=self.scale,
-                      backend=self.contmix_backend)
+        query = self.query(x[:, : self.channels])
+        key = self.key(F.adaptive_avg_pool2d(x[:, self.channels :], NUM_REGIONS))
+        out = contmix(
+            query,
+            key,
+            value,
+            self.weight_proj.weight.flatten(1),
+            self.weight_proj.bias,
+            self.rpb_small,
+            self.rpb_large,
+            kernel_sizes=self.kernel_sizes,
+            num_groups=self.num_groups,
+            scale=self.scale,
+            backend=self.contmix_backend,
+        )
         return F.adaptive_avg_pool2d(out, size) if enlarged != size else out
 
     def switch_to_deploy(self) -> None:

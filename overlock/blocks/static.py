@@ -26,8 +26,14 @@ class StaticBlock(nn.Module):
         layer_scale: Whether the shortcut is scaled by a learned affine a channel.
     """
 
-    def __init__(self, channels: int, kernel_size: int, mlp_ratio: int = 4, drop_path_rate: float = 0.0,
-                 layer_scale: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        mlp_ratio: int = 4,
+        drop_path_rate: float = 0.0,
+        layer_scale: bool = False,
+    ) -> None:
         super().__init__()
         self.dwconv = ResidualDWConv(channels)
         self.norm = LayerNorm2d(channels)

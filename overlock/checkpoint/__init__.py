@@ -6,5 +6,17 @@ from overlock.checkpoint.names import from_published, to_published
 from overlock.checkpoint.registry import WEIGHTS, Preprocessing, Weights
 from overlock.errors import CheckpointError
 
-__all__ = ['WEIGHTS', 'CheckpointError', 'LoadReport', 'Preprocessing', 'Weights', 'find_file', 'from_published',
-           'load', 'load_pretrained', 'load_state_dict', 'read_state_dict', 'to_published']
+__all__ = [
+    'WEIGHTS',
+    'CheckpointError',
+    'LoadReport',
+    'Preprocessing',
+    'Weights',
+    'find_file',
+    'from_published',
+    'load',
+    'load_pretrained',
+    'load_state_dict',
+    'read_state_dict',
+    'to_published',
+]

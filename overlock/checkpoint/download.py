@@ -93,9 +93,19 @@ def _fetch(url: str, part: Path, known: bool) -> bool:
         if length is None and not known and not response.chunked:
             raise ConnectionError('the server does not tell the length of the file, so that a whole one cannot be told')
         total = None if length is None else begun + int(length)
-        with part.open('ab' if begun else 'wb') as file, tqdm(
-                desc=part.stem, total=total, initial=begun, unit='B', unit_scale=True, unit_divisor=1024,
-                mininterval=0.1 if sys.stderr.isatty() else 30, disable=local_rank() != 0) as bar:
+        with (
+            part.open('ab' if begun else 'wb') as file,
+            tqdm(
+                desc=part.stem,
+                total=total,
+                initial=begun,
+                unit='B',
+                unit_scale=True,
+                unit_divisor=1024,
+                mininterval=0.1 if sys.stderr.isatty() else 30,
+                disable=local_rank() != 0,
+            ) as bar,
+        ):
             try:
                 while chunk := response.read(_CHUNK):
                     file.write(chunk)
@@ -133,16 +143,22 @@ def _check(part: Path, url: str, size: int | None, sha256: str | None) -> None:
         head = file.read(9)
     # A zip archive or a pickle, as torch writes them, or the JSON of safetensors behind its length.
     if not head.startswith((b'PK', b'\x80')) and head[8:] != b'{':
-        raise CheckpointError(f'{name} from {url} is no weight file: expected one of torch.save or safetensors, got '
-                              f'{received} bytes that begin with {head!r}; look at the address with a browser.')
+        raise CheckpointError(
+            f'{name} from {url} is no weight file: expected one of torch.save or safetensors, got '
+            f'{received} bytes that begin with {head!r}; look at the address with a browser.'
+        )
     if size is not None and received != size:
-        raise CheckpointError(f'{name} from {url} is not the published file: expected {size} bytes, got {received}; '
-                              'fetch it from somewhere else.')
+        raise CheckpointError(
+            f'{name} from {url} is not the published file: expected {size} bytes, got {received}; '
+            'fetch it from somewhere else.'
+        )
     if sha256 is not None:
         digest = hashlib.sha256()
         with part.open('rb') as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
         if not digest.hexdigest().startswith(sha256):
-            raise CheckpointError(f'{name} from {url} is not the published file: expected SHA-256 {sha256}, got '
-                                  f'{digest.hexdigest()}; fetch it from somewhere else.')
+            raise CheckpointError(
+                f'{name} from {url} is not the published file: expected SHA-256 {sha256}, got '
+                f'{digest.hexdigest()}; fetch it from somewhere else.'
+            )

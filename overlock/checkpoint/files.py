@@ -60,8 +60,10 @@ def find_file(source: str | os.PathLike) -> Path:
     if os.path.isfile(path):
         return path
     close = difflib.get_close_matches(source, WEIGHTS, 3)
-    raise CheckpointError(f'The weight file {path} does not exist; give the path of a file, a URL, or a name of '
-                          f'published weights, such as {", ".join(close or list(WEIGHTS)[:1])}.')
+    raise CheckpointError(
+        f'The weight file {path} does not exist; give the path of a file, a URL, or a name of '
+        f'published weights, such as {", ".join(close or list(WEIGHTS)[:1])}.'
+    )
 
 
 def _is_url(text: str) -> bool:
@@ -76,8 +78,10 @@ def _find_url(url: str) -> Path:
     if place and not _is_url(place):
         folder = Path(os.path.expanduser(place))
         if not folder.is_dir():
-            raise CheckpointError(f'{WEIGHTS_VARIABLE} must name a folder of weight files, or the URL of one, got '
-                                  f'{place}, which is neither; correct or unset it.')
+            raise CheckpointError(
+                f'{WEIGHTS_VARIABLE} must name a folder of weight files, or the URL of one, got '
+                f'{place}, which is neither; correct or unset it.'
+            )
         places.insert(0, folder / name)
     for path in places:
         if path.is_file():
@@ -91,7 +95,8 @@ def _find_url(url: str) -> Path:
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise CheckpointError(
             f'cannot download {source} ({error}); try again, or fetch {name} by other means and put it into the folder '
-            f'that {WEIGHTS_VARIABLE} names, or at {cached}') from error
+            f'that {WEIGHTS_VARIABLE} names, or at {cached}'
+        ) from error
     return cached
 
 
@@ -115,14 +120,18 @@ def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Ten
     if ema and averages is None and _unwrap(content, (_BEHIND_AVERAGE,)) is not None:
         averages = plain
     if ema and averages is None:
-        raise CheckpointError(f'{path} holds no running average of weights: expected one of '
-                              f'{", ".join((*_EMA_WRAPPERS, _BEHIND_AVERAGE))}; load its weights themselves')
+        raise CheckpointError(
+            f'{path} holds no running average of weights: expected one of '
+            f'{", ".join((*_EMA_WRAPPERS, _BEHIND_AVERAGE))}; load its weights themselves'
+        )
     found = averages if ema or plain is None and averages is not None else content if plain is None else plain
     items = found.items() if isinstance(found, Mapping) else ()
     tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f'{path} holds no state dict: expected tensors by their names, bare or under one of '
-                              f'{", ".join(_WRAPPERS + _EMA_WRAPPERS)}; give a file of weights')
+        raise CheckpointError(
+            f'{path} holds no state dict: expected tensors by their names, bare or under one of '
+            f'{", ".join(_WRAPPERS + _EMA_WRAPPERS)}; give a file of weights'
+        )
     for prefix in _PREFIXES:
         # Averaged models count their updates beside the network.
         below = {name: value for name, value in tensors.items() if '.' in name}
@@ -141,8 +150,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise CheckpointError(f'{path} needs the package safetensors; install it with `pip install safetensors`'
-                              ) from error
+        raise CheckpointError(
+            f'{path} needs the package safetensors; install it with `pip install safetensors`'
+        ) from error
     try:
         return load_file(path)
     except SafetensorError as error:

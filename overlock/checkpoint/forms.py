@@ -31,8 +31,10 @@ def must_fold(given: str | None, wanted: str | None, source: str = 'the state di
     if given is None or given == wanted:
         return False
     if wanted != 'folded':
-        raise CheckpointError(f'{source} has the {given} form, out of which no {wanted} form can be made; build the '
-                              f'model with deploy=True, or give a file of the {wanted} form')
+        raise CheckpointError(
+            f'{source} has the {given} form, out of which no {wanted} form can be made; build the '
+            f'model with deploy=True, or give a file of the {wanted} form'
+        )
     return True
 
 
@@ -68,11 +70,15 @@ def fold_state_dict(given: Mapping[str, Tensor], own: Mapping[str, Tensor], buil
     shapes = {name: tuple(value.shape) for name, value in twin.state_dict().items()}
     # Folding does not ask how many batches there were.
     missing = [name for name in shapes if name not in given and not name.endswith('num_batches_tracked')]
-    misfits = {name: (shape, tuple(given[name].shape)) for name, shape in shapes.items()
-               if name in given and given[name].shape != shape}
+    misfits = {
+        name: (shape, tuple(given[name].shape))
+        for name, shape in shapes.items()
+        if name in given and given[name].shape != shape
+    }
     dtype = next(value.dtype for value in own.values() if value.is_floating_point())
-    usable = {name: _widen(value.detach(), dtype) for name, value in given.items()
-              if name in shapes and name not in misfits}
+    usable = {
+        name: _widen(value.detach(), dtype) for name, value in given.items() if name in shapes and name not in misfits
+    }
     unusable = {*missing, *misfits}
     device = next((value.device for value in usable.values()), torch.device('cpu'))
     filler = {name: torch.zeros((), dtype=dtype, device=device).expand(shapes[name]) for name in unusable}
@@ -91,7 +97,10 @@ def _widen(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _made_from(names: set[str], twin: nn.Module) -> set[str]:
     """Names in the folded form of what any of `names` goes into: that is where not-a-number there comes out."""
-    marked = {name: torch.full((), float('nan') if name in names else 0.0, device='cpu').expand(value.shape)
-              for name, value in twin.state_dict().items() if value.is_floating_point()}
+    marked = {
+        name: torch.full((), float('nan') if name in names else 0.0, device='cpu').expand(value.shape)
+        for name, value in twin.state_dict().items()
+        if value.is_floating_point()
+    }
     twin.load_state_dict(marked, strict=False, assign=True)
     return {name for name, value in twin.switch_to_deploy().state_dict().items() if value.isnan().any()}

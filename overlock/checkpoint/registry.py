@@ -67,17 +67,41 @@ _MASK_RCNN = {
 _UPERNET = {'t': 50.3, 's': 51.3, 'b': 51.7}
 
 WEIGHTS: dict[str, Weights] = {
-    **{f'overlock_{arch}_in1k{suffix}': Weights(
-        f'{RELEASE}overlock_{arch}_in1k_224{suffix}.pth', arch, 'classification', form, {'top1': top1},
-        Preprocessing(crop_pct=_CROP_PCT[arch], interpolation='bicubic'))
-       for suffix, form in (('', 'training'), ('_reparam', 'merged')) for arch, top1 in _TOP1.items()},
-    **{f'mask_rcnn_overlock_{arch}_{schedule}_coco': Weights(
-        f'{RELEASE}maskrcnn{schedule}_overlock_{_FULL_NAMES[arch]}_coco.pth', arch, 'detection', 'training',
-        {'box_ap': box, 'mask_ap': mask}, Preprocessing((800, 1333), size_divisor=32),
-        f'mask_rcnn_overlock_{arch}_{schedule}')
-       for arch, results in _MASK_RCNN.items() for schedule, (box, mask) in results.items()},
-    **{f'upernet_overlock_{arch}_ade20k': Weights(
-        f'{RELEASE}upernet_overlock_{_FULL_NAMES[arch]}_ade20k.pth', arch, 'segmentation', 'training', {'miou': miou},
-        Preprocessing((512, 2048), size_divisor=32), f'upernet_overlock_{arch}_160k')
-       for arch, miou in _UPERNET.items()},
+    **{
+        f'overlock_{arch}_in1k{suffix}': Weights(
+            f'{RELEASE}overlock_{arch}_in1k_224{suffix}.pth',
+            arch,
+            'classification',
+            form,
+            {'top1': top1},
+            Preprocessing(crop_pct=_CROP_PCT[arch], interpolation='bicubic'),
+        )
+        for suffix, form in (('', 'training'), ('_reparam', 'merged'))
+        for arch, top1 in _TOP1.items()
+    },
+    **{
+        f'mask_rcnn_overlock_{arch}_{schedule}_coco': Weights(
+            f'{RELEASE}maskrcnn{schedule}_overlock_{_FULL_NAMES[arch]}_coco.pth',
+            arch,
+            'detection',
+            'training',
+            {'box_ap': box, 'mask_ap': mask},
+            Preprocessing((800, 1333), size_divisor=32),
+            f'mask_rcnn_overlock_{arch}_{schedule}',
+        )
+        for arch, results in _MASK_RCNN.items()
+        for schedule, (box, mask) in results.items()
+    },
+    **{
+        f'upernet_overlock_{arch}_ade20k': Weights(
+            f'{RELEASE}upernet_overlock_{_FULL_NAMES[arch]}_ade20k.pth',
+            arch,
+            'segmentation',
+            'training',
+            {'miou': miou},
+            Preprocessing((512, 2048), size_divisor=32),
+            f'upernet_overlock_{arch}_160k',
+        )
+        for arch, miou in _UPERNET.items()
+    },
 }

@@ -21,8 +21,17 @@ import torch
 from overlock.errors import CheckpointError
 
 # What torch.load raises on files that are cut off, ask for code, or are something else by their first bytes.
-UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError,
-              AttributeError)
+UNREADABLE = (
+    pickle.UnpicklingError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    IndexError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
 # What is allowed while files are read is a setting of the whole process.
 _LOCK = threading.RLock()
@@ -38,15 +47,19 @@ def unreadable(path: str | os.PathLike, error: Exception) -> CheckpointError:
     if wanted:
         return CheckpointError(
             f'{path} asks for the Python object {wanted}, which a checkpoint could use to run code, and was not '
-            'loaded; save it again with tensors, numbers and strings only.')
+            'loaded; save it again with tensors, numbers and strings only.'
+        )
     if newer:
-        return CheckpointError(f'{path} is pickled by a protocol that cannot be read safely, expected 2 or 3; save it '
-                               'again with the default protocol of torch.save.')
+        return CheckpointError(
+            f'{path} is pickled by a protocol that cannot be read safely, expected 2 or 3; save it '
+            'again with the default protocol of torch.save.'
+        )
     # torch seeks before the start of a file that is too short.
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return CheckpointError(f'Cannot read the checkpoint {path} ({error}); give the path of a file on this machine.')
-    return CheckpointError(f'{path} is not a whole PyTorch checkpoint: it was cut off while it was written, or is '
-                           'another kind of file.')
+    return CheckpointError(
+        f'{path} is not a whole PyTorch checkpoint: it was cut off while it was written, or is another kind of file.'
+    )
 
 
 def _foreign_global(path: str | os.PathLike) -> str | None:
@@ -107,11 +120,19 @@ def _safe_globals() -> list[Any]:
     functions = {'_reconstruct': np.ndarray(0).__reduce__()[0], 'scalar': np.float64().__reduce__()[0]}
     numbers = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
     return [
-        *plain, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in numbers},
+        *plain,
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(code)) for code in numbers},
         # The bytes of an array; torch allows the second by itself from 2.5 on.
-        bytes, codecs.encode,
-        *(_answers_to(f'{package}.multiarray.{name}')(functools.partial(function))
-          for name, function in functions.items() for package in ('numpy.core', 'numpy._core'))]
+        bytes,
+        codecs.encode,
+        *(
+            _answers_to(f'{package}.multiarray.{name}')(functools.partial(function))
+            for name, function in functions.items()
+            for package in ('numpy.core', 'numpy._core')
+        ),
+    ]
 
 
 @contextmanager

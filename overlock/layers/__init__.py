@@ -8,5 +8,15 @@ from overlock.layers.norm import GRN, LayerNorm2d
 from overlock.layers.scale import ChannelAffine, Shortcut
 from overlock.layers.se import SqueezeExcite
 
-__all__ = ['ChannelAffine', 'ConvFFN', 'ConvNorm', 'DilatedReparamConv', 'DropPath', 'GRN', 'LayerNorm2d',
-           'ResidualDWConv', 'Shortcut', 'SqueezeExcite']
+__all__ = [
+    'ChannelAffine',
+    'ConvFFN',
+    'ConvNorm',
+    'DilatedReparamConv',
+    'DropPath',
+    'GRN',
+    'LayerNorm2d',
+    'ResidualDWConv',
+    'Shortcut',
+    'SqueezeExcite',
+]

@@ -21,10 +21,16 @@ def build() -> Path:
     if path.exists():
         return path
     from torch.utils import cpp_extension  # needs setuptools
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        cpp_extension.load(NAME, [str(source) for source in SOURCES], extra_cflags=compiler_flags(),
-                           is_python_module=False, build_directory=folder)
+        cpp_extension.load(
+            NAME,
+            [str(source) for source in SOURCES],
+            extra_cflags=compiler_flags(),
+            is_python_module=False,
+            build_directory=folder,
+        )
         os.replace(Path(folder) / f'{NAME}.so', path)
     return path
 

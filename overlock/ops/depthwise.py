@@ -43,8 +43,9 @@ def _takes_own_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
 
 
 def _conv(x: Tensor, weight: Tensor, dilation: int, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2 * dilation, dilation=dilation,
-                    groups=weight.shape[0])
+    return F.conv2d(
+        x, weight, bias, padding=weight.shape[-1] // 2 * dilation, dilation=dilation, groups=weight.shape[0]
+    )
 
 
 class _FFTWeightGradient(torch.autograd.Function):
@@ -78,7 +79,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) ->
     # Maps narrower than the reach never see the outermost offsets: these get zero, and not a wrapped-around value.
     height, width = x.shape[2:]
     rows, cols = min(reach, height - 1), min(reach, width - 1)
-    seen = correlation.roll((rows, cols), dims=(1, 2))[:, :2 * rows + 1, :2 * cols + 1]
+    seen = correlation.roll((rows, cols), dims=(1, 2))[:, : 2 * rows + 1, : 2 * cols + 1]
     offsets = F.pad(seen, (reach - cols,) * 2 + (reach - rows,) * 2)
     return offsets[:, ::dilation, ::dilation].unsqueeze(1).contiguous()
 

@@ -28,12 +28,20 @@ def compiler_flags() -> list[str]:
 def library_path() -> Path:
     """Where the library is that fits this PyTorch, Python, processor, source and flags."""
     environ = os.environ
-    cache_folder = Path(environ.get('OVERLOCK_CACHE') or
-                        Path(environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'overlock').expanduser()
+    cache_folder = Path(
+        environ.get('OVERLOCK_CACHE') or Path(environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'overlock'
+    ).expanduser()
     content = b''.join(path.read_bytes() for path in SOURCES) + repr(compiler_flags()).encode()
     source = hashlib.sha256(content).hexdigest()[:12]
-    build = '-'.join((f'torch{torch.__version__}', sys.implementation.cache_tag, platform.machine(),
-                      torch.backends.cpu.get_cpu_capability().replace(' ', ''), source))
+    build = '-'.join(
+        (
+            f'torch{torch.__version__}',
+            sys.implementation.cache_tag,
+            platform.machine(),
+            torch.backends.cpu.get_cpu_capability().replace(' ', ''),
+            source,
+        )
+    )
     return cache_folder / 'extensions' / build / f'{NAME}.so'
 
 

@@ -32,14 +32,21 @@ def package() -> ModuleType:
     try:
         return importlib.import_module(PACKAGE)
     except ImportError as error:
-        raise RuntimeError(f'OVERLOCK_IGEMM=1 asks for the package {PACKAGE}, which does not import here ({error}); '
-                           'compile it for this PyTorch, or unset the variable') from error
+        raise RuntimeError(
+            f'OVERLOCK_IGEMM=1 asks for the package {PACKAGE}, which does not import here ({error}); '
+            'compile it for this PyTorch, or unset the variable'
+        ) from error
 
 
 def fits(x: Tensor, weight: Tensor, dilation: int) -> bool:
     """Whether it is asked for and has a kernel for these inputs: large and undilated, float32 or float16 on CUDA."""
-    return (ASKED and x.device.type == 'cuda' and compute_dtype(x) in FUNCTIONS and dilation == 1
-            and weight.shape[-1] >= MIN_KERNEL)
+    return (
+        ASKED
+        and x.device.type == 'cuda'
+        and compute_dtype(x) in FUNCTIONS
+        and dilation == 1
+        and weight.shape[-1] >= MIN_KERNEL
+    )
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:

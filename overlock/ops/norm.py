@@ -6,7 +6,7 @@ from torch import Tensor
 from overlock.ops.context import is_eager
 
 # Elements of a map whose squares are held at a time: 1 MiB in float32, which stays in a core's cache.
-CHUNK = 2 ** 18
+CHUNK = 2**18
 
 
 def spatial_norm(x: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ def test_summary_has_the_median_and_quartiles():
 
 
 def test_result_is_whole_json_with_all_that_the_figures_depend_on(tmp_path):
-    rows = [{'name': 'one', 'threads': 3, 'task': {'size': (64, 96), 'dtype': 'fp32'},
-             'check': {'gradient': float('inf')}}]
+    rows = [
+        {'name': 'one', 'threads': 3, 'task': {'size': (64, 96), 'dtype': 'fp32'}, 'check': {'gradient': float('inf')}}
+    ]
     path = write_result(tmp_path, 'network-xt', 'cpu', {'arch': 'xt', 'results': tmp_path}, rows)
     assert [path] == list(tmp_path.iterdir()), 'nothing but the result is left'
     assert path.name.startswith('network-xt-cpu-') and path.suffix == '.json'
@@ -69,8 +70,11 @@ def test_vanishing_gradient_is_compared_with_the_largest_one():
     assert deviation({**truth, 'gradient b': torch.tensor([-1e-9])}, truth)['gradient'] == pytest.approx(2e-9)
 
 
-@pytest.mark.parametrize('wrong', [{}, {'output': torch.tensor([1.0])}, {'output': torch.tensor([1.0, float('nan')])}],
-                         ids=['missing', 'other shape', 'not finite'])
+@pytest.mark.parametrize(
+    'wrong',
+    [{}, {'output': torch.tensor([1.0])}, {'output': torch.tensor([1.0, float('nan')])}],
+    ids=['missing', 'other shape', 'not finite'],
+)
 def test_gate_stays_shut_for_what_cannot_be_compared(wrong):
     found = deviation(wrong, {'output': torch.tensor([1.0, 2.0])})
     assert found == {'output': float('inf')} and not may_be_timed(found, {'output': 1e9})

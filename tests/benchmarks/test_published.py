@@ -11,8 +11,10 @@ from overlock import OverLoCK, OverLoCKBackbone
 from overlock.ops import contmix, explain
 
 natten_missing = explain()['natten'].replace('available', '')
-AGGREGATIONS = [pytest.param(aggregate_natten, marks=pytest.mark.skipif(bool(natten_missing), reason=natten_missing)),
-                aggregate_unfold]
+AGGREGATIONS = [
+    pytest.param(aggregate_natten, marks=pytest.mark.skipif(bool(natten_missing), reason=natten_missing)),
+    aggregate_unfold,
+]
 
 
 def results(model, image) -> dict[str, torch.Tensor]:
@@ -20,8 +22,11 @@ def results(model, image) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
     loss = sum(out.square().mean() for out in found.values())
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return found | {f'gradient {name}': gradient for name, gradient in zip(parameters, gradients, strict=True)
-                    if gradient is not None}
+    return found | {
+        f'gradient {name}': gradient
+        for name, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None
+    }
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['evaluation', 'training'])
@@ -48,8 +53,10 @@ def test_published_contmix_has_the_output_and_gradients_of_the_reference(aggrega
     options = {'kernel_sizes': (5, 13), 'num_groups': 2, 'scale': 0.3}
     outs = contmix(*tensors, **options, backend='reference'), pipeline.contmix(*tensors, **options, aggregate=aggregate)
     weight = torch.randn(outs[0].shape, generator=generator, dtype=torch.float64)
-    expected, actual = ({'output': out, **{f'gradient {i}': g for i, g in
-                                           enumerate(torch.autograd.grad(out, tensors, weight))}} for out in outs)
+    expected, actual = (
+        {'output': out, **{f'gradient {i}': g for i, g in enumerate(torch.autograd.grad(out, tensors, weight))}}
+        for out in outs
+    )
     found = deviation(actual, expected)
     assert found['output'] < 1e-12 and found['gradient'] < 1e-11, found
 

@@ -52,7 +52,9 @@ def _write_coco_split(root: Path, split: str, shapes: list[tuple[int, int]]) -> 
                     bbox=[x, y, w, h],
                     area=w * h,
                     iscrowd=0,
-                    segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]))
+                    segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+                )
+            )
     categories = [dict(id=1, name='person'), dict(id=2, name='bicycle')]
     with open(root / 'annotations' / f'instances_{split}.json', 'w') as f:
         json.dump(dict(images=images, annotations=annotations, categories=categories), f)

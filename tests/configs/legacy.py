@@ -41,9 +41,16 @@ def _narrow(value: Tensor) -> Tensor:
 
 def save(path: Path, weights: dict[str, Tensor], **meta) -> Path:
     """Write what mmcv's runner wrote: text, numbers and names about the run, the weights, and AdamW's state."""
-    meta = dict(meta, mmcv_version='1.7.1', time='Mon Dec  2 10:00:00 2024', seed=0, exp_name='overlock.py',
-                env_info='sys.platform: linux\nPyTorch: 1.11.0', config="model = dict(type='MaskRCNN')\n",
-                hook_msgs=dict(best_score=np.float64(0.5), best_ckpt='best.pth', last_ckpt='latest.pth'))
+    meta = dict(
+        meta,
+        mmcv_version='1.7.1',
+        time='Mon Dec  2 10:00:00 2024',
+        seed=0,
+        exp_name='overlock.py',
+        env_info='sys.platform: linux\nPyTorch: 1.11.0',
+        config="model = dict(type='MaskRCNN')\n",
+        hook_msgs=dict(best_score=np.float64(0.5), best_ckpt='best.pth', last_ckpt='latest.pth'),
+    )
     value = next(iter(weights.values()))
     state = dict(step=87960, exp_avg=torch.zeros_like(value), exp_avg_sq=torch.zeros_like(value))
     group = dict(lr=2e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, initial_lr=2e-4, params=[0])
@@ -53,12 +60,20 @@ def save(path: Path, weights: dict[str, Tensor], **meta) -> Path:
 
 def load(name: str, checkpoint: Path, data_root: Path, work_dir: Path, scale: tuple[int, int]) -> TestLoop:
     """Do what `tools/test.py` does before the first image; the loop has the images and the runner with the model."""
-    options = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False,
-               'test_dataloader.dataset.pipeline.1.scale': scale}
+    options = {
+        'test_dataloader.num_workers': 0,
+        'test_dataloader.persistent_workers': False,
+        'test_dataloader.dataset.pipeline.1.scale': scale,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TestLoop, 'run', lambda loop: loop)
-        return run.test(ROOT / 'configs' / f'{name}.py', str(checkpoint), data_root=data_root, work_dir=work_dir,
-                        cfg_options=options)
+        return run.test(
+            ROOT / 'configs' / f'{name}.py',
+            str(checkpoint),
+            data_root=data_root,
+            work_dir=work_dir,
+            cfg_options=options,
+        )
 
 
 def assert_holds(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
@@ -68,12 +83,27 @@ def assert_holds(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
 
 def evaluate(name: str, checkpoint: Path, data_root: Path, folder: Path, scale: tuple[int, int]) -> str:
     """Run `tools/test.py` on two images; what it prints."""
-    command = [sys.executable, ROOT / 'tools/test.py', ROOT / f'configs/{name}.py', checkpoint, '--data-root',
-               data_root, '--cfg-options', f'test_dataloader.dataset.pipeline.1.scale=({scale[0]},{scale[1]})',
-               'test_dataloader.dataset.indices=2', 'test_dataloader.num_workers=0',
-               'test_dataloader.persistent_workers=False']
-    done = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    command = [
+        sys.executable,
+        ROOT / 'tools/test.py',
+        ROOT / f'configs/{name}.py',
+        checkpoint,
+        '--data-root',
+        data_root,
+        '--cfg-options',
+        f'test_dataloader.dataset.pipeline.1.scale=({scale[0]},{scale[1]})',
+        'test_dataloader.dataset.indices=2',
+        'test_dataloader.num_workers=0',
+        'test_dataloader.persistent_workers=False',
+    ]
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -22,6 +22,7 @@ def build_dataset(cfg, split: str, data_root, pipeline=None):
 def coco(load_config, coco_root):
     def make(name: str, split: str, pipeline=None):
         return build_dataset(load_config(name), split, coco_root, pipeline)
+
     return make
 
 
@@ -29,6 +30,7 @@ def coco(load_config, coco_root):
 def ade(load_config, ade_root):
     def make(split: str, pipeline=None):
         return build_dataset(load_config('upernet_overlock_xt_160k'), split, ade_root, pipeline)
+
     return make
 
 
@@ -87,7 +89,8 @@ def test_coco_batch_is_padded_to_multiples_of_32(coco, load_config):
     items = [dataset[0], dataset[1]]
     batch = preprocessor(
         dict(inputs=[item['inputs'] for item in items], data_samples=[item['data_samples'] for item in items]),
-        training=True)
+        training=True,
+    )
     assert batch['inputs'].shape == (2, 3, 1344, 1344)
     assert all(sample.gt_instances.masks.masks.shape[1:] == (1344, 1344) for sample in batch['data_samples'])
 
@@ -116,8 +119,7 @@ def test_ade_trains_on_crops_of_512(ade, load_config):
         assert labels.shape == (1, height, width)
         assert set(labels.unique().tolist()) <= {0, 1, 2, 255}
         smaller += height < 512
-        batch = preprocessor(
-            dict(inputs=[packed['inputs']], data_samples=[packed['data_samples']]), training=True)
+        batch = preprocessor(dict(inputs=[packed['inputs']], data_samples=[packed['data_samples']]), training=True)
         assert batch['inputs'].shape == (1, 3, 512, 512)
         padded = batch['data_samples'][0].gt_sem_seg.data
         assert padded.shape == (1, 512, 512)

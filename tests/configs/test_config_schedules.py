@@ -7,10 +7,7 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from overlock.checkpoint import to_published
 
-COCO = {
-    '1x': dict(lr=2e-4, epochs=12, milestones=[8, 11]),
-    '3x': dict(lr=1e-4, epochs=36, milestones=[27, 33]),
-}
+COCO = {'1x': dict(lr=2e-4, epochs=12, milestones=[8, 11]), '3x': dict(lr=1e-4, epochs=36, milestones=[27, 33])}
 
 
 def build_schedulers(cfg):
@@ -34,8 +31,7 @@ def step(optimizer, schedulers, count: int) -> float:
 @pytest.mark.parametrize('head', ['mask_rcnn', 'cascade'])
 def test_coco_schedule_follows_the_table(head, schedule, arch, load_config):
     cfg, expected = load_config(f'{head}_overlock_{arch}_{schedule}'), COCO[schedule]
-    assert cfg.optim_wrapper.optimizer == dict(
-        type='AdamW', lr=expected['lr'], betas=(0.9, 0.999), weight_decay=0.05)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=expected['lr'], betas=(0.9, 0.999), weight_decay=0.05)
     assert cfg.train_cfg.type == 'EpochBasedTrainLoop'
     assert cfg.train_cfg.max_epochs == expected['epochs']
     warm_up, steps = cfg.param_scheduler
@@ -89,11 +85,14 @@ def split_by_weight_decay(model, optim_wrapper) -> tuple[set, set]:
     return exempt, decayed
 
 
-@pytest.mark.parametrize('name, outputs', [
-    ('mask_rcnn_overlock_xt_1x', ['out0', 'out1', 'out2', 'out3', 'overview']),
-    ('cascade_overlock_xt_3x', ['out0', 'out1', 'out2', 'out3', 'overview']),
-    ('upernet_overlock_xt_160k', ['out0', 'out1', 'out2', 'out3']),
-])
+@pytest.mark.parametrize(
+    'name, outputs',
+    [
+        ('mask_rcnn_overlock_xt_1x', ['out0', 'out1', 'out2', 'out3', 'overview']),
+        ('cascade_overlock_xt_3x', ['out0', 'out1', 'out2', 'out3', 'overview']),
+        ('upernet_overlock_xt_160k', ['out0', 'out1', 'out2', 'out3']),
+    ],
+)
 def test_only_dynamic_and_output_layer_norms_are_exempt_from_weight_decay(name, outputs, load_config):
     cfg = load_config(name)
     init_default_scope(cfg.default_scope)

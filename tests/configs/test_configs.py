@@ -13,19 +13,15 @@ from mmengine.structures import PixelData
 from overlock.checkpoint import WEIGHTS
 
 VARIANTS = ('xt', 't', 's', 'b')
-CHANNELS = {
-    'xt': [56, 112, 340, 420],
-    't': [64, 128, 384, 640],
-    's': [64, 128, 448, 640],
-    'b': [80, 160, 528, 720],
-}
-DROP_PATH = {
-    'coco': {'xt': 0.1, 't': 0.2, 's': 0.4, 'b': 0.6},
-    'ade20k': {'xt': 0.1, 't': 0.2, 's': 0.3, 'b': 0.5},
-}
+CHANNELS = {'xt': [56, 112, 340, 420], 't': [64, 128, 384, 640], 's': [64, 128, 448, 640], 'b': [80, 160, 528, 720]}
+DROP_PATH = {'coco': {'xt': 0.1, 't': 0.2, 's': 0.4, 'b': 0.6}, 'ade20k': {'xt': 0.1, 't': 0.2, 's': 0.3, 'b': 0.5}}
 
-DETECTORS = [f'{head}_overlock_{arch}_{schedule}'
-             for head in ('mask_rcnn', 'cascade') for arch in VARIANTS for schedule in ('1x', '3x')]
+DETECTORS = [
+    f'{head}_overlock_{arch}_{schedule}'
+    for head in ('mask_rcnn', 'cascade')
+    for arch in VARIANTS
+    for schedule in ('1x', '3x')
+]
 SEGMENTERS = [f'upernet_overlock_{arch}_160k' for arch in VARIANTS]
 ALL = DETECTORS + SEGMENTERS
 
@@ -48,12 +44,15 @@ def build(cfg: Config):
 
 def detection_batch(height: int, width: int) -> dict:
     from mmdet.testing import demo_mm_inputs
+
     return demo_mm_inputs(
-        batch_size=2, image_shapes=(3, height, width), num_items=[2, 1], num_classes=80, with_mask=True)
+        batch_size=2, image_shapes=(3, height, width), num_items=[2, 1], num_classes=80, with_mask=True
+    )
 
 
 def segmentation_batch(height: int, width: int) -> dict:
     from mmseg.structures import SegDataSample
+
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(2):
@@ -124,7 +123,8 @@ def test_published_weights_expect_the_images_of_their_configuration(name, load_c
     assert preprocessor.std == pytest.approx([255 * std for std in images.std])
     steps = {step.type: step for step in cfg.test_dataloader.dataset.pipeline}
     assert sorted(steps['Resize'].scale) == list(images.size) and steps['Resize'].get('interpolation', 'bilinear') == (
-        images.interpolation)
+        images.interpolation
+    )
     stretched = steps.get('ResizeToMultiple')
     assert (stretched.size_divisor if stretched else preprocessor.pad_size_divisor) == images.size_divisor
 
@@ -148,7 +148,10 @@ def test_cascade_has_the_heads_of_swin_and_convnext(name, load_config):
     model = load_config(name).model
     heads = model.roi_head.bbox_head
     assert [head.bbox_coder.target_stds for head in heads] == [
-        [0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+        [0.1, 0.1, 0.2, 0.2],
+        [0.05, 0.05, 0.1, 0.1],
+        [0.033, 0.033, 0.067, 0.067],
+    ]
     for head in heads:
         assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
         assert head.norm_cfg.type == 'SyncBN'

@@ -37,13 +37,22 @@ def old_shapes(arch: str) -> dict[str, tuple[int, ...]]:
     weights = {
         **{f'neck.lateral_convs.{i}.conv': (256, channels, 1, 1) for i, channels in enumerate(CHANNELS[arch])},
         **{f'neck.fpn_convs.{i}.conv': (256, 256, 3, 3) for i in range(4)},
-        'rpn_head.rpn_conv': (256, 256, 3, 3), 'rpn_head.rpn_cls': (3, 256, 1, 1), 'rpn_head.rpn_reg': (12, 256, 1, 1),
-        f'{bbox}.shared_fcs.0': (1024, 256 * 7 * 7), f'{bbox}.shared_fcs.1': (1024, 1024),
-        f'{bbox}.fc_cls': (81, 1024), f'{bbox}.fc_reg': (4 * 80, 1024),
+        'rpn_head.rpn_conv': (256, 256, 3, 3),
+        'rpn_head.rpn_cls': (3, 256, 1, 1),
+        'rpn_head.rpn_reg': (12, 256, 1, 1),
+        f'{bbox}.shared_fcs.0': (1024, 256 * 7 * 7),
+        f'{bbox}.shared_fcs.1': (1024, 1024),
+        f'{bbox}.fc_cls': (81, 1024),
+        f'{bbox}.fc_reg': (4 * 80, 1024),
         **{f'{mask}.convs.{i}.conv': (256, 256, 3, 3) for i in range(4)},
-        f'{mask}.upsample': (256, 256, 2, 2), f'{mask}.conv_logits': (80, 256, 1, 1)}
-    return {f'{name}.{kind}': shape if kind == 'weight' else shape[:1]
-            for name, shape in weights.items() for kind in ('weight', 'bias')}
+        f'{mask}.upsample': (256, 256, 2, 2),
+        f'{mask}.conv_logits': (80, 256, 1, 1),
+    }
+    return {
+        f'{name}.{kind}': shape if kind == 'weight' else shape[:1]
+        for name, shape in weights.items()
+        for kind in ('weight', 'bias')
+    }
 
 
 def old_weights(arch: str) -> dict[str, Tensor]:
@@ -80,8 +89,10 @@ def old_rpn(weights, maps):
 def old_anchors(size, stride) -> Tensor:
     """Three anchors of area (8 strides)^2 around each multiple of the stride; (H x W x 3, 4)."""
     height, width = size
-    boxes = [(-w / 2, -h / 2, w / 2, h / 2)
-             for w, h in ((stride * 8 / math.sqrt(ratio), stride * 8 * math.sqrt(ratio)) for ratio in (0.5, 1, 2))]
+    boxes = [
+        (-w / 2, -h / 2, w / 2, h / 2)
+        for w, h in ((stride * 8 / math.sqrt(ratio), stride * 8 * math.sqrt(ratio)) for ratio in (0.5, 1, 2))
+    ]
     y, x = np.mgrid[:height, :width] * stride
     centres = np.stack([x, y, x, y], -1).reshape(-1, 1, 4)
     return torch.tensor((centres + np.array(boxes)).reshape(-1, 4), dtype=torch.float32)
@@ -128,8 +139,9 @@ def old_regions(maps, boxes, size) -> Tensor:
     regions = boxes.new_zeros(len(boxes), 256, size, size)
     for level in range(4):
         chosen = levels == level
-        regions[chosen] = roi_align(maps[level], [boxes[chosen]], size, 1 / STRIDES[level], sampling_ratio=0,
-                                    aligned=True)
+        regions[chosen] = roi_align(
+            maps[level], [boxes[chosen]], size, 1 / STRIDES[level], sampling_ratio=0, aligned=True
+        )
     return regions
 
 
@@ -198,8 +210,19 @@ def old(request, coco_root, tmp_path_factory):
         metas = [sample.metainfo for sample in batch['data_samples']]
         proposals = model.rpn_head.predict_by_feat(scores, deltas, batch_img_metas=metas)[0]
     image = old_input(coco_root / 'val2017/000000000001.png', SCALE)
-    yield SimpleNamespace(name=name, weights=weights, loop=loop, model=model, image=image, metas=metas, maps=maps,
-                          features=features, scores=scores, deltas=deltas, proposals=proposals)
+    yield SimpleNamespace(
+        name=name,
+        weights=weights,
+        loop=loop,
+        model=model,
+        image=image,
+        metas=metas,
+        maps=maps,
+        features=features,
+        scores=scores,
+        deltas=deltas,
+        proposals=proposals,
+    )
     if scope is not None:
         init_default_scope(scope.scope_name)
 
@@ -268,8 +291,9 @@ def test_the_same_proposals_are_chosen(old):
 def test_regions_are_cut_out_of_the_same_levels(old, size, extractor):
     # Squares at and beside each change of level, then boxes that were proposed.
     sides = torch.tensor([3, 56, 111.9, 112, 112.1, 223.9, 224, 300, 447.9, 448, 900])[:, None]
-    boxes = torch.cat([torch.tensor([7.0, 5.0, 7.0, 5.0]) + sides * torch.tensor([0, 0, 1, 1]),
-                       old.proposals.bboxes[:50]])
+    boxes = torch.cat(
+        [torch.tensor([7.0, 5.0, 7.0, 5.0]) + sides * torch.tensor([0, 0, 1, 1]), old.proposals.bboxes[:50]]
+    )
     rois = torch.cat([torch.zeros(len(boxes), 1), boxes], 1)
     actual = getattr(old.model.roi_head, extractor)(old.features[:4], rois)
     assert_relative(actual, old_regions(old.features, boxes, size), FLOAT32)
@@ -318,6 +342,7 @@ def test_images_get_the_same_boxes_scores_labels_and_masks(old):
 
 def coco_categories() -> list[dict]:
     from mmdet.datasets import CocoDataset
+
     ids = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
     return [dict(id=i, name=name) for i, name in zip(ids, CocoDataset.METAINFO['classes'], strict=True)]
 
@@ -325,6 +350,7 @@ def coco_categories() -> list[dict]:
 def test_classes_keep_their_names_their_order_and_their_categories(tmp_path, load_config):
     from mmdet.datasets import CocoDataset
     from mmdet.evaluation import CocoMetric
+
     classes = CocoDataset.METAINFO['classes']
     # The checksum of mmdet 2.28's `CocoDataset.CLASSES`.
     assert (len(classes), zlib.crc32('\n'.join(classes).encode())) == (80, 702725029)

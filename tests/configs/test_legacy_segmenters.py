@@ -35,9 +35,14 @@ def old_shapes(arch: str) -> dict[str, tuple[int, ...]]:
         'decode_head.bottleneck': (512, last + 4 * 512, 3, 3),
         **{f'decode_head.lateral_convs.{i}': (512, channels, 1, 1) for i, channels in enumerate(inner)},
         **{f'decode_head.fpn_convs.{i}': (512, 512, 3, 3) for i in range(3)},
-        'decode_head.fpn_bottleneck': (512, 4 * 512, 3, 3), 'auxiliary_head.convs.0': (256, inner[2], 3, 3)}
-    shapes = {f'{head}.conv_seg.{kind}': shape for head, width in (('decode_head', 512), ('auxiliary_head', 256))
-              for kind, shape in (('weight', (150, width, 1, 1)), ('bias', (150,)))}
+        'decode_head.fpn_bottleneck': (512, 4 * 512, 3, 3),
+        'auxiliary_head.convs.0': (256, inner[2], 3, 3),
+    }
+    shapes = {
+        f'{head}.conv_seg.{kind}': shape
+        for head, width in (('decode_head', 512), ('auxiliary_head', 256))
+        for kind, shape in (('weight', (150, width, 1, 1)), ('bias', (150,)))
+    }
     for name, shape in normed.items():
         shapes[f'{name}.conv.weight'] = shape
         shapes |= {f'{name}.bn.{kind}': shape[:1] for kind in ('weight', 'bias', 'running_mean', 'running_var')}
@@ -68,12 +73,15 @@ def conv_module(weights, name, x, padding=0) -> Tensor:
 
 def old_decode_head(weights, maps) -> Tensor:
     """UperNet: pyramid pooling of the last map, a top-down path, all levels joined at the finest."""
+
     def module(name, x, padding=0):
         return conv_module(weights, f'decode_head.{name}', x, padding)
 
     last = maps[3]
-    pooled = [resize(module(f'psp_modules.{i}.1', F.adaptive_avg_pool2d(last, size)), last.shape[2:])
-              for i, size in enumerate(POOL_SCALES)]
+    pooled = [
+        resize(module(f'psp_modules.{i}.1', F.adaptive_avg_pool2d(last, size)), last.shape[2:])
+        for i, size in enumerate(POOL_SCALES)
+    ]
     levels = [module(f'lateral_convs.{i}', maps[i]) for i in range(3)]
     levels.append(module('bottleneck', torch.cat([last, *pooled], 1), 1))
     for i in (3, 2, 1):
@@ -108,8 +116,14 @@ def old(request, ade_root, tmp_path_factory):
     scope = DefaultScope.get_current_instance()
     folder, weights = tmp_path_factory.mktemp('old'), old_weights(request.param)
     name, image = f'upernet_overlock_{request.param}_160k', ade_root / 'images/validation/scene.jpg'
-    file = legacy.save(folder / 'upernet.pth', weights, mmseg_version='0.30.0', iter=160000,
-                       CLASSES=('wall', 'building'), PALETTE=[[120, 120, 120], [180, 120, 120]])
+    file = legacy.save(
+        folder / 'upernet.pth',
+        weights,
+        mmseg_version='0.30.0',
+        iter=160000,
+        CLASSES=('wall', 'building'),
+        PALETTE=[[120, 120, 120], [180, 120, 120]],
+    )
     loop = legacy.load(name, file, ade_root, folder, SCALE)
     model = loop.runner.model.eval()
     with torch.no_grad():
@@ -187,6 +201,7 @@ def test_the_truth_is_read_and_scored_as_before(old, ade_root):
 
 def test_classes_and_colours_keep_their_order():
     from mmseg.datasets import ADE20KDataset
+
     classes, palette = (ADE20KDataset.METAINFO[key] for key in ('classes', 'palette'))
     # The checksums of mmseg 0.30's `ADE20KDataset.CLASSES` and `PALETTE`.
     assert (len(classes), zlib.crc32('\n'.join(classes).encode())) == (150, 1836027960)

@@ -8,18 +8,36 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'data', 'metric'), [
-    ('mask_rcnn_overlock_xt_overfit', 'coco_root', 'coco/bbox_mAP'),
-    ('upernet_overlock_xt_overfit', 'ade_root', 'mIoU')])
+@pytest.mark.parametrize(
+    ('name', 'data', 'metric'),
+    [
+        ('mask_rcnn_overlock_xt_overfit', 'coco_root', 'coco/bbox_mAP'),
+        ('upernet_overlock_xt_overfit', 'ade_root', 'mIoU'),
+    ],
+)
 def test_trains_saves_and_scores_where_it_validates(name, data, metric, configs_dir, tmp_path, request):
-    command = [sys.executable, configs_dir.parent / 'tools/train.py', configs_dir / f'demo/{name}.py',
-               '--data-root', request.getfixturevalue(data), '--work-dir', tmp_path, '--cfg-options',
-               'train_cfg.max_iters=2', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=2',
-               'default_hooks.logger.interval=1', 'default_hooks.checkpoint.interval=2']
+    command = [
+        sys.executable,
+        configs_dir.parent / 'tools/train.py',
+        configs_dir / f'demo/{name}.py',
+        '--data-root',
+        request.getfixturevalue(data),
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=1',
+        'train_dataloader.batch_size=2',
+        'default_hooks.logger.interval=1',
+        'default_hooks.checkpoint.interval=2',
+    ]
     if data == 'coco_root':
         # Without detections there is no AP to log; the small set has two categories.
-        command += ['model.test_cfg.rcnn.score_thr=0.0', 'model.roi_head.bbox_head.num_classes=2',
-                    'model.roi_head.mask_head.num_classes=2']
+        command += [
+            'model.test_cfg.rcnn.score_thr=0.0',
+            'model.roi_head.bbox_head.num_classes=2',
+            'model.roi_head.mask_head.num_classes=2',
+        ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / 'iter_2.pth').is_file()

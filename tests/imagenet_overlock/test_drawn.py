@@ -12,8 +12,7 @@ from overlock.errors import UserError
 
 
 def digest(root):
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in root.rglob('*.png')}
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob('*.png')}
 
 
 def test_the_same_parameters_give_the_same_balanced_folder(tmp_path):
@@ -51,17 +50,23 @@ def test_other_files_are_not_overwritten(tmp_path):
 
 
 def test_mean_colours_do_not_tell_the_classes_apart():
-    means = {name: [np.asarray(draw_image(name, 32, np.random.default_rng((label, i)))).mean((0, 1))
-                    for i in range(30)] for label, name in enumerate(CLASSES)}
+    means = {
+        name: [np.asarray(draw_image(name, 32, np.random.default_rng((label, i)))).mean((0, 1)) for i in range(30)]
+        for label, name in enumerate(CLASSES)
+    }
     centers = {name: np.mean(values[:15], 0) for name, values in means.items()}
-    hits = [min(centers, key=lambda other, value=value: np.linalg.norm(centers[other] - value)) == name
-            for name, values in means.items() for value in values[15:]]
+    hits = [
+        min(centers, key=lambda other, value=value: np.linalg.norm(centers[other] - value)) == name
+        for name, values in means.items()
+        for value in values[15:]
+    ]
     assert np.mean(hits) < 0.25
 
 
 def test_the_contact_sheet_has_a_row_for_each_class():
     sheet = contact_sheet(columns=2, size=32)
     assert sheet.size == (2 * 36 + 4, 10 * 36 + 4)
-    assert np.array_equal(np.asarray(sheet)[4:36, 4:36], np.asarray(draw_image(
-        CLASSES[0], 32, np.random.default_rng((0, 0, 0, 0)))))
+    assert np.array_equal(
+        np.asarray(sheet)[4:36, 4:36], np.asarray(draw_image(CLASSES[0], 32, np.random.default_rng((0, 0, 0, 0))))
+    )
     assert isinstance(sheet, Image.Image)

@@ -46,7 +46,7 @@ def test_counts_equal_naive_ones(classes):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, classes, generator=generator)
     targets = torch.randint(classes, (50,), generator=generator)
-    batches = [(logits[i:i + 8, :, None, None], targets[i:i + 8]) for i in range(0, 50, 8)]
+    batches = [(logits[i : i + 8, :, None, None], targets[i : i + 8]) for i in range(0, 50, 8)]
     metrics = evaluate(Scripted(classes, aux=True), batches, CPU)
 
     def percent(scores, k):
@@ -79,7 +79,8 @@ def test_shares_of_processes_hold_every_image_once(drawn):
     split = check_validation_folder(drawn)
     whole, *shares = (
         torch.cat([images for images, _ in val_loader(split, world, model, 2, 0, 32)]).flatten(1)
-        for world in (CPU, *(World(torch.device('cpu'), rank, rank, 3) for rank in range(3))))
+        for world in (CPU, *(World(torch.device('cpu'), rank, rank, 3) for rank in range(3)))
+    )
     assert [len(share) for share in shares] == [4, 3, 3]
     assert sorted(torch.cat(shares).tolist()) == sorted(whole.tolist())
 
@@ -91,15 +92,18 @@ def test_an_image_that_cannot_be_decoded_is_one_sentence(drawn, trained, tmp_pat
     broken = next((folder / 'stars').iterdir())
     whole = broken.read_bytes()
     shutil.copy(broken, broken.with_name(f'a{broken.name}'))
-    broken.with_name(f'z{broken.name}').write_bytes(whole[:len(whole) // 2])
+    broken.with_name(f'z{broken.name}').write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError) as caught:
         validate(folder, checkpoint=str(trained[0]), workers=workers)
-    assert re.fullmatch(r'The image .*val/stars/z\S+ cannot be decoded \(.*\); replace or remove it.',
-                        str(caught.value))
+    assert re.fullmatch(
+        r'The image .*val/stars/z\S+ cannot be decoded \(.*\); replace or remove it.', str(caught.value)
+    )
 
 
-@pytest.mark.parametrize(('settings', 'side'), [
-    (dict(img_size=224), 246), (dict(img_size=384), 384), (dict(img_size=384, crop_pct=0.5), 768)])
+@pytest.mark.parametrize(
+    ('settings', 'side'),
+    [(dict(img_size=224), 246), (dict(img_size=384), 384), (dict(img_size=384, crop_pct=0.5), 768)],
+)
 def test_larger_images_are_validated_whole_unless_asked_otherwise(drawn, settings, side):
     model = tiny.TimmOverLoCK(tiny.ARCH, num_classes=10)
     # ImageNet preprocessing as XT has it.
@@ -133,8 +137,12 @@ def test_confused_pairs_and_worst_classes():
 def test_confusion_files(tmp_path):
     write_confusion(tmp_path / 'a.csv', CONFUSION, NAMES)
     with (tmp_path / 'a.csv').open() as file:
-        assert list(csv.reader(file)) == [['true class', *NAMES], ['a', '3', '1', '0'], ['b', '2', '0', '2'],
-                                          ['c, d', '0', '0', '0']]
+        assert list(csv.reader(file)) == [
+            ['true class', *NAMES],
+            ['a', '3', '1', '0'],
+            ['b', '2', '0', '2'],
+            ['c, d', '0', '0', '0'],
+        ]
     write_confusion(tmp_path / 'a.png', CONFUSION, NAMES)
     with Image.open(tmp_path / 'a.png') as picture:
         assert min(picture.size) > 300
@@ -143,16 +151,36 @@ def test_confusion_files(tmp_path):
 @pytest.fixture(scope='module')
 def trained(drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
-    rows = train(Recipe(model='overlock_tiny', img_size=32, batch_size=10, workers=0, epochs=1, warmup_epochs=0,
-                        lr=1e-3, model_ema_decay=0.5), drawn, folder)
+    rows = train(
+        Recipe(
+            model='overlock_tiny',
+            img_size=32,
+            batch_size=10,
+            workers=0,
+            epochs=1,
+            warmup_epochs=0,
+            lr=1e-3,
+            model_ema_decay=0.5,
+        ),
+        drawn,
+        folder,
+    )
     return folder / 'last.pth', rows[0]
 
 
 @pytest.mark.parametrize('ema', [False, True])
 def test_validating_a_checkpoint_gives_the_figures_of_training(drawn, trained, tmp_path, ema):
     path, row = trained
-    found = validate(drawn, checkpoint=str(path), ema=ema, aux=True, batch_size=3, workers=0,
-                     results=tmp_path / 'found.json', confusion=tmp_path / 'confusion.csv')
+    found = validate(
+        drawn,
+        checkpoint=str(path),
+        ema=ema,
+        aux=True,
+        batch_size=3,
+        workers=0,
+        results=tmp_path / 'found.json',
+        confusion=tmp_path / 'confusion.csv',
+    )
     prefix = 'val_ema_' if ema else 'val_'
     expected = {name: row[f'{prefix}{name}'] for name in ('loss', 'top1', 'top5', 'aux_top1', 'aux_top5')}
     assert found.metrics.scalars() == pytest.approx(expected, rel=1e-5)
@@ -172,8 +200,10 @@ def test_a_part_of_the_classes_is_validated_by_their_names(drawn, trained, tmp_p
 def test_a_training_checkpoint_is_validated_in_the_deploy_form(drawn, trained, monkeypatch):
     plain = validate(drawn, checkpoint=str(trained[0]), workers=0)
     create = tiny.overlock_tiny
-    monkeypatch.setattr('imagenet_overlock.model.create_model', lambda name, classes, aux: create(
-        num_classes=classes, aux_head=aux, deploy=True))
+    monkeypatch.setattr(
+        'imagenet_overlock.model.create_model',
+        lambda name, classes, aux: create(num_classes=classes, aux_head=aux, deploy=True),
+    )
     folded = validate(drawn, checkpoint=str(trained[0]), workers=0)
     assert folded.metrics.loss == pytest.approx(plain.metrics.loss, rel=1e-5)
 
@@ -199,14 +229,17 @@ def test_published_weights_are_found_where_they_are_stored(drawn, tmp_path, monk
         validate(drawn, 'overlock_xt', pretrained=True, workers=0)
 
 
-@pytest.mark.parametrize(('settings', 'sentence'), [
-    (dict(), 'Give either --pretrained or --checkpoint FILE.'),
-    (dict(pretrained=True), 'The weights do not tell their model; '),
-    (dict(pretrained=True, model='overlock_xs'), 'There is no model overlock_xs; '),
-    (dict(checkpoint='absent.pth'), 'absent.pth does not exist'),
-    (dict(pretrained=True, model='overlock_xt', img_size=16), 'The setting img_size must be at least 32, got 16.'),
-    (dict(pretrained=True, model='overlock_xt', confusion='a.txt'), 'ends in .csv or .png, got a.txt.'),
-])
+@pytest.mark.parametrize(
+    ('settings', 'sentence'),
+    [
+        (dict(), 'Give either --pretrained or --checkpoint FILE.'),
+        (dict(pretrained=True), 'The weights do not tell their model; '),
+        (dict(pretrained=True, model='overlock_xs'), 'There is no model overlock_xs; '),
+        (dict(checkpoint='absent.pth'), 'absent.pth does not exist'),
+        (dict(pretrained=True, model='overlock_xt', img_size=16), 'The setting img_size must be at least 32, got 16.'),
+        (dict(pretrained=True, model='overlock_xt', confusion='a.txt'), 'ends in .csv or .png, got a.txt.'),
+    ],
+)
 def test_what_cannot_be_validated_is_one_sentence(drawn, settings, sentence):
     with pytest.raises(UserError) as error:
         validate(drawn, workers=0, **settings)

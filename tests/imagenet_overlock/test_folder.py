@@ -79,8 +79,7 @@ def rename_class(root):
 def empty_class(root):
     for path in (root / 'train' / 'n2').iterdir():
         path.unlink()
-    return (f'The class folder {root}/train/n2 has no images (.jpg, .jpeg, .png); fill it or remove it from both '
-            'splits.')
+    return f'The class folder {root}/train/n2 has no images (.jpg, .jpeg, .png); fill it or remove it from both splits.'
 
 
 def nest_class(root):
@@ -103,8 +102,22 @@ def write_text(root):
     return f'The image {path} cannot be decoded ('
 
 
-@pytest.mark.parametrize('damage', [break_root, make_a_file, drop_train, drop_val, drop_classes, drop_one_class,
-                                    rename_class, empty_class, nest_class, cut_off_image, write_text])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        break_root,
+        make_a_file,
+        drop_train,
+        drop_val,
+        drop_classes,
+        drop_one_class,
+        rename_class,
+        empty_class,
+        nest_class,
+        cut_off_image,
+        write_text,
+    ],
+)
 def test_a_malformed_folder_is_one_sentence(folder, damage):
     sentence = damage(folder)
     with pytest.raises(UserError) as error:

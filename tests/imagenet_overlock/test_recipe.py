@@ -22,9 +22,21 @@ def test_defaults_are_the_published_settings():
     recipe = Recipe()
     assert recipe.total_batch(8) == 2048
     assert recipe.learning_rate(8) == pytest.approx(2e-3)
-    published = dict(img_size=224, epochs=300, opt='adamw', weight_decay=0.05, warmup_epochs=5, clip_grad=5, mixup=0.8,
-                     cutmix=1, aa='rand-m9-mstd0.5-inc1', reprob=0.25, smoothing=0.1, aux_weight=0.4,
-                     model_ema_decay=0.9999)
+    published = dict(
+        img_size=224,
+        epochs=300,
+        opt='adamw',
+        weight_decay=0.05,
+        warmup_epochs=5,
+        clip_grad=5,
+        mixup=0.8,
+        cutmix=1,
+        aa='rand-m9-mstd0.5-inc1',
+        reprob=0.25,
+        smoothing=0.1,
+        aux_weight=0.4,
+        model_ema_decay=0.9999,
+    )
     assert {name: getattr(recipe, name) for name in published} == published
 
 
@@ -33,26 +45,29 @@ def test_every_recipe_is_valid(path):
     assert load_recipe(path).model.startswith('overlock_')
 
 
-@pytest.mark.parametrize(('text', 'sentence'), [
-    ('drop_pth: 0.1', 'has the setting drop_pth, which a recipe does not know; did you mean drop_path?'),
-    ('epochs: many', "The setting epochs must be a whole number, got 'many'."),
-    ('epochs: 2.5', 'The setting epochs must be a whole number, got 2.5.'),
-    ('epochs: true', 'The setting epochs must be a whole number, got True.'),
-    ('amp: 1', 'The setting amp must be true or false, got 1.'),
-    ('epochs: 0', 'The setting epochs must be at least 1, got 0.'),
-    ('lr: .nan', 'The setting lr must be at least 0, got nan.'),
-    ('clip_grad: .inf', 'The setting clip_grad must be at least 0, got inf.'),
-    ('drop_path: 1.5', 'The setting drop_path must be between 0 and 0.99, got 1.5.'),
-    ('model: null', 'The setting model must be text, got None.'),
-    ('scale: 0.5', 'The setting scale must be two numbers, got 0.5.'),
-    ('scale: [1, 0.5]', 'The setting scale takes the smaller number first, got [1.0, 0.5].'),
-    ('warmup_epochs: 300', 'warmup_epochs must be below epochs, got 300.0 of 300; lower warmup_epochs.'),
-    ('batch_size: 3', 'need an even batch_size, got 3; take an even one, or set mixup and cutmix to 0.'),
-    ('{pretrained: true, initial_checkpoint: a.pth}', 'leave one of them out, by --no-pretrained'),
-    ('- 1', 'must hold settings as `name: value`, got a list.'),
-    ('a: [', 'is not YAML: '),
-    ('!!python/object/apply:os.system [ls]', 'is not YAML: could not determine a constructor'),
-])
+@pytest.mark.parametrize(
+    ('text', 'sentence'),
+    [
+        ('drop_pth: 0.1', 'has the setting drop_pth, which a recipe does not know; did you mean drop_path?'),
+        ('epochs: many', "The setting epochs must be a whole number, got 'many'."),
+        ('epochs: 2.5', 'The setting epochs must be a whole number, got 2.5.'),
+        ('epochs: true', 'The setting epochs must be a whole number, got True.'),
+        ('amp: 1', 'The setting amp must be true or false, got 1.'),
+        ('epochs: 0', 'The setting epochs must be at least 1, got 0.'),
+        ('lr: .nan', 'The setting lr must be at least 0, got nan.'),
+        ('clip_grad: .inf', 'The setting clip_grad must be at least 0, got inf.'),
+        ('drop_path: 1.5', 'The setting drop_path must be between 0 and 0.99, got 1.5.'),
+        ('model: null', 'The setting model must be text, got None.'),
+        ('scale: 0.5', 'The setting scale must be two numbers, got 0.5.'),
+        ('scale: [1, 0.5]', 'The setting scale takes the smaller number first, got [1.0, 0.5].'),
+        ('warmup_epochs: 300', 'warmup_epochs must be below epochs, got 300.0 of 300; lower warmup_epochs.'),
+        ('batch_size: 3', 'need an even batch_size, got 3; take an even one, or set mixup and cutmix to 0.'),
+        ('{pretrained: true, initial_checkpoint: a.pth}', 'leave one of them out, by --no-pretrained'),
+        ('- 1', 'must hold settings as `name: value`, got a list.'),
+        ('a: [', 'is not YAML: '),
+        ('!!python/object/apply:os.system [ls]', 'is not YAML: could not determine a constructor'),
+    ],
+)
 def test_a_wrong_recipe_is_one_sentence(tmp_path, text, sentence):
     path = tmp_path / 'recipe.yaml'
     path.write_text(text)

@@ -13,11 +13,23 @@ from imagenet_overlock.checkpoints import read_checkpoint
 from tests.imagenet_overlock import tiny
 from tests.imagenet_overlock.conftest import TRAIN, VALIDATE
 
-TINY = ('--model', 'overlock_tiny', '--img-size', 32, '--epochs', 2, '--warmup-epochs', 0, '--lr', 1e-3,
-        '--device', 'cpu')
+TINY = (
+    '--model',
+    'overlock_tiny',
+    '--img-size',
+    32,
+    '--epochs',
+    2,
+    '--warmup-epochs',
+    0,
+    '--lr',
+    1e-3,
+    '--device',
+    'cpu',
+)
 
 # Runs the training tool; afterwards each process writes its state, unless all die in the second epoch.
-SCRIPT = '''
+SCRIPT = """
 import os, runpy, sys, torch
 from imagenet_overlock.train import Trainer
 
@@ -39,7 +51,7 @@ def update_or_die(self, batches):
 Trainer.fit, Trainer._update = fit_and_tell, update_or_die
 sys.argv[0] = {train!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
-'''
+"""
 
 
 @pytest.fixture(scope='module')
@@ -68,8 +80,21 @@ def test_training_resuming_and_validating_from_the_command_line(two_classes, run
     with (output / 'summary.csv').open() as file:
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['0', '1', '2']
-    validated = run_tool(VALIDATE, two_classes, '--checkpoint', output / 'last.pth', '--aux', '-j', 0, '-b', 2,
-                         '--confusion', tmp_path / 'confusion.png', '--results', tmp_path / 'results.json')
+    validated = run_tool(
+        VALIDATE,
+        two_classes,
+        '--checkpoint',
+        output / 'last.pth',
+        '--aux',
+        '-j',
+        0,
+        '-b',
+        2,
+        '--confusion',
+        tmp_path / 'confusion.png',
+        '--results',
+        tmp_path / 'results.json',
+    )
     assert validated.returncode == 0, validated.stderr
     assert 'auxiliary head: top-1 ' in validated.stdout and 'images/s' in validated.stdout
     results = json.loads((tmp_path / 'results.json').read_text())
@@ -80,6 +105,7 @@ def test_training_resuming_and_validating_from_the_command_line(two_classes, run
 @pytest.mark.slow
 def test_two_processes_train_resume_and_validate(two_classes, run_tool, tmp_path):
     """Five validation images do not divide by two: neither is one left out nor counted twice."""
+
     def run(output, *args, dies=False):
         script = tmp_path / 'script.py'
         script.write_text(SCRIPT.format(dies=dies, seen=str(tmp_path / output), train=str(TRAIN)))
@@ -100,15 +126,32 @@ def test_two_processes_train_resume_and_validate(two_classes, run_tool, tmp_path
     resumed = run('killed', '--resume')
     assert resumed.returncode == 0, resumed.stderr
     for name in ('state_dict', 'state_dict_ema', 'optimizer'):
-        torch.testing.assert_close(read_checkpoint(tmp_path / 'killed' / 'last.pth')[name], content[name], rtol=0,
-                                   atol=0)
+        torch.testing.assert_close(
+            read_checkpoint(tmp_path / 'killed' / 'last.pth')[name], content[name], rtol=0, atol=0
+        )
 
     results = []
     for processes in (1, 2):
         path = tmp_path / f'{processes}.json'
-        done = run_tool(VALIDATE, two_classes, '--checkpoint', tmp_path / 'whole' / 'last.pth', '--ema', '--aux',
-                        '-j', 0, '-b', 2, '--results', path, '--confusion', path.with_suffix('.csv'), '--device', 'cpu',
-                        processes=processes)
+        done = run_tool(
+            VALIDATE,
+            two_classes,
+            '--checkpoint',
+            tmp_path / 'whole' / 'last.pth',
+            '--ema',
+            '--aux',
+            '-j',
+            0,
+            '-b',
+            2,
+            '--results',
+            path,
+            '--confusion',
+            path.with_suffix('.csv'),
+            '--device',
+            'cpu',
+            processes=processes,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count('top-1') == 2
         results.append((json.loads(path.read_text()), path.with_suffix('.csv').read_text()))
@@ -120,13 +163,16 @@ def test_two_processes_train_resume_and_validate(two_classes, run_tool, tmp_path
     assert one['loss'] == pytest.approx(two['loss'], rel=1e-6)
 
 
-@pytest.mark.parametrize(('tool', 'args', 'sentence'), [
-    (TRAIN, ['absent'], 'The image folder absent does not exist; expected train/CLASS/*.jpg'),
-    (TRAIN, ['absent', '--epochs', '0'], 'The setting epochs must be at least 1, got 0.'),
-    (TRAIN, ['absent', '-c', 'absent.yaml'], 'The recipe absent.yaml cannot be read'),
-    (VALIDATE, ['absent', '--model', 'overlock_xt', '--pretrained'], 'The image folder absent does not exist; '),
-    (VALIDATE, ['absent', '--checkpoint', 'a.pth', '-b', '0'], 'The setting batch_size must be at least 1, got 0.'),
-])
+@pytest.mark.parametrize(
+    ('tool', 'args', 'sentence'),
+    [
+        (TRAIN, ['absent'], 'The image folder absent does not exist; expected train/CLASS/*.jpg'),
+        (TRAIN, ['absent', '--epochs', '0'], 'The setting epochs must be at least 1, got 0.'),
+        (TRAIN, ['absent', '-c', 'absent.yaml'], 'The recipe absent.yaml cannot be read'),
+        (VALIDATE, ['absent', '--model', 'overlock_xt', '--pretrained'], 'The image folder absent does not exist; '),
+        (VALIDATE, ['absent', '--checkpoint', 'a.pth', '-b', '0'], 'The setting batch_size must be at least 1, got 0.'),
+    ],
+)
 def test_a_mistake_is_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, tool, args, sentence):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', [str(tool), *args])
@@ -148,7 +194,9 @@ def test_a_missing_folder_is_told_once_by_two_processes(run_tool, tmp_path):
 
 @pytest.mark.slow
 def test_the_package_imports_nothing_of_openmmlab():
-    code = ('import sys, imagenet_overlock.train, imagenet_overlock.validate, imagenet_overlock.demo\n'
-            'print([name for name in sys.modules if name.split(".")[0] in ("mmengine", "mmcv", "mmdet", "mmseg")])')
+    code = (
+        'import sys, imagenet_overlock.train, imagenet_overlock.validate, imagenet_overlock.demo\n'
+        'print([name for name in sys.modules if name.split(".")[0] in ("mmengine", "mmcv", "mmdet", "mmseg")])'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tiny.ROOT)
     assert done.stdout.strip() == '[]', done.stderr

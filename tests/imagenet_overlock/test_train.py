@@ -25,6 +25,7 @@ class Killed(Exception):
 @pytest.fixture
 def kill_in_epoch(monkeypatch):
     """Makes training stop in the middle of an epoch, counted from 0, until it is undone."""
+
     def kill(epoch):
         def update(self, batches):
             if self.epoch == epoch and self.done % self.updates == 1:
@@ -34,6 +35,7 @@ def kill_in_epoch(monkeypatch):
         original = Trainer._update
         monkeypatch.setattr(Trainer, '_update', update)
         return lambda: monkeypatch.setattr(Trainer, '_update', original)
+
     return kill
 
 
@@ -126,8 +128,9 @@ def test_the_weight_of_the_auxiliary_head_scales_its_gradients_alone(drawn, reci
 
     monkeypatch.setattr(Trainer, 'fit', fit)
     for weight in (0.3, 0.6):
-        train(recipe(aux_weight=weight, mixup=0, cutmix=0, drop_path=0, clip_grad=0, grad_accum_steps=2), drawn,
-              tmp_path)
+        train(
+            recipe(aux_weight=weight, mixup=0, cutmix=0, drop_path=0, clip_grad=0, grad_accum_steps=2), drawn, tmp_path
+        )
     small, large = gradients
     torch.testing.assert_close(large['head.fc.weight'], small['head.fc.weight'])
     torch.testing.assert_close(large['aux_head.fc.weight'], 2 * small['aux_head.fc.weight'])
@@ -138,8 +141,9 @@ def test_the_weight_of_the_auxiliary_head_scales_its_gradients_alone(drawn, reci
 
 
 def test_a_run_without_auxiliary_head_average_and_mixing_works(drawn, recipe, tmp_path):
-    rows = train(recipe(aux_weight=0, model_ema=False, mixup=0, cutmix=0, batch_size=7, aa='', epochs=2), drawn,
-                 tmp_path)
+    rows = train(
+        recipe(aux_weight=0, model_ema=False, mixup=0, cutmix=0, batch_size=7, aa='', epochs=2), drawn, tmp_path
+    )
     assert not [name for name in rows[0] if 'aux' in name or 'ema' in name]
     content = read_checkpoint(tmp_path / 'last.pth')
     assert 'state_dict_ema' not in content
@@ -169,33 +173,46 @@ def test_norms_biases_and_scales_do_not_decay(drawn, recipe, tmp_path, monkeypat
     train(recipe(weight_decay=0.05, layer_decay=0.7), drawn, tmp_path)
     for trainer in trainers:
         names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-        decays = {names[id(parameter)]: group['weight_decay'] for group in trainer.optimizer.param_groups
-                  for parameter in group['params']}
+        decays = {
+            names[id(parameter)]: group['weight_decay']
+            for group in trainer.optimizer.param_groups
+            for parameter in group['params']
+        }
         assert decays.keys() == set(names.values())
         assert {name for name in names.values() if decays[name]} == {
-            name for name, parameter in trainer.model.named_parameters()
-            if parameter.ndim > 1 and name not in trainer.model.no_weight_decay()}
+            name
+            for name, parameter in trainer.model.named_parameters()
+            if parameter.ndim > 1 and name not in trainer.model.no_weight_decay()
+        }
         assert not any(decays[name] for name in names.values() if name.endswith('bias') or '.bn.' in name)
     scales = [group.get('lr_scale', 1) for group in trainers[1].optimizer.param_groups]
-    assert max(scales) == 1 and min(scales) < 0.7 ** 3
+    assert max(scales) == 1 and min(scales) < 0.7**3
 
 
 def test_gradient_checkpointing_changes_no_figures(drawn, recipe, tmp_path):
-    losses = [train(recipe(epochs=1, warmup_epochs=0, grad_checkpointing=on), drawn, tmp_path / str(on))[0]
-              for on in (False, True)]
+    losses = [
+        train(recipe(epochs=1, warmup_epochs=0, grad_checkpointing=on), drawn, tmp_path / str(on))[0]
+        for on in (False, True)
+    ]
     assert losses[0]['train_loss'] == pytest.approx(losses[1]['train_loss'], rel=1e-6)
 
 
 def test_best_is_the_epoch_with_the_highest_accuracy_and_summary_has_every_epoch(drawn, recipe, tmp_path, monkeypatch):
     accuracies = iter([10.0, 30.0, 20.0])
-    monkeypatch.setattr(Trainer, '_validate', lambda self: {'val_loss': 1.0, 'val_top1': 0.0, 'val_top5': 0.0,
-                                                            'val_ema_top1': next(accuracies)})
+    monkeypatch.setattr(
+        Trainer,
+        '_validate',
+        lambda self: {'val_loss': 1.0, 'val_top1': 0.0, 'val_top5': 0.0, 'val_ema_top1': next(accuracies)},
+    )
     train(recipe(), drawn, tmp_path)
     best = read_checkpoint(tmp_path / 'best.pth')
     assert (best['epoch'], best['metric'], 'optimizer' in best) == (1, 30.0, False)
     with (tmp_path / 'summary.csv').open() as file:
         assert [(row['epoch'], row['val_ema_top1']) for row in csv.DictReader(file)] == [
-            ('0', '10.0'), ('1', '30.0'), ('2', '20.0')]
+            ('0', '10.0'),
+            ('1', '30.0'),
+            ('2', '20.0'),
+        ]
     with pytest.raises(CheckpointError, match='is without the state of the optimizer and cannot be resumed'):
         train(recipe(), drawn, tmp_path, resume=str(tmp_path / 'best.pth'))
 
@@ -206,8 +223,9 @@ def test_fine_tuning_takes_over_weights_and_classifiers_that_fit(drawn, recipe, 
     trainers = []
     monkeypatch.setattr(Trainer, 'fit', lambda self, writer: trainers.append(self))
     train(recipe(initial_checkpoint=str(path), img_size=64), drawn, tmp_path / 'second')
-    torch.testing.assert_close(dict(trainers[0].model.state_dict()), overlock.checkpoint.load(path, ema=True), rtol=0,
-                               atol=0)
+    torch.testing.assert_close(
+        dict(trainers[0].model.state_dict()), overlock.checkpoint.load(path, ema=True), rtol=0, atol=0
+    )
 
 
 def test_fine_tuning_starts_the_heads_anew_for_other_classes(drawn, recipe, tmp_path, monkeypatch, caplog):
@@ -229,7 +247,8 @@ def test_tensorboard_has_the_figures_of_every_epoch(drawn, recipe, tmp_path):
     events = event_accumulator.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
     for tag, name in (('train/loss', 'train_loss'), ('val/top1', 'val_top1'), ('lr', 'lr')):
         assert [(event.step, event.value) for event in events.Scalars(tag)] == [
-            (row['epoch'] + 1, pytest.approx(row[name])) for row in rows]
+            (row['epoch'] + 1, pytest.approx(row[name])) for row in rows
+        ]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(drawn, recipe, tmp_path, monkeypatch):
@@ -245,15 +264,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
     assert read_checkpoint(tmp_path / 'last.pth')['epoch'] == 0
 
 
-@pytest.mark.parametrize(('settings', 'sentence'), [
-    (dict(model='overlock_xxl'), 'There is no model overlock_xxl; the models are overlock_b, '),
-    (dict(model='overlock_xt_reparam'), 'overlock_xt_reparam is folded for inference; train overlock_xt.'),
-    (dict(lr=None), 'The learning rate for 10 images in an update is 9.77e-06, below the 1.00e-05'),
-    (dict(aa='foo'), "takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, "),
-    (dict(opt='adamm'), 'timm cannot build the optimizer adamm ('),
-    (dict(batch_size=32), 'has 20 images, fewer than the 32 of one update; lower --batch-size.'),
-    (dict(initial_checkpoint='absent.pth'), 'The weight file absent.pth does not exist'),
-])
+@pytest.mark.parametrize(
+    ('settings', 'sentence'),
+    [
+        (dict(model='overlock_xxl'), 'There is no model overlock_xxl; the models are overlock_b, '),
+        (dict(model='overlock_xt_reparam'), 'overlock_xt_reparam is folded for inference; train overlock_xt.'),
+        (dict(lr=None), 'The learning rate for 10 images in an update is 9.77e-06, below the 1.00e-05'),
+        (dict(aa='foo'), "takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, "),
+        (dict(opt='adamm'), 'timm cannot build the optimizer adamm ('),
+        (dict(batch_size=32), 'has 20 images, fewer than the 32 of one update; lower --batch-size.'),
+        (dict(initial_checkpoint='absent.pth'), 'The weight file absent.pth does not exist'),
+    ],
+)
 def test_what_cannot_be_trained_is_one_sentence(drawn, recipe, tmp_path, settings, sentence):
     with pytest.raises(UserError) as error:
         train(recipe(**settings), drawn, tmp_path / 'run')
@@ -296,13 +318,16 @@ def trained(drawn, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(('settings', 'sentence'), [
-    (dict(model='overlock_xt'), 'is of overlock_tiny and cannot be resumed as overlock_xt; take the same --model.'),
-    (dict(aux_weight=0), 'was trained with aux_weight = 0.4 and cannot be resumed with 0.0'),
-    (dict(layer_decay=0.7), 'was trained with layer_decay = None and cannot be resumed with 0.7'),
-    (dict(opt='sgd'), 'was trained with opt = adamw and cannot be resumed with sgd'),
-    (dict(model_ema=False), 'was trained with model_ema = True and cannot be resumed with False'),
-])
+@pytest.mark.parametrize(
+    ('settings', 'sentence'),
+    [
+        (dict(model='overlock_xt'), 'is of overlock_tiny and cannot be resumed as overlock_xt; take the same --model.'),
+        (dict(aux_weight=0), 'was trained with aux_weight = 0.4 and cannot be resumed with 0.0'),
+        (dict(layer_decay=0.7), 'was trained with layer_decay = None and cannot be resumed with 0.7'),
+        (dict(opt='sgd'), 'was trained with opt = adamw and cannot be resumed with sgd'),
+        (dict(model_ema=False), 'was trained with model_ema = True and cannot be resumed with False'),
+    ],
+)
 def test_resume_refuses_what_does_not_fit(drawn, recipe, trained, settings, sentence):
     with pytest.raises(CheckpointError) as error:
         train(recipe(**settings), drawn, trained, resume='auto')
@@ -322,8 +347,11 @@ def test_resume_refuses_other_classes(drawn, recipe, trained, tmp_path):
 def test_resume_of_what_is_no_checkpoint_is_one_sentence(drawn, recipe, tmp_path):
     torch.save({'a': torch.zeros(1)}, tmp_path / 'weights.pth')
     (tmp_path / 'text.pth').write_text('text')
-    for name, sentence in (('absent.pth', 'does not exist'), ('weights.pth', 'holds weights, but no state of a'),
-                           ('text.pth', 'is not a whole PyTorch checkpoint')):
+    for name, sentence in (
+        ('absent.pth', 'does not exist'),
+        ('weights.pth', 'holds weights, but no state of a'),
+        ('text.pth', 'is not a whole PyTorch checkpoint'),
+    ):
         with pytest.raises(UserError, match=sentence):
             train(recipe(), drawn, tmp_path / 'run', resume=str(tmp_path / name))
 

@@ -11,8 +11,9 @@ from timm.models import build_model_with_cfg, register_model  # noqa: E402
 
 from overlock.timm import TimmOverLoCK  # noqa: E402
 
-ARCH = dict(embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1),
-            focus_groups=(2, 4))
+ARCH = dict(
+    embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1), focus_groups=(2, 4)
+)
 
 
 @register_model

@@ -25,10 +25,13 @@ def test_training_computes_in_bfloat16_and_learns(write_toy):
     assert all(parameter.dtype == torch.float32 for parameter in runner.model.parameters())
 
 
-@pytest.mark.parametrize('has_bfloat16, expected', [
-    (True, dict(type='BFloat16OptimWrapper')),
-    (False, dict(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')),
-])
+@pytest.mark.parametrize(
+    'has_bfloat16, expected',
+    [
+        (True, dict(type='BFloat16OptimWrapper')),
+        (False, dict(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')),
+    ],
+)
 def test_a_gpu_without_bfloat16_gets_float16_with_a_loss_scale(monkeypatch, has_bfloat16, expected):
     monkeypatch.setattr(amp, 'get_device', lambda: 'cuda')
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: has_bfloat16)

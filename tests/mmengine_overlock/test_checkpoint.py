@@ -46,7 +46,10 @@ def trained_checkpoint():
         state_dict=OrderedDict(weight=torch.ones(2)),
         message_hub=dict(
             log_scalars=OrderedDict(loss=HistoryBuffer([1.5, 0.5], [1, 1]), empty=HistoryBuffer()),
-            runtime_info=OrderedDict(best_score=np.float64(0.25), images=np.int64(3)), resumed_keys=dict(loss=True)))
+            runtime_info=OrderedDict(best_score=np.float64(0.25), images=np.int64(3)),
+            resumed_keys=dict(loss=True),
+        ),
+    )
 
 
 def test_logs_and_numpy_values_survive_a_safe_load(tmp_path):
@@ -139,7 +142,7 @@ def test_a_cut_off_file_is_one_sentence(tmp_path, kept):
     path = tmp_path / 'cut.pth'
     torch.save(dict(state_dict=dict(weight=torch.ones(10000))), path)
     content = path.read_bytes()
-    path.write_bytes(content[:int(len(content) * kept)])
+    path.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(CheckpointError, match='cut.pth is not a whole PyTorch checkpoint'):
         CheckpointLoader.load_checkpoint(str(path), 'cpu')
 

@@ -22,15 +22,28 @@ def coco(root='data/coco/'):
 
 
 def test_data_root_moves_every_dataset_and_evaluator(tmp_path):
-    cfg = Config(dict(
-        data_root='data/coco/',
-        train_dataloader=dict(dataset=dict(type='RepeatDataset', times=2, dataset=dict(
-            type='ConcatDataset', datasets=[coco(), dict(type='ClassBalancedDataset', dataset=coco('other/root'))]))),
-        val_dataloader=dict(dataset=coco() | dict(ann_file='data/coco/annotations/b.json')),
-        test_dataloader=dict(dataset=coco('data/coco')),
-        val_evaluator=[dict(type='CocoMetric', ann_file='data/coco/annotations/b.json'),
-                       dict(type='Other', path='other/root/maps/', unrelated='data/coconut/x')],
-        test_evaluator=dict(type='CocoMetric', ann_file='data/coco/annotations/c.json')))
+    cfg = Config(
+        dict(
+            data_root='data/coco/',
+            train_dataloader=dict(
+                dataset=dict(
+                    type='RepeatDataset',
+                    times=2,
+                    dataset=dict(
+                        type='ConcatDataset',
+                        datasets=[coco(), dict(type='ClassBalancedDataset', dataset=coco('other/root'))],
+                    ),
+                )
+            ),
+            val_dataloader=dict(dataset=coco() | dict(ann_file='data/coco/annotations/b.json')),
+            test_dataloader=dict(dataset=coco('data/coco')),
+            val_evaluator=[
+                dict(type='CocoMetric', ann_file='data/coco/annotations/b.json'),
+                dict(type='Other', path='other/root/maps/', unrelated='data/coconut/x'),
+            ],
+            test_evaluator=dict(type='CocoMetric', ann_file='data/coco/annotations/c.json'),
+        )
+    )
     root = str(tmp_path)
     set_data_root(cfg, root)
     datasets = cfg.train_dataloader.dataset.dataset.datasets
@@ -60,8 +73,15 @@ def test_data_root_must_exist_and_have_something_to_replace(tmp_path):
 
 
 def test_weights_replace_the_backbones_alone(tmp_path):
-    cfg = Config(dict(model=dict(type='Detector', backbone=dict(init_cfg=dict(
-        type='Pretrained', checkpoint='https://example.invalid/a.pth')), neck=dict(init_cfg='kept'))))
+    cfg = Config(
+        dict(
+            model=dict(
+                type='Detector',
+                backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='https://example.invalid/a.pth')),
+                neck=dict(init_cfg='kept'),
+            )
+        )
+    )
     path = tmp_path / 'w.pth'
     with pytest.raises(UserError, match='weight file .*w.pth does not exist'):
         set_weights(cfg, str(path))
@@ -79,8 +99,9 @@ def test_auto_scale_lr_needs_the_batch_size_of_the_learning_rate():
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=16)
 
 
-@pytest.mark.parametrize('visualizer', [
-    None, dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])])
+@pytest.mark.parametrize(
+    'visualizer', [None, dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])]
+)
 def test_tensorboard_is_added_once_beside_the_other_backends(visualizer):
     cfg = Config(dict(visualizer=visualizer))
     add_tensorboard(cfg)
@@ -95,10 +116,15 @@ def test_tta_needs_a_model_and_a_pipeline():
 
 
 def test_tta_wraps_the_model_and_tests_boxes_alone_in_mmdet():
-    cfg = Config(dict(
-        model=dict(type='MaskRCNN'), tta_model=dict(type='DetTTAModel'), tta_pipeline=[dict(type='TestTimeAug')],
-        test_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dict(pipeline=[dict(type='Resize')]))),
-        test_evaluator=dict(type='CocoMetric', metric=['bbox', 'segm'])))
+    cfg = Config(
+        dict(
+            model=dict(type='MaskRCNN'),
+            tta_model=dict(type='DetTTAModel'),
+            tta_pipeline=[dict(type='TestTimeAug')],
+            test_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dict(pipeline=[dict(type='Resize')]))),
+            test_evaluator=dict(type='CocoMetric', metric=['bbox', 'segm']),
+        )
+    )
     use_tta(cfg)
     assert cfg.model == dict(type='DetTTAModel', module=dict(type='MaskRCNN'))
     assert cfg.test_dataloader.dataset.dataset.pipeline == [dict(type='TestTimeAug')]
@@ -123,8 +149,9 @@ def test_every_test_image_is_drawn_into_the_given_folder(tmp_path, monkeypatch):
     draw_predictions(det, 'drawn')
     hook = det.default_hooks.visualization
     assert hook.draw and hook.test_out_dir == str(tmp_path / 'drawn')
-    seg = Config(dict(visualizer=dict(), default_hooks=dict(
-        visualization=dict(type='SegVisualizationHook', interval=50))))
+    seg = Config(
+        dict(visualizer=dict(), default_hooks=dict(visualization=dict(type='SegVisualizationHook', interval=50)))
+    )
     draw_predictions(seg, 'drawn')
     assert seg.default_hooks.visualization.interval == 1 and seg.visualizer.save_dir == str(tmp_path / 'drawn')
 

@@ -13,11 +13,13 @@ def coco(tmp_path):
     (tmp_path / 'annotations').mkdir()
     (tmp_path / 'train').mkdir()
     (tmp_path / 'train' / '1.jpg').touch()
-    content = dict(images=[dict(id=1, file_name='1.jpg')], annotations=[dict(id=1)],
-                   categories=[dict(id=1, name='cat')])
+    content = dict(
+        images=[dict(id=1, file_name='1.jpg')], annotations=[dict(id=1)], categories=[dict(id=1, name='cat')]
+    )
     (tmp_path / 'annotations' / 'a.json').write_text(json.dumps(content))
-    dataset = dict(type='CocoDataset', data_root=str(tmp_path), ann_file='annotations/a.json',
-                   data_prefix=dict(img='train/'))
+    dataset = dict(
+        type='CocoDataset', data_root=str(tmp_path), ann_file='annotations/a.json', data_prefix=dict(img='train/')
+    )
     loader = dict(dataset=dict(type='RepeatDataset', dataset=dataset))
     return Config(dict(default_scope='mmdet', train_dataloader=loader))
 
@@ -28,8 +30,11 @@ def ade(tmp_path):
     for folder, name in (('images', '1.jpg'), ('annotations', '1.png')):
         (tmp_path / folder / 'training').mkdir(parents=True)
         (tmp_path / folder / 'training' / name).touch()
-    dataset = dict(type='ADE20KDataset', data_root=str(tmp_path),
-                   data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'))
+    dataset = dict(
+        type='ADE20KDataset',
+        data_root=str(tmp_path),
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+    )
     return Config(dict(default_scope='mmseg', train_dataloader=dict(dataset=dataset)))
 
 
@@ -46,17 +51,20 @@ def test_whole_segmentation_sets_pass(ade):
     check_data(ade, 'train', 'val')
 
 
-@pytest.mark.parametrize('damage, reason', [
-    (lambda root: (root / 'annotations' / 'a.json').unlink(), 'a.json does not exist'),
-    (lambda root: (root / 'annotations' / 'a.json').write_text(''), 'a.json is empty'),
-    (lambda root: (root / 'annotations' / 'a.json').write_text('{'), 'a.json is not JSON'),
-    (lambda root: (root / 'annotations' / 'a.json').write_text('[]'), 'holds a JSON list'),
-    (lambda root: edit(root, images=[]), 'a.json has no images'),
-    (lambda root: edit(root, annotations=[]), 'a.json has no annotations'),
-    (lambda root: edit(root, categories=[]), 'a.json has no categories'),
-    (lambda root: (root / 'train' / '1.jpg').unlink(), '1.jpg, the first image of a.json, is not in'),
-    (lambda root: (root / 'train').rename(root / 'other'), 'train does not exist'),
-])
+@pytest.mark.parametrize(
+    'damage, reason',
+    [
+        (lambda root: (root / 'annotations' / 'a.json').unlink(), 'a.json does not exist'),
+        (lambda root: (root / 'annotations' / 'a.json').write_text(''), 'a.json is empty'),
+        (lambda root: (root / 'annotations' / 'a.json').write_text('{'), 'a.json is not JSON'),
+        (lambda root: (root / 'annotations' / 'a.json').write_text('[]'), 'holds a JSON list'),
+        (lambda root: edit(root, images=[]), 'a.json has no images'),
+        (lambda root: edit(root, annotations=[]), 'a.json has no annotations'),
+        (lambda root: edit(root, categories=[]), 'a.json has no categories'),
+        (lambda root: (root / 'train' / '1.jpg').unlink(), '1.jpg, the first image of a.json, is not in'),
+        (lambda root: (root / 'train').rename(root / 'other'), 'train does not exist'),
+    ],
+)
 def test_coco_damage_is_one_sentence_with_the_layout(coco, tmp_path, damage, reason):
     damage(tmp_path)
     with pytest.raises(UserError, match=reason) as caught:
@@ -87,13 +95,18 @@ def test_an_evaluator_without_its_file_is_refused(coco, tmp_path):
         check_data(coco, 'train')
 
 
-@pytest.mark.parametrize('damage, reason', [
-    (lambda root: (root / 'images' / 'training').rename(root / 'images' / 'x'), 'images/training does not exist'),
-    (lambda root: (root / 'annotations' / 'training').rename(root / 'x'), 'annotations/training does not exist'),
-    (lambda root: (root / 'images' / 'training' / '1.jpg').unlink(), r'images/training has no images \*.jpg'),
-    (lambda root: (root / 'annotations' / 'training' / '1.png').unlink(),
-     '1 of 1 images have no label map, first 1.jpg'),
-])
+@pytest.mark.parametrize(
+    'damage, reason',
+    [
+        (lambda root: (root / 'images' / 'training').rename(root / 'images' / 'x'), 'images/training does not exist'),
+        (lambda root: (root / 'annotations' / 'training').rename(root / 'x'), 'annotations/training does not exist'),
+        (lambda root: (root / 'images' / 'training' / '1.jpg').unlink(), r'images/training has no images \*.jpg'),
+        (
+            lambda root: (root / 'annotations' / 'training' / '1.png').unlink(),
+            '1 of 1 images have no label map, first 1.jpg',
+        ),
+    ],
+)
 def test_ade_damage_is_one_sentence_with_the_layout(ade, tmp_path, damage, reason):
     damage(tmp_path)
     with pytest.raises(UserError, match=reason) as caught:

@@ -46,7 +46,8 @@ work_dir = 'of_training'
 _base_ = '{ROOT}/configs/upernet_overlock_xt_160k.py'
 model = dict({BACKBONE}, decode_head=dict(in_channels=[8, 16, 24, 40], channels=16),
              auxiliary_head=dict(in_channels=24, channels=16))
-"""}
+""",
+}
 CLASSES = {'classes': ('cat', 'dog'), 'palette': [(1, 2, 3), (4, 5, 6)]}
 
 
@@ -70,8 +71,10 @@ def trained(tmp_path_factory):
         for name, value in model.backbone.state_dict().items():
             if name.endswith(('bn.weight', 'running_var', 'beta', 'bias', 'running_mean')):
                 value.copy_(torch.rand(value.shape) + 0.5)
-        torch.save({'state_dict': model.state_dict(), 'meta': {'dataset_meta': CLASSES, 'epoch': 3}, 'epoch': 3},
-                   folder / f'{kind}.pth')
+        torch.save(
+            {'state_dict': model.state_dict(), 'meta': {'dataset_meta': CLASSES, 'epoch': 3}, 'epoch': 3},
+            folder / f'{kind}.pth',
+        )
     logging.disable(logging.NOTSET)
     return folder
 
@@ -125,8 +128,10 @@ def test_new_pair_is_loaded_by_the_toolbox_and_the_numbers_are_the_ones_before(k
     else:
         from mmseg.apis import inference_model as infer
         from mmseg.apis import init_model as init
-    first, second = (infer(init(str(folder / f'{name}.py'), str(folder / f'{name}.pth'), device='cpu'), str(picture))
-                     for folder, name in ((trained, kind), (tmp_path, 'out')))
+    first, second = (
+        infer(init(str(folder / f'{name}.py'), str(folder / f'{name}.pth'), device='cpu'), str(picture))
+        for folder, name in ((trained, kind), (tmp_path, 'out'))
+    )
     if kind == 'segmenter':
         torch.testing.assert_close(second.seg_logits.data, first.seg_logits.data, rtol=0, atol=1e-4)
         return
@@ -139,8 +144,10 @@ def test_new_pair_is_loaded_by_the_toolbox_and_the_numbers_are_the_ones_before(k
 
 def test_published_names_and_running_averages_are_taken(trained, tmp_path):
     checkpoint = torch.load(trained / 'segmenter.pth', weights_only=True)['state_dict']
-    averaged = {name: value * 0.5 if name == 'decode_head.conv_seg.weight' else value
-                for name, value in to_published(checkpoint, 'backbone.').items()}
+    averaged = {
+        name: value * 0.5 if name == 'decode_head.conv_seg.weight' else value
+        for name, value in to_published(checkpoint, 'backbone.').items()
+    }
     torch.save({'state_dict': checkpoint, 'state_dict_ema': averaged}, tmp_path / 'in.pth')
     reparameterize(trained / 'segmenter.py', str(tmp_path / 'in.pth'), tmp_path / 'out.pth', ema=True)
     written = torch.load(tmp_path / 'out.pth', weights_only=True)['state_dict']
@@ -148,22 +155,46 @@ def test_published_names_and_running_averages_are_taken(trained, tmp_path):
 
 
 def test_options_stay_in_the_new_configuration(trained, tmp_path):
-    reparameterize(trained / 'detector.py', str(trained / 'detector.pth'), tmp_path / 'out.pth',
-                   cfg_options={'model.test_cfg.rcnn.max_per_img': 7, 'model.test_cfg.rcnn.score_thr': 0.9})
+    reparameterize(
+        trained / 'detector.py',
+        str(trained / 'detector.pth'),
+        tmp_path / 'out.pth',
+        cfg_options={'model.test_cfg.rcnn.max_per_img': 7, 'model.test_cfg.rcnn.score_thr': 0.9},
+    )
     rcnn = Config.fromfile(tmp_path / 'out.py').model.test_cfg.rcnn
     assert (rcnn.max_per_img, rcnn.score_thr) == (7, 0.9)
 
 
-@pytest.mark.parametrize(('text', 'checkpoint', 'error', 'message'), [
-    (CONFIGS['segmenter'].replace('channels=16)', 'channels=24)', 1), 'segmenter.pth', CheckpointError,
-     r'^.*segmenter.pth is not a checkpoint of this model: size mismatch for decode_head.*; give the configuration'),
-    (CONFIGS['segmenter'], 'detector.pth', CheckpointError,
-     r'detector.pth is not a checkpoint of this model: \d+ tensors missing from the file \(first decode_head.*\), \d+ '
-     r'tensors that the model does not have \(first neck'),
-    (CONFIGS['segmenter'].replace(BACKBONE, "backbone=dict(_delete_=True, type='MobileNetV2')"), 'segmenter.pth',
-     UserError, 'has the backbone MobileNetV2, expected OverLoCK, which alone can be folded; give'),
-    ("model = dict(type='EncoderDecoder')", 'segmenter.pth', UserError,
-     'must be the configuration of a detector or segmenter: expected `model.backbone` and `test_dataloader`')])
+@pytest.mark.parametrize(
+    ('text', 'checkpoint', 'error', 'message'),
+    [
+        (
+            CONFIGS['segmenter'].replace('channels=16)', 'channels=24)', 1),
+            'segmenter.pth',
+            CheckpointError,
+            r'^.*segmenter.pth is not a checkpoint of this model: size mismatch for decode_head.*; give the configuration',
+        ),
+        (
+            CONFIGS['segmenter'],
+            'detector.pth',
+            CheckpointError,
+            r'detector.pth is not a checkpoint of this model: \d+ tensors missing from the file \(first decode_head.*\), \d+ '
+            r'tensors that the model does not have \(first neck',
+        ),
+        (
+            CONFIGS['segmenter'].replace(BACKBONE, "backbone=dict(_delete_=True, type='MobileNetV2')"),
+            'segmenter.pth',
+            UserError,
+            'has the backbone MobileNetV2, expected OverLoCK, which alone can be folded; give',
+        ),
+        (
+            "model = dict(type='EncoderDecoder')",
+            'segmenter.pth',
+            UserError,
+            'must be the configuration of a detector or segmenter: expected `model.backbone` and `test_dataloader`',
+        ),
+    ],
+)
 def test_a_wrong_configuration_is_one_clear_sentence(text, checkpoint, error, message, trained, tmp_path):
     (tmp_path / 'wrong.py').write_text(text)
     with pytest.raises(error, match=message) as caught:
@@ -187,7 +218,9 @@ def test_a_form_that_predicts_something_else_is_not_written(factor, kind, traine
     with pytest.raises(UserError, match='out.pth was not written: on scene.png the deploy form predicts something els'):
         reparameterize(trained / f'{kind}.py', str(trained / f'{kind}.pth'), tmp_path / 'out.pth')
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        'out.pth': 'old weights', 'out.py': '# old configuration'}
+        'out.pth': 'old weights',
+        'out.py': '# old configuration',
+    }
 
 
 def test_boxes_are_compared_in_any_order_and_lost_ones_are_told(trained, tmp_path):
@@ -226,9 +259,16 @@ def test_new_pair_is_tested_by_the_tool_from_any_folder(trained, tmp_path):
         text = text.replace(head, f'{head}, num_classes=5')
     (tmp_path / 'five.py').write_text(text)
     torch.save({'state_dict': build(tmp_path / 'five.py').state_dict()}, tmp_path / 'five.pth')
-    for command in (('reparameterize', tmp_path / 'five.py', tmp_path / 'five.pth', tmp_path / 'new/out.pth'),
-                    ('test', 'new/out.py', 'new/out.pth', '--data-root', data / 'coco')):
-        result = subprocess.run([sys.executable, str(ROOT / 'tools' / f'{command[0]}.py'), *map(str, command[1:])],
-                                cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    for command in (
+        ('reparameterize', tmp_path / 'five.py', tmp_path / 'five.pth', tmp_path / 'new/out.pth'),
+        ('test', 'new/out.py', 'new/out.pth', '--data-root', data / 'coco'),
+    ):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / 'tools' / f'{command[0]}.py'), *map(str, command[1:])],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert result.returncode == 0, result.stdout + result.stderr
     assert 'coco/bbox_mAP' in result.stdout

@@ -35,17 +35,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(write_toy, tmp_path, by_itera
 def test_published_weights_are_tested_by_their_name(write_toy, tmp_path, monkeypatch):
     train(write_toy(), work_dir=tmp_path / 'a')
     monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path / 'a'))
-    monkeypatch.setitem(WEIGHTS, 'toy', replace(
-        WEIGHTS['upernet_overlock_t_ade20k'], url='https://example.invalid/v1/epoch_4.pth'))
-    scores = [run_test(write_toy(), checkpoint, work_dir=tmp_path / 'b')
-              for checkpoint in ('toy', 'https://example.invalid/v1/epoch_4.pth', str(tmp_path / 'a' / 'epoch_4.pth'))]
+    monkeypatch.setitem(
+        WEIGHTS, 'toy', replace(WEIGHTS['upernet_overlock_t_ade20k'], url='https://example.invalid/v1/epoch_4.pth')
+    )
+    scores = [
+        run_test(write_toy(), checkpoint, work_dir=tmp_path / 'b')
+        for checkpoint in ('toy', 'https://example.invalid/v1/epoch_4.pth', str(tmp_path / 'a' / 'epoch_4.pth'))
+    ]
     assert scores[0] == scores[1] == scores[2]
 
 
 def test_resume_goes_on_with_the_seed_of_the_first_run(write_toy, tmp_path):
     first = train(write_toy('randomness = dict(seed=None)'), work_dir=tmp_path / 'a')
-    resumed = train(write_toy('randomness = dict(seed=None)'), work_dir=tmp_path / 'b',
-                    resume=str(tmp_path / 'a' / 'epoch_2.pth'))
+    resumed = train(
+        write_toy('randomness = dict(seed=None)'), work_dir=tmp_path / 'b', resume=str(tmp_path / 'a' / 'epoch_2.pth')
+    )
     assert resumed.seed == first.seed
 
 
@@ -67,8 +71,12 @@ def test_resume_does_not_ask_for_pretrained_weights_again(write_toy, tmp_path):
     path = write_toy("model['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint='/absent.pth')")
     with pytest.raises(CheckpointError, match='/absent.pth'):
         train(path, work_dir=tmp_path / 'b')
-    resumed = train(path, work_dir=tmp_path / 'b', resume=str(tmp_path / 'a' / 'epoch_2.pth'),
-                    cfg_options=dict(experiment_name='resumed'))
+    resumed = train(
+        path,
+        work_dir=tmp_path / 'b',
+        resume=str(tmp_path / 'a' / 'epoch_2.pth'),
+        cfg_options=dict(experiment_name='resumed'),
+    )
     assert resumed.iter == 32
     assert Config.fromfile(tmp_path / 'b' / path.name).model.backbone.init_cfg.checkpoint == '/absent.pth'
 
@@ -80,8 +88,11 @@ def test_resume_refuses_a_checkpoint_of_another_model(write_toy, tmp_path):
 
 
 def test_a_missing_checkpoint_is_one_sentence(write_toy):
-    for call in (lambda: train(write_toy(), resume='absent.pth'), lambda: run_test(write_toy(), 'absent.pth'),
-                 lambda: train(write_toy("load_from = 'absent.pth'"))):
+    for call in (
+        lambda: train(write_toy(), resume='absent.pth'),
+        lambda: run_test(write_toy(), 'absent.pth'),
+        lambda: train(write_toy("load_from = 'absent.pth'")),
+    ):
         with pytest.raises(CheckpointError, match='The weight file absent.pth does not exist'):
             call()
 
@@ -113,12 +124,20 @@ def test_a_test_gives_the_metrics_of_the_validation(write_toy, tmp_path):
     assert metrics == dict(error=history(runner, 'val/error')[-1], images=16)
 
 
-@pytest.mark.parametrize('change, misfit', [
-    (dict(state_dict={'backbone.fc.weight': torch.zeros(9, 4)}),
-     '1 tensors of another shape .first backbone.fc.weight.'),
-    (dict(state_dict={'more.weight': torch.zeros(1)}), '1 tensors that the model does not have .first more.weight.'),
-    (dict(lacks='toy_head.'), '2 tensors missing from the file .first toy_head.weight.'),
-])
+@pytest.mark.parametrize(
+    'change, misfit',
+    [
+        (
+            dict(state_dict={'backbone.fc.weight': torch.zeros(9, 4)}),
+            '1 tensors of another shape .first backbone.fc.weight.',
+        ),
+        (
+            dict(state_dict={'more.weight': torch.zeros(1)}),
+            '1 tensors that the model does not have .first more.weight.',
+        ),
+        (dict(lacks='toy_head.'), '2 tensors missing from the file .first toy_head.weight.'),
+    ],
+)
 def test_a_test_refuses_weights_that_do_not_fit_the_whole_model(write_toy, tmp_path, change, misfit):
     train(write_toy(), work_dir=tmp_path / 'a')
     path = tmp_path / 'a' / 'epoch_4.pth'

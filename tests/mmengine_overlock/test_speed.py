@@ -10,8 +10,9 @@ from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import OverLoCKBackbone
 from overlock.errors import UserError
 
-TINY = dict(embed_dims=(8, 16, 32, 48), base_depths=(1, 1, 2), overview_depth=1, focus_depths=(3, 1),
-            focus_groups=(2, 2))
+TINY = dict(
+    embed_dims=(8, 16, 32, 48), base_depths=(1, 1, 2), overview_depth=1, focus_depths=(3, 1), focus_groups=(2, 2)
+)
 
 
 # oneDNN has no fast bfloat16 kernels for depthwise convolutions of few channels: with 8 one takes minutes.

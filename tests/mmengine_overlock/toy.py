@@ -39,7 +39,8 @@ class ToyModel(BaseModel):
         super().__init__(data_preprocessor, init_cfg)
         self.backbone = MODELS.build(backbone)
         self.norm = {None: nn.Identity, 'BN': nn.BatchNorm1d, 'SyncBN': nn.SyncBatchNorm}[
-            norm_cfg and norm_cfg['type']](self.backbone.fc.out_features)
+            norm_cfg and norm_cfg['type']
+        ](self.backbone.fc.out_features)
         self.toy_head = nn.Linear(self.backbone.fc.out_features, 1)
 
     def forward(self, inputs, targets=None, mode='tensor'):

@@ -23,9 +23,12 @@ from tests.overlock.conftest import published_weights
 from tests.overlock.test_model import TINY
 
 ARCHS = ['xt', 't', 's', 'b']
-KINDS = {'cls': lambda arch: OverLoCK(arch), 'cls_reparam': lambda arch: OverLoCK(arch).unfolded('merged'),
-         'det': lambda arch: OverLoCKBackbone(arch),
-         'seg': lambda arch: OverLoCKBackbone(arch, overview_residual=False)}
+KINDS = {
+    'cls': lambda arch: OverLoCK(arch),
+    'cls_reparam': lambda arch: OverLoCK(arch).unfolded('merged'),
+    'det': lambda arch: OverLoCKBackbone(arch),
+    'seg': lambda arch: OverLoCKBackbone(arch, overview_residual=False),
+}
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -42,8 +45,10 @@ def test_names_translate_both_ways_and_shapes_are_kept(kind, arch, shapes):
 
 def test_names_below_a_prefix_alone_are_translated():
     given = {'backbone.patch_embed2.0.weight': 1, 'neck.patch_embed2.0.weight': 2}
-    assert from_published(given, 'backbone.') == {'backbone.base_net.downsample2.conv.weight': 1,
-                                                  'neck.patch_embed2.0.weight': 2}
+    assert from_published(given, 'backbone.') == {
+        'backbone.base_net.downsample2.conv.weight': 1,
+        'neck.patch_embed2.0.weight': 2,
+    }
 
 
 def test_published_state_dict_loads_strictly_at_any_prefix(shapes):
@@ -66,15 +71,29 @@ def test_published_state_dict_loads_strictly_at_any_prefix(shapes):
 def test_imagenet_weights_miss_the_norms_and_projection_and_leave_the_heads(shapes):
     result = OverLoCKBackbone('xt').load_state_dict(published_weights(shapes['cls']['xt']), strict=False)
     missing = {name.rpartition('.')[0] for name in result.missing_keys}
-    assert missing == {'output_norms.out0', 'output_norms.out1', 'output_norms.out2', 'output_norms.out3',
-                       'output_norms.overview', 'overview_proj', 'overview_scale'}
+    assert missing == {
+        'output_norms.out0',
+        'output_norms.out1',
+        'output_norms.out2',
+        'output_norms.out3',
+        'output_norms.overview',
+        'overview_proj',
+        'overview_scale',
+    }
     unexpected = {name.split('.')[0] for name in result.unexpected_keys}
     assert unexpected == {'head', 'aux_head'}
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda sd: sd, lambda sd: {'state_dict': sd, 'meta': {'epoch': 3}}, lambda sd: {'model': sd},
-    lambda sd: {'state_dict_ema': sd}, lambda sd: {f'module.{name}': value for name, value in sd.items()}])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda sd: sd,
+        lambda sd: {'state_dict': sd, 'meta': {'epoch': 3}},
+        lambda sd: {'model': sd},
+        lambda sd: {'state_dict_ema': sd},
+        lambda sd: {f'module.{name}': value for name, value in sd.items()},
+    ],
+)
 def test_usual_wrappings_are_taken_off_and_the_report_counts(wrap, shapes, tmp_path):
     weights = published_weights(shapes['cls']['xt'])
     torch.save(wrap(weights), tmp_path / 'weights.pth')
@@ -176,15 +195,21 @@ def test_file_of_other_classes_tells_how_many(tmp_path):
 def test_damaged_or_empty_files_are_errors(tmp_path):
     torch.save(OverLoCKBackbone(TINY).state_dict(), tmp_path / 'whole.pth')
     data = (tmp_path / 'whole.pth').read_bytes()
-    (tmp_path / 'cut.pth').write_bytes(data[:len(data) // 2])
+    (tmp_path / 'cut.pth').write_bytes(data[: len(data) // 2])
     (tmp_path / 'empty.pth').write_bytes(b'')
     torch.save({'epoch': 3}, tmp_path / 'no_weights.pth')
     (tmp_path / 'text.pth').write_bytes(b'hello world this is text')
     (tmp_path / 'byte.pth').write_bytes(b'\x80')
     (tmp_path / 'page.pth').write_bytes(b'<html>404</html>')
     whole = 'not a whole PyTorch checkpoint'
-    for name, message in (('cut.pth', whole), ('empty.pth', whole), ('text.pth', whole), ('byte.pth', whole),
-                          ('page.pth', whole), ('no_weights.pth', 'holds no state dict')):
+    for name, message in (
+        ('cut.pth', whole),
+        ('empty.pth', whole),
+        ('text.pth', whole),
+        ('byte.pth', whole),
+        ('page.pth', whole),
+        ('no_weights.pth', 'holds no state dict'),
+    ):
         with pytest.raises(CheckpointError, match=message):
             read_state_dict(tmp_path / name)
 
@@ -199,13 +224,26 @@ def test_safetensors_load_too(tmp_path):
         read_state_dict(tmp_path / 'cut.safetensors')
 
 
-@pytest.mark.parametrize(('wrap', 'plain', 'average'), [
-    (lambda plain, ema: {'state_dict': plain, 'state_dict_ema': ema, 'epoch': 3}, 1.0, 2.0),
-    (lambda plain, ema: {'model': plain, 'model_ema': ema, 'args': Namespace(lr=1e-3)}, 1.0, 2.0),
-    # mmengine's EMAHook changes the two round.
-    (lambda plain, ema: {'state_dict': ema, 'ema_state_dict': {
-        'steps': torch.tensor(5), **{f'module.{name}': value for name, value in plain.items()}}}, 2.0, 2.0),
-    (lambda plain, ema: {'state_dict_ema': ema}, 2.0, 2.0)])
+@pytest.mark.parametrize(
+    ('wrap', 'plain', 'average'),
+    [
+        (lambda plain, ema: {'state_dict': plain, 'state_dict_ema': ema, 'epoch': 3}, 1.0, 2.0),
+        (lambda plain, ema: {'model': plain, 'model_ema': ema, 'args': Namespace(lr=1e-3)}, 1.0, 2.0),
+        # mmengine's EMAHook changes the two round.
+        (
+            lambda plain, ema: {
+                'state_dict': ema,
+                'ema_state_dict': {
+                    'steps': torch.tensor(5),
+                    **{f'module.{name}': value for name, value in plain.items()},
+                },
+            },
+            2.0,
+            2.0,
+        ),
+        (lambda plain, ema: {'state_dict_ema': ema}, 2.0, 2.0),
+    ],
+)
 def test_running_averages_are_taken_where_they_are_asked_for_or_all_there_is(wrap, plain, average, tmp_path):
     torch.save(wrap({'a.weight': torch.tensor(1.0)}, {'a.weight': torch.tensor(2.0)}), tmp_path / 'w.pth')
     assert load(tmp_path / 'w.pth') == {'a.weight': plain}

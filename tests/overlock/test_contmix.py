@@ -9,8 +9,19 @@ from overlock.ops.contmix.dispatch import OPERATORS, choose
 from tests.overlock.conftest import TOLERANCES, assert_relative
 
 # (height, width, K): odd, non-square, just large enough, and near and far of the dense product's limit.
-MAPS = [(13, 13, 13), (14, 14, 13), (13, 29, 13), (21, 17, 13), (7, 7, 7), (7, 8, 7), (12, 9, 7), (5, 5, 5),
-        (6, 11, 5), (3, 3, 3), (4, 7, 3)]
+MAPS = [
+    (13, 13, 13),
+    (14, 14, 13),
+    (13, 29, 13),
+    (21, 17, 13),
+    (7, 7, 7),
+    (7, 8, 7),
+    (12, 9, 7),
+    (5, 5, 5),
+    (6, 11, 5),
+    (3, 3, 3),
+    (4, 7, 3),
+]
 
 
 def here(name: str):
@@ -30,10 +41,16 @@ def inputs(height, width, kernel_size, small=3, groups=2, dims=3, batch=2, regio
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     half = groups * dims
-    taps = small ** 2 + kernel_size ** 2
-    tensors = (randn(batch, half, height, width), randn(batch, half, regions, regions),
-               randn(batch, 2 * half, height, width), randn(taps, regions ** 2), randn(taps),
-               randn(groups, 2 * small - 1, 2 * small - 1), randn(groups, 2 * kernel_size - 1, 2 * kernel_size - 1))
+    taps = small**2 + kernel_size**2
+    tensors = (
+        randn(batch, half, height, width),
+        randn(batch, half, regions, regions),
+        randn(batch, 2 * half, height, width),
+        randn(taps, regions**2),
+        randn(taps),
+        randn(groups, 2 * small - 1, 2 * small - 1),
+        randn(groups, 2 * kernel_size - 1, 2 * kernel_size - 1),
+    )
     return tensors, dict(kernel_sizes=(small, kernel_size), num_groups=groups, scale=(2 * dims) ** -0.5)
 
 
@@ -63,7 +80,7 @@ def test_border_queries_share_the_window_that_moved_inward(length):
     kernel_size = 7
     value = torch.arange(length * length, dtype=torch.float64).view(1, 1, 1, length, length)
     for tap_row, tap_col in ((0, 0), (3, 6), (6, 6)):
-        weights = torch.zeros(1, 1, kernel_size ** 2, length, length, dtype=torch.float64)
+        weights = torch.zeros(1, 1, kernel_size**2, length, length, dtype=torch.float64)
         weights[:, :, tap_row * kernel_size + tap_col] = 1
         seen = eager.aggregate(weights, value)[0, 0, 0]
         starts = [min(max(i - kernel_size // 2, 0), length - kernel_size) for i in range(length)]
@@ -150,7 +167,7 @@ def test_gradients_of_some_inputs_alone_are_the_same(backend):
     truth = torch.autograd.grad(contmix(*tensors, **options, backend=backend).square().sum(), tensors)
     for i, tensor in enumerate(tensors):
         alone = [t if t is tensor else t.detach() for t in tensors]
-        grad, = torch.autograd.grad(contmix(*alone, **options, backend=backend).square().sum(), tensor)
+        (grad,) = torch.autograd.grad(contmix(*alone, **options, backend=backend).square().sum(), tensor)
         assert torch.equal(grad, truth[i])
 
 
@@ -161,6 +178,7 @@ def test_result_is_deterministic(backend):
     def run():
         out = contmix(*tensors, **options, backend=backend)
         return out, *torch.autograd.grad(out.square().sum(), tensors)
+
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
 
@@ -179,7 +197,7 @@ def test_infinite_value_reaches_no_query_that_does_not_see_it(backend):
     tensors, options = inputs(20, 24, 7)
     with torch.no_grad():
         tensors[2][:, :, 3, 4] = float('inf')
-    grad, = torch.autograd.grad(contmix(*tensors, **options, backend=backend)[..., 12:].sum(), tensors[0])
+    (grad,) = torch.autograd.grad(contmix(*tensors, **options, backend=backend)[..., 12:].sum(), tensors[0])
     # Windows of 7 x 7 around column 12 begin at column 9.
     assert grad[..., 12:].isfinite().all()
 
@@ -219,6 +237,7 @@ def test_compiled_graph_is_whole_and_one_for_every_size(backend):
     @torch.compile(fullgraph=True, dynamic=True, backend=keep)
     def run(*tensors):
         return contmix(*tensors, **options, backend=backend)
+
     for size in ((14, 20, 7), (15, 9, 7), (30, 31, 7)):
         tensors, _ = inputs(*size)
         out, truth = run(*tensors), contmix(*tensors, **options, backend='reference')
@@ -239,8 +258,9 @@ def test_exported_program_needs_no_operator_of_ours_and_takes_other_sizes():
     tensors, options = inputs(14, 20, 7)
     height, width = (torch.export.Dim(name, min=7, max=64) for name in ('height', 'width'))
     free = {2: height, 3: width}
-    program = torch.export.export(Mix(), tuple(t.detach() for t in tensors),
-                                  dynamic_shapes=((free, None, free, None, None, None, None),))
+    program = torch.export.export(
+        Mix(), tuple(t.detach() for t in tensors), dynamic_shapes=((free, None, free, None, None, None, None),)
+    )
     assert 'overlock' not in str(program.graph)
     for size in ((14, 20, 7), (7, 33, 7), (13, 8, 7)):
         other, _ = inputs(*size)
@@ -259,8 +279,11 @@ def test_auto_takes_the_compiled_backend_where_it_can():
 
 def test_auto_runs_without_options_and_explain_names_every_backend():
     tensors, options = inputs(8, 8, 5)
-    assert_relative(contmix(*tensors, **options).detach(), contmix(*tensors, **options, backend='reference').detach(),
-                    TOLERANCES[torch.float64])
+    assert_relative(
+        contmix(*tensors, **options).detach(),
+        contmix(*tensors, **options, backend='reference').detach(),
+        TOLERANCES[torch.float64],
+    )
     reasons = explain()
     assert reasons['reference'] == reasons['eager'] == 'available'
     assert set(reasons) == {'reference', 'eager', 'compiled', 'triton', 'natten'}
@@ -274,18 +297,24 @@ def test_unknown_backend_names_the_known_ones():
 
 def test_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
     from overlock.ops.contmix import natten
+
     monkeypatch.setattr(natten, 'verify', lambda: (False, 'natten is not installed'))
     tensors, options = inputs(8, 8, 5)
     with pytest.raises(RuntimeError, match="'natten' was asked for but cannot run here: natten is not installed"):
         contmix(*tensors, **options, backend='natten')
 
 
-@pytest.mark.parametrize(('backend', 'device', 'kernel_size', 'message'), [
-    ('compiled', 'meta', 5, 'it runs on the CPU and the maps are on meta'),
-    ('compiled', 'cpu', 17, r'it has kernels of 3, .*, 15 and kernel_sizes are \(3, 17\)'),
-    ('triton', 'cpu', 5, 'it runs on CUDA devices and the maps are on cpu')])
+@pytest.mark.parametrize(
+    ('backend', 'device', 'kernel_size', 'message'),
+    [
+        ('compiled', 'meta', 5, 'it runs on the CPU and the maps are on meta'),
+        ('compiled', 'cpu', 17, r'it has kernels of 3, .*, 15 and kernel_sizes are \(3, 17\)'),
+        ('triton', 'cpu', 5, 'it runs on CUDA devices and the maps are on cpu'),
+    ],
+)
 def test_backend_that_cannot_take_the_inputs_says_why(backend, device, kernel_size, message, monkeypatch):
     from overlock.ops.contmix import compiled, triton
+
     for module in (compiled, triton):
         monkeypatch.setattr(module, 'verify', lambda: (True, ''))
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
@@ -294,12 +323,16 @@ def test_backend_that_cannot_take_the_inputs_says_why(backend, device, kernel_si
         contmix(*(t.detach().to(device) for t in tensors), **options, backend=backend)
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(kernel_sizes=(3, 9)), 'at least 9 pixels high and wide, got 8x8'),
-    (dict(kernel_sizes=(3, 4)), r'must be odd, got \(3, 4\)'),
-    (dict(num_groups=5), 'multiple of 2 x 5 groups'),
-    (dict(kernel_sizes=(5, 5)), r'weight must have shape \(50, 49\), got \(34, 49\)'),
-    (dict(num_groups=3), r'rpb must have shape \(3, 5, 5\), got \(2, 5, 5\)')])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(kernel_sizes=(3, 9)), 'at least 9 pixels high and wide, got 8x8'),
+        (dict(kernel_sizes=(3, 4)), r'must be odd, got \(3, 4\)'),
+        (dict(num_groups=5), 'multiple of 2 x 5 groups'),
+        (dict(kernel_sizes=(5, 5)), r'weight must have shape \(50, 49\), got \(34, 49\)'),
+        (dict(num_groups=3), r'rpb must have shape \(3, 5, 5\), got \(2, 5, 5\)'),
+    ],
+)
 def test_wrong_shapes_are_one_clear_sentence(change, message):
     tensors, options = inputs(8, 8, 5)
     with pytest.raises(ValueError, match=message):

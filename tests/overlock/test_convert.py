@@ -1,6 +1,5 @@
 """Every way of converting weights keeps what the network computes, and tells what became of each tensor."""
 
-
 import pytest
 import torch
 
@@ -28,8 +27,11 @@ def detector(form='training', published=False):
     """The state dict of a detector with a tiny backbone."""
     backbone = in_form(randomise(OverLoCKBackbone(TINY)), form)
     backbone = to_published(backbone) if published else backbone
-    return {**{f'backbone.{name}': value for name, value in backbone.items()},
-            'neck.lateral_convs.0.conv.weight': torch.rand(4, 8, 1, 1), 'roi_head.bbox_head.fc_cls.bias': torch.rand(5)}
+    return {
+        **{f'backbone.{name}': value for name, value in backbone.items()},
+        'neck.lateral_convs.0.conv.weight': torch.rand(4, 8, 1, 1),
+        'roi_head.bbox_head.fc_cls.bias': torch.rand(5),
+    }
 
 
 def counts(report):
@@ -65,8 +67,11 @@ def test_folded_form_is_that_of_deploy(kind, shapes):
     assert_balanced(report, given, tensors)
     assert not report.names('dropped') and not report.names('kept')
     with torch.device('meta'):
-        model = OverLoCK('xt', deploy=True) if kind.startswith('cls') else \
-            OverLoCKBackbone('xt', deploy=True, overview_residual=kind == 'det')
+        model = (
+            OverLoCK('xt', deploy=True)
+            if kind.startswith('cls')
+            else OverLoCKBackbone('xt', deploy=True, overview_residual=kind == 'det')
+        )
     expected = model.state_dict()
     assert list(tensors) == list(expected)
     assert all(value.shape == expected[name].shape for name, value in tensors.items())
@@ -133,8 +138,10 @@ def test_heads_of_a_detector_stay_as_they_are(form, published):
     for name in ('neck.lateral_convs.0.conv.weight', 'roi_head.bbox_head.fc_cls.bias'):
         assert tensors[name] is given[name] and name in report.names('kept')
     built = OverLoCKBackbone(TINY, deploy=form == 'folded')
-    built.load_state_dict({name.removeprefix('backbone.'): value for name, value in tensors.items()
-                           if name.startswith('backbone.')}, strict=True)
+    built.load_state_dict(
+        {name.removeprefix('backbone.'): value for name, value in tensors.items() if name.startswith('backbone.')},
+        strict=True,
+    )
 
 
 @pytest.mark.parametrize('form', [None, 'merged', 'folded'])
@@ -145,8 +152,9 @@ def test_backbone_of_a_detector_is_taken_out(form):
     assert_balanced(report, given, tensors)
     model, other = (OverLoCKBackbone(TINY, deploy=True).eval() for _ in range(2))
     model.load_state_dict(tensors, strict=True)
-    other.load_state_dict({name.removeprefix('backbone.'): value for name, value in given.items()
-                           if name.startswith('backbone.')})
+    other.load_state_dict(
+        {name.removeprefix('backbone.'): value for name, value in given.items() if name.startswith('backbone.')}
+    )
     assert_same(model, other, image(1, 64, 64).float(), TOLERANCES[torch.float32])
     again, report = converted(tensors, form=form, backbone=True)
     assert same(again, tensors) and counts(report)['kept'] == len(tensors)
@@ -161,8 +169,9 @@ def test_half_precision_is_folded_to_float32():
     half = randomise(OverLoCKBackbone(TINY)).half().state_dict()
     tensors, report = converted(half, form='folded')
     assert {value.dtype for value in tensors.values()} == {torch.float32}
-    expected, _ = converted({name: value.double() if value.is_floating_point() else value
-                             for name, value in half.items()}, form='folded')
+    expected, _ = converted(
+        {name: value.double() if value.is_floating_point() else value for name, value in half.items()}, form='folded'
+    )
     for name, value in tensors.items():
         assert_relative(value, expected[name], 1e-6)
     assert 'base_net.stage1.0.norm.weight' in report.names('kept')
@@ -174,11 +183,19 @@ def test_report_is_a_table_by_parts():
     _, report = converted(given, form='folded', backbone=True)
     rows = {line.split()[0]: [int(number) for number in line.split()[1:]] for line in str(report).split('\n')[1:]}
     assert str(report).split('\n')[0].split() == ['part', *FATES]
-    assert {'backbone.base_net', 'backbone.overview_net', 'backbone.focus_net', 'backbone.output_norms', 'neck',
-            'roi_head', 'all'} <= set(rows)
+    assert {
+        'backbone.base_net',
+        'backbone.overview_net',
+        'backbone.focus_net',
+        'backbone.output_norms',
+        'neck',
+        'roi_head',
+        'all',
+    } <= set(rows)
     assert rows['neck'] == [0, 0, 0, 1, 0] and rows['all'] == list(counts(report).values())
-    assert [sum(column) for column in zip(*(row for part, row in rows.items() if part != 'all'), strict=True)] == \
-        rows['all']
+    assert [sum(column) for column in zip(*(row for part, row in rows.items() if part != 'all'), strict=True)] == rows[
+        'all'
+    ]
     details = report.details().split('\n')
     assert len(details) == len(report.entries)
     assert 'renamed  backbone.blocks1.0.proj.0.weight -> base_net.stage1.0.norm.weight' in details
@@ -194,12 +211,16 @@ def test_written_file_is_plain_whole_and_verified(suffix, tmp_path):
     large[3] = state_dict['overview_proj.weight']
     state_dict['overview_proj.weight'] = large[3]
     state_dict['base_net.stem.1.conv.weight'] = state_dict['base_net.stem.1.conv.weight'].to(
-        memory_format=torch.channels_last)
-    torch.save({'model': {f'module.{name}': value for name, value in state_dict.items()}, 'epoch': 3},
-               tmp_path / 'in.pth')
+        memory_format=torch.channels_last
+    )
+    torch.save(
+        {'model': {f'module.{name}': value for name, value in state_dict.items()}, 'epoch': 3}, tmp_path / 'in.pth'
+    )
     report = convert_file(tmp_path / 'in.pth', tmp_path / f'new/out{suffix}', form='folded')
-    assert report.verified.startswith(f'{counts(report)["added"] + counts(report)["kept"]} tensors read back bit for '
-                                      'bit, loaded strictly into OverLoCKBackbone (an arch of its own, folded form), ')
+    assert report.verified.startswith(
+        f'{counts(report)["added"] + counts(report)["kept"]} tensors read back bit for '
+        'bit, loaded strictly into OverLoCKBackbone (an arch of its own, folded form), '
+    )
     assert [path.name for path in (tmp_path / 'new').iterdir()] == [f'out{suffix}']
     written = load(tmp_path / f'new/out{suffix}')
     expected, _ = converted(state_dict, form='folded')
@@ -224,8 +245,10 @@ def test_converting_again_and_over_other_formats_gives_the_same_file(form, tmp_p
 
 
 def test_values_that_are_no_numbers_and_other_dtypes_go_through(tmp_path):
-    given = {name: value.bfloat16() if value.is_floating_point() else value
-             for name, value in OverLoCKBackbone(TINY).state_dict().items()}
+    given = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in OverLoCKBackbone(TINY).state_dict().items()
+    }
     given['overview_proj.bias'][2] = float('nan')
     torch.save(given, tmp_path / 'in.pth')
     for suffix in ('.pth', '.safetensors'):
@@ -248,8 +271,14 @@ def test_running_average_is_taken(tmp_path):
 
 def test_file_of_a_detector_is_one_that_its_toolbox_loads(tmp_path):
     classes = {'classes': ('cat', 'dog'), 'palette': [(1, 2, 3), (4, 5, 6)]}
-    torch.save({'state_dict': detector(), 'meta': {'dataset_meta': classes, 'cfg': 'model = 1', 'epoch': 3},
-                'optimizer': {'state': {}}}, tmp_path / 'in.pth')
+    torch.save(
+        {
+            'state_dict': detector(),
+            'meta': {'dataset_meta': classes, 'cfg': 'model = 1', 'epoch': 3},
+            'optimizer': {'state': {}},
+        },
+        tmp_path / 'in.pth',
+    )
     convert_file(tmp_path / 'in.pth', tmp_path / 'out.pth', form='folded')
     content = torch.load(tmp_path / 'out.pth', weights_only=True)
     assert content.keys() == {'state_dict', 'meta'} and content['meta'] == {'dataset_meta': classes}
@@ -273,15 +302,25 @@ def cut_off_write(path, tensors, meta, write=convert._write):
 
 
 def wrong_form(tensors, network, form, reform=convert._reform):
-    return {name: value * 1.01 if name.endswith('stem.0.conv.weight') else value
-            for name, value in reform(tensors, network, form).items()}
+    return {
+        name: value * 1.01 if name.endswith('stem.0.conv.weight') else value
+        for name, value in reform(tensors, network, form).items()
+    }
 
 
 @pytest.mark.parametrize('old', [b'an older file', None], ids=['over an older file', 'new'])
-@pytest.mark.parametrize(('name', 'broken', 'message'), [
-    ('_write', spoiled_write, '^out.pth does not hold what was written to it, and was discarded'),
-    ('_write', cut_off_write, 'is not a whole PyTorch checkpoint'),
-    ('_reform', wrong_form, r'^out.pth was discarded: .* deviate by \d\.\de-04 of the largest, expected at most 1e-0')])
+@pytest.mark.parametrize(
+    ('name', 'broken', 'message'),
+    [
+        ('_write', spoiled_write, '^out.pth does not hold what was written to it, and was discarded'),
+        ('_write', cut_off_write, 'is not a whole PyTorch checkpoint'),
+        (
+            '_reform',
+            wrong_form,
+            r'^out.pth was discarded: .* deviate by \d\.\de-04 of the largest, expected at most 1e-0',
+        ),
+    ],
+)
 def test_a_file_that_fails_verification_leaves_all_as_it_was(name, broken, message, old, tmp_path, monkeypatch):
     torch.save(randomise(OverLoCKBackbone(TINY)).state_dict(), tmp_path / 'in.pth')
     if old:
@@ -302,11 +341,15 @@ def test_folding_weights_that_are_not_finite_is_refused(tmp_path):
     assert not (tmp_path / 'out.pth').exists()
 
 
-@pytest.mark.parametrize(('out', 'message'), [
-    ('out.bin', r'must be a file that ends in .pth or .safetensors, got .*out.bin'),
-    ('in.pth', 'is the file that is converted; give another name, so that nothing is lost'),
-    ('link.pth', 'is the file that is converted'),
-    ('folder.pth', 'must be a file that ends in')])
+@pytest.mark.parametrize(
+    ('out', 'message'),
+    [
+        ('out.bin', r'must be a file that ends in .pth or .safetensors, got .*out.bin'),
+        ('in.pth', 'is the file that is converted; give another name, so that nothing is lost'),
+        ('link.pth', 'is the file that is converted'),
+        ('folder.pth', 'must be a file that ends in'),
+    ],
+)
 def test_the_file_given_and_other_kinds_of_files_are_never_written(out, message, tmp_path):
     torch.save(OverLoCK(TINY).state_dict(), tmp_path / 'in.pth')
     (tmp_path / 'link.pth').symlink_to('in.pth')

@@ -36,14 +36,19 @@ def test_gradients_are_those_of_finite_differences():
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 def test_bfloat16_gradients_of_dilated_kernels_are_near_those_of_float32(kernel_size, dilation, size, memory_format):
     generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(2, 56, *size, generator=generator).bfloat16().contiguous(memory_format=memory_format)
-               for _ in range(2))
+    x, grad = (
+        torch.randn(2, 56, *size, generator=generator).bfloat16().contiguous(memory_format=memory_format)
+        for _ in range(2)
+    )
     weight = torch.randn(56, 1, kernel_size, kernel_size, generator=generator).bfloat16()
     gradients = []
     for dtype in (torch.bfloat16, torch.float32):
         tensors = [t.to(dtype).requires_grad_() for t in (x, weight)]
-        y = (depthwise_conv2d(*tensors, dilation=dilation) if dtype == torch.bfloat16 else F.conv2d(
-            *tensors, padding=kernel_size // 2 * dilation, dilation=dilation, groups=56))
+        y = (
+            depthwise_conv2d(*tensors, dilation=dilation)
+            if dtype == torch.bfloat16
+            else F.conv2d(*tensors, padding=kernel_size // 2 * dilation, dilation=dilation, groups=56)
+        )
         gradients.append(torch.autograd.grad(y, tensors, grad.to(dtype)))
     for ours, truth in zip(*gradients, strict=True):
         assert_relative(ours, truth, TOLERANCES[torch.bfloat16])
@@ -53,8 +58,9 @@ def test_gradients_keep_the_dtype_of_a_bfloat16_weight():
     x = torch.randn(1, 2, 12, 12, dtype=torch.bfloat16)
     weight = torch.randn(2, 1, 13, 13, dtype=torch.bfloat16, requires_grad=True)
     depthwise_conv2d(x, weight).sum().backward()
-    expected = torch.autograd.grad(F.conv2d(x.double(), wide := weight.detach().double().requires_grad_(), padding=6,
-                                            groups=2).sum(), wide)[0]
+    expected = torch.autograd.grad(
+        F.conv2d(x.double(), wide := weight.detach().double().requires_grad_(), padding=6, groups=2).sum(), wide
+    )[0]
     assert weight.grad.dtype == torch.bfloat16
     assert_relative(weight.grad, expected, TOLERANCES[torch.bfloat16])
 
@@ -66,12 +72,15 @@ def test_weight_gradient_keeps_the_rules_of_torch_library():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('kernel_size', 'dilation', 'dtype'), [(13, 1, torch.float64), (7, 2, torch.bfloat16)],
-                         ids=str)
+@pytest.mark.parametrize(
+    ('kernel_size', 'dilation', 'dtype'), [(13, 1, torch.float64), (7, 2, torch.bfloat16)], ids=str
+)
 def test_compiled_gradients_are_our_own_too(kernel_size, dilation, dtype):
     generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(2, 8, 20, 24, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
-               for _ in range(2))
+    x, grad = (
+        torch.randn(2, 8, 20, 24, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
     weight = torch.randn(8, 1, kernel_size, kernel_size, generator=generator).to(dtype)
     tensors = [t.requires_grad_() for t in (x, weight)]
     gradients = []

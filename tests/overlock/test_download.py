@@ -56,7 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.tag is not None:
             self.send_header('ETag', server.tag)
         self.end_headers()
-        self.wfile.write(body[:server.breaks.pop(0)] if server.breaks else body)
+        self.wfile.write(body[: server.breaks.pop(0)] if server.breaks else body)
 
     def log_message(self, *_):
         pass
@@ -101,9 +101,16 @@ def test_download_that_gave_up_is_gone_on_with_by_the_next(server, tmp_path):
     assert server.requests[-1][1] == 'bytes=300000-' and files(tmp_path) == ['w.pth']
 
 
-@pytest.mark.parametrize('change', [
-    dict(content=CONTENT[:100] + CONTENT[::-1], tag='"2"'), dict(content=CONTENT[:1000], tag='"2"'), dict(ranges=False),
-    dict(tag=None)], ids=['another file', 'a shorter file', 'no ranges', 'no version'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(content=CONTENT[:100] + CONTENT[::-1], tag='"2"'),
+        dict(content=CONTENT[:1000], tag='"2"'),
+        dict(ranges=False),
+        dict(tag=None),
+    ],
+    ids=['another file', 'a shorter file', 'no ranges', 'no version'],
+)
 def test_part_of_another_file_is_not_gone_on_with(server, change, tmp_path):
     server.breaks = [300_000, 0]
     with pytest.raises(CheckpointError):
@@ -144,9 +151,13 @@ def test_server_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize(('known', 'message'), [
-    (dict(size=len(CONTENT) + 1), f'expected {len(CONTENT) + 1} bytes, got {len(CONTENT)}'),
-    (dict(sha256='0' * 64), f'expected SHA-256 {"0" * 64}, got {SHA256}')])
+@pytest.mark.parametrize(
+    ('known', 'message'),
+    [
+        (dict(size=len(CONTENT) + 1), f'expected {len(CONTENT) + 1} bytes, got {len(CONTENT)}'),
+        (dict(sha256='0' * 64), f'expected SHA-256 {"0" * 64}, got {SHA256}'),
+    ],
+)
 def test_file_that_is_not_the_published_one_is_not_kept(server, known, message, tmp_path, monkeypatch):
     weights = registry.Weights(server.url(), 'xt', 'classification', 'training', {}, registry.Preprocessing(), **known)
     monkeypatch.setitem(registry.WEIGHTS, 'ours', weights)

@@ -36,7 +36,9 @@ def test_path_differs_by_torch_processor_and_source(folder, monkeypatch):
 
 def test_missing_library_says_what_compiles_it(folder):
     assert extension.load() == (
-        False, 'not compiled for this PyTorch and processor; `python -m overlock.ops.build` does it')
+        False,
+        'not compiled for this PyTorch and processor; `python -m overlock.ops.build` does it',
+    )
 
 
 def test_damaged_library_is_no_error_but_a_reason(folder):
@@ -52,6 +54,7 @@ def test_failed_compilation_leaves_nothing_and_a_clear_exit(folder, monkeypatch,
 
     def fails(*args, **kwargs):
         raise RuntimeError('Ninja is required to load C++ extensions')
+
     monkeypatch.setattr(cpp_extension, 'load', fails)
     assert build.main() == 1
     assert 'were not compiled; all runs without them' in capsys.readouterr().err
@@ -76,6 +79,7 @@ def test_missing_setuptools_is_a_clear_exit(folder, monkeypatch, capsys):
 def test_user_without_a_home_goes_without_the_operators(monkeypatch):
     def nobody():
         raise RuntimeError('Could not determine home directory.')
+
     for name in ('OVERLOCK_CACHE', 'XDG_CACHE_HOME'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, 'home', nobody)

@@ -14,10 +14,12 @@ from tests.overlock.conftest import TOLERANCES, assert_relative, image, publishe
 from tests.overlock.test_model import TINY
 from tests.overlock.test_reparam import assert_same
 
-MODELS = {'classifier': lambda **kwargs: OverLoCK(TINY, **kwargs),
-          'detection': lambda **kwargs: OverLoCKBackbone(TINY, **kwargs),
-          'segmentation': lambda **kwargs: OverLoCKBackbone(TINY, overview_residual=False, **kwargs),
-          'first output': lambda **kwargs: OverLoCKBackbone(TINY, out_indices=(0,), **kwargs)}
+MODELS = {
+    'classifier': lambda **kwargs: OverLoCK(TINY, **kwargs),
+    'detection': lambda **kwargs: OverLoCKBackbone(TINY, **kwargs),
+    'segmentation': lambda **kwargs: OverLoCKBackbone(TINY, overview_residual=False, **kwargs),
+    'first output': lambda **kwargs: OverLoCKBackbone(TINY, out_indices=(0,), **kwargs),
+}
 
 
 def in_form(model, form):
@@ -83,8 +85,11 @@ def test_folded_model_loads_published_reparameterised_names_strictly(arch, shape
 
 @pytest.mark.parametrize('kind', ['cls', 'det', 'seg'])
 def test_folded_model_gives_the_published_numbers(kind, shapes, golden):
-    model = OverLoCK('xt', deploy=True) if kind == 'cls' else \
-        OverLoCKBackbone('xt', overview_residual=kind == 'det', deploy=True)
+    model = (
+        OverLoCK('xt', deploy=True)
+        if kind == 'cls'
+        else OverLoCKBackbone('xt', overview_residual=kind == 'det', deploy=True)
+    )
     model = model.double().eval()
     model.load_state_dict(published_weights(shapes[kind]['xt']), strict=True)
     with torch.no_grad():
@@ -94,15 +99,18 @@ def test_folded_model_gives_the_published_numbers(kind, shapes, golden):
         return
     for i, out in enumerate(outs):
         flat, expected = out.flatten(), golden[f'{kind}/xt/224x224/out{i}/sample']
-        assert_relative(flat[::max(1, flat.numel() // 4096)], expected, TOLERANCES[torch.float64])
+        assert_relative(flat[:: max(1, flat.numel() // 4096)], expected, TOLERANCES[torch.float64])
 
 
 @pytest.mark.parametrize('published', [False, True], ids=['our names', 'published names'])
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
 def test_missing_and_unexpected_entries_are_told_in_the_names_of_the_file(prefix, published):
     state = randomise(OverLoCKBackbone(TINY)).state_dict()
-    lacking = {'base_net.stem.1.bn.running_var': 'patch_embed1.4.running_var',
-               'focus_net.stage3.1.ffn.grn.beta': 'sub_blocks3.1.mlp.3.beta', 'overview_scale.bias': 'h_proj.1.bias'}
+    lacking = {
+        'base_net.stem.1.bn.running_var': 'patch_embed1.4.running_var',
+        'focus_net.stage3.1.ffn.grn.beta': 'sub_blocks3.1.mlp.3.beta',
+        'overview_scale.bias': 'h_proj.1.bias',
+    }
     names = set(lacking.values() if published else lacking)
     given = to_published(state) if published else dict(state)
     given = {f'{prefix}{name}': value for name, value in given.items() if name not in names}
@@ -115,8 +123,12 @@ def test_missing_and_unexpected_entries_are_told_in_the_names_of_the_file(prefix
     assert result.unexpected_keys == [f'{prefix}head.fc.weight']
     built.load_state_dict(state)
     kept = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
-    assert kept == {'base_net.stem.1.conv.weight', 'base_net.stem.1.conv.bias', 'focus_net.stage3.1.ffn.fc2.bias',
-                    'overview_proj.bias'}
+    assert kept == {
+        'base_net.stem.1.conv.weight',
+        'base_net.stem.1.conv.bias',
+        'focus_net.stage3.1.ffn.fc2.bias',
+        'overview_proj.bias',
+    }
     for name, value in model.state_dict().items():
         assert name in kept or torch.equal(value, built.state_dict()[name]), name
     with pytest.raises(RuntimeError, match=f'Missing key.*{min(names)}'):

@@ -54,9 +54,16 @@ def test_large_kernels_on_a_gpu_take_the_package(package, dtype):
     assert_relative(actual.as_subclass(torch.Tensor), expected, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize(('dtype', 'kernel_size', 'dilation', 'asked'), [
-    (torch.bfloat16, 7, 1, True), (torch.float32, 5, 1, True), (torch.float32, 7, 2, True),
-    (torch.float32, 7, 1, False)], ids=str)
+@pytest.mark.parametrize(
+    ('dtype', 'kernel_size', 'dilation', 'asked'),
+    [
+        (torch.bfloat16, 7, 1, True),
+        (torch.float32, 5, 1, True),
+        (torch.float32, 7, 2, True),
+        (torch.float32, 7, 1, False),
+    ],
+    ids=str,
+)
 def test_all_else_does_not(package, monkeypatch, dtype, kernel_size, dilation, asked):
     monkeypatch.setattr(igemm, 'ASKED', asked)
     assert not igemm.fits(on_gpu(1, 3, 9, 9, dtype=dtype), torch.zeros(3, 1, kernel_size, kernel_size), dilation)

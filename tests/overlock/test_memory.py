@@ -10,7 +10,7 @@ import pytest
 from overlock import memory
 
 # Page faults of making a 64 MiB map again and again, before and after.
-COUNT = '''
+COUNT = """
 import resource, torch, overlock
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,7 +22,7 @@ before = faults()
 assert overlock.keep_freed_memory()
 faults()
 print(before, faults())
-'''
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc has these settings')

@@ -12,11 +12,16 @@ from overlock.layers import DropPath
 from tests.overlock.conftest import TOLERANCES, assert_relative, image
 
 # A network of the same kind, small enough to build in milliseconds.
-TINY = dict(embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1),
-            focus_groups=(2, 4))
+TINY = dict(
+    embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1), focus_groups=(2, 4)
+)
 # Parameters in millions, counted on the published shapes.
-PARAMETERS = {'xt': (17.31, 15.66, 15.51), 't': (34.99, 33.13, 32.80), 's': (58.31, 56.45, 56.12),
-              'b': (98.01, 96.09, 95.67)}
+PARAMETERS = {
+    'xt': (17.31, 15.66, 15.51),
+    't': (34.99, 33.13, 32.80),
+    's': (58.31, 56.45, 56.12),
+    'b': (98.01, 96.09, 95.67),
+}
 
 
 def count(model: nn.Module) -> float:
@@ -47,7 +52,7 @@ def test_backbone_takes_any_size_from_32(height, width):
         outs = model(image(1, height, width).float())
     assert model.out_channels == (8, 16, 24, 40)
     for i, out in enumerate(outs):
-        stride = 4 * 2 ** i
+        stride = 4 * 2**i
         assert out.shape == (1, model.out_channels[i], -(-height // stride), -(-width // stride))
         assert out.isfinite().all()
 
@@ -61,9 +66,15 @@ def test_outputs_are_contiguous_for_operators_that_read_memory_as_it_lies(memory
 
 
 @pytest.mark.parametrize('given', [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize(('asked', 'inside'), [
-    (None, torch.channels_last), (torch.contiguous_format, torch.contiguous_format),
-    (torch.channels_last, torch.channels_last)], ids=str)
+@pytest.mark.parametrize(
+    ('asked', 'inside'),
+    [
+        (None, torch.channels_last),
+        (torch.contiguous_format, torch.contiguous_format),
+        (torch.channels_last, torch.channels_last),
+    ],
+    ids=str,
+)
 def test_maps_inside_have_the_memory_format_asked_for(asked, inside, given):
     model, seen = OverLoCKBackbone(TINY).eval(), []
     model.memory_format = asked
@@ -139,15 +150,21 @@ def test_checkpointing_keeps_fewer_activations():
         with hooks:
             model(image(2, 64, 64).float())
         return sum(total)
+
     assert kept(True) < 0.5 * kept(False)
 
 
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 3, 4])
 def test_frozen_stages_are_frozen_and_stay_in_evaluation(frozen_stages):
     model = OverLoCKBackbone(TINY, frozen_stages=frozen_stages)
-    prefixes = [('base_net.stem.',), ('base_net.stage1.',), ('base_net.downsample2.', 'base_net.stage2.'),
-                ('base_net.downsample3.', 'base_net.stage3.'), ('overview_net.',)]
-    frozen = tuple(prefix for stage in prefixes[:frozen_stages + 1] for prefix in stage)
+    prefixes = [
+        ('base_net.stem.',),
+        ('base_net.stage1.',),
+        ('base_net.downsample2.', 'base_net.stage2.'),
+        ('base_net.downsample3.', 'base_net.stage3.'),
+        ('overview_net.',),
+    ]
+    frozen = tuple(prefix for stage in prefixes[: frozen_stages + 1] for prefix in stage)
     before = copy.deepcopy(model.state_dict())
     for _ in range(2):
         assert model.train() is model
@@ -176,8 +193,14 @@ def test_sync_batch_norm_conversion_reaches_every_batch_norm():
 
 def test_drop_path_rises_linearly_over_base_overview_and_focus():
     model = OverLoCKBackbone('xt', drop_path_rate=0.16)
-    stages = (model.base_net.stage1, model.base_net.stage2, model.base_net.stage3, model.overview_net.stage,
-              model.focus_net.stage3, model.focus_net.stage4)
+    stages = (
+        model.base_net.stage1,
+        model.base_net.stage2,
+        model.base_net.stage3,
+        model.overview_net.stage,
+        model.focus_net.stage3,
+        model.focus_net.stage4,
+    )
     rates = [block.drop_path.rate for stage in stages for block in stage]
     torch.testing.assert_close(rates, [0.01 * i for i in range(17)])
 
@@ -204,20 +227,24 @@ def test_weights_start_as_published():
     assert (model.focus_net.stage3[1].prior_scale.weight == 1).all()
 
 
-@pytest.mark.parametrize(('make', 'error', 'message'), [
-    (lambda: get_arch('xl'), ValueError, "one of xt, t, s, b .*got 'xl'"),
-    (lambda: get_arch(3), TypeError, 'got int'),
-    (lambda: get_arch({**TINY, 'depths': 3}), ValueError, r"unknown fields \['depths'\]"),
-    (lambda: get_arch({'embed_dims': (8, 16, 16, 32)}), ValueError, 'missing fields'),
-    (lambda: get_arch({**TINY, 'embed_dims': (8, 16, 32)}), ValueError, r'must have 4 entries, got \(8, 16, 32\)'),
-    (lambda: get_arch({**TINY, 'embed_dims': 8}), ValueError, 'must have 4 entries, got 8'),
-    (lambda: get_arch({**TINY, 'focus_groups': (3, 4)}), ValueError, 'divisible by twice focus_groups'),
-    (lambda: get_arch({**TINY, 'kernel_sizes': (17, 14, 13, 7)}), ValueError, 'must be odd'),
-    (lambda: OverLoCKBackbone(TINY, out_indices=(3, 0)), ValueError, r'ascending and among 0 to 3, got \(3, 0\)'),
-    (lambda: OverLoCK(TINY, num_classes=0), ValueError, 'num_classes must be at least 1, got 0'),
-    (lambda: OverLoCKBackbone(TINY, frozen_stages=5), ValueError, 'between -1 and 4, got 5'),
-    (lambda: OverLoCKBackbone(TINY, drop_path_rate=1.0), ValueError, r'in \[0, 1\), got 1.0'),
-    (lambda: OverLoCKBackbone(TINY, contmix_backend='fast'), ValueError, "got 'fast'")])
+@pytest.mark.parametrize(
+    ('make', 'error', 'message'),
+    [
+        (lambda: get_arch('xl'), ValueError, "one of xt, t, s, b .*got 'xl'"),
+        (lambda: get_arch(3), TypeError, 'got int'),
+        (lambda: get_arch({**TINY, 'depths': 3}), ValueError, r"unknown fields \['depths'\]"),
+        (lambda: get_arch({'embed_dims': (8, 16, 16, 32)}), ValueError, 'missing fields'),
+        (lambda: get_arch({**TINY, 'embed_dims': (8, 16, 32)}), ValueError, r'must have 4 entries, got \(8, 16, 32\)'),
+        (lambda: get_arch({**TINY, 'embed_dims': 8}), ValueError, 'must have 4 entries, got 8'),
+        (lambda: get_arch({**TINY, 'focus_groups': (3, 4)}), ValueError, 'divisible by twice focus_groups'),
+        (lambda: get_arch({**TINY, 'kernel_sizes': (17, 14, 13, 7)}), ValueError, 'must be odd'),
+        (lambda: OverLoCKBackbone(TINY, out_indices=(3, 0)), ValueError, r'ascending and among 0 to 3, got \(3, 0\)'),
+        (lambda: OverLoCK(TINY, num_classes=0), ValueError, 'num_classes must be at least 1, got 0'),
+        (lambda: OverLoCKBackbone(TINY, frozen_stages=5), ValueError, 'between -1 and 4, got 5'),
+        (lambda: OverLoCKBackbone(TINY, drop_path_rate=1.0), ValueError, r'in \[0, 1\), got 1.0'),
+        (lambda: OverLoCKBackbone(TINY, contmix_backend='fast'), ValueError, "got 'fast'"),
+    ],
+)
 def test_wrong_arguments_are_one_clear_sentence(make, error, message):
     with pytest.raises(error, match=message):
         make()

@@ -33,7 +33,7 @@ def test_gradient_of_a_silent_channel_is_zero(memory_format):
 def test_norm_of_a_large_float16_map_is_finite(memory_format):
     norm = spatial_norm(torch.full((1, 2, 300, 300), 100, dtype=torch.float16).contiguous(memory_format=memory_format))
     assert norm.dtype == torch.float32
-    assert_relative(norm, torch.full((1, 2, 1, 1), 30000.), TOLERANCES[torch.float32])
+    assert_relative(norm, torch.full((1, 2, 1, 1), 30000.0), TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize('batch', [1, 2])

@@ -14,7 +14,8 @@ def test_every_published_file_has_a_name():
     files = {weights.url.rpartition('/')[2]: name for name, weights in WEIGHTS.items()}
     assert len(files) == len(WEIGHTS) == 8 + 6 + 3
     assert {weights.url.rpartition('/')[0] for weights in WEIGHTS.values()} == {
-        'https://github.com/LMMMEng/OverLoCK/releases/download/v1'}
+        'https://github.com/LMMMEng/OverLoCK/releases/download/v1'
+    }
     assert files['overlock_s_in1k_224.pth'] == 'overlock_s_in1k'
     assert files['overlock_s_in1k_224_reparam.pth'] == 'overlock_s_in1k_reparam'
     assert files['maskrcnn1x_overlock_small_coco.pth'] == 'mask_rcnn_overlock_s_1x_coco'
@@ -23,8 +24,9 @@ def test_every_published_file_has_a_name():
     for name, weights in WEIGHTS.items():
         assert weights.arch in ARCHS and f'overlock_{weights.arch}_' in name
         assert weights.form == ('merged' if name.endswith('_reparam') else 'training')
-        assert re.match({'classification': 'overlock_', 'detection': 'mask_rcnn_', 'segmentation': 'upernet_'}[
-            weights.task], name)
+        assert re.match(
+            {'classification': 'overlock_', 'detection': 'mask_rcnn_', 'segmentation': 'upernet_'}[weights.task], name
+        )
 
 
 def test_crops_and_results_are_the_published_ones():
@@ -35,9 +37,14 @@ def test_crops_and_results_are_the_published_ones():
     assert WEIGHTS['upernet_overlock_t_ade20k'].metrics == {'miou': 50.3}
 
 
-@pytest.mark.parametrize(('name', 'kind', 'prefix'), [
-    ('overlock_xt_in1k', 'cls', ''), ('mask_rcnn_overlock_t_1x_coco', 'det', 'backbone.'),
-    ('upernet_overlock_t_ade20k', 'seg', 'backbone.')])
+@pytest.mark.parametrize(
+    ('name', 'kind', 'prefix'),
+    [
+        ('overlock_xt_in1k', 'cls', ''),
+        ('mask_rcnn_overlock_t_1x_coco', 'det', 'backbone.'),
+        ('upernet_overlock_t_ade20k', 'seg', 'backbone.'),
+    ],
+)
 def test_weights_load_by_name(name, kind, prefix, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path))
     weights = published_weights(shapes[kind][WEIGHTS[name].arch])

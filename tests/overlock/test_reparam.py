@@ -21,8 +21,13 @@ MODELS = {
     'classifier without aux head': lambda arch=TINY, **kwargs: OverLoCK(arch, aux_head=False, **kwargs),
     'detection': lambda arch=TINY, **kwargs: OverLoCKBackbone(arch, **kwargs),
     'segmentation': lambda arch=TINY, **kwargs: OverLoCKBackbone(arch, overview_residual=False, **kwargs),
-    **{f'outputs {indices}': lambda arch=TINY, indices=indices, **kwargs: OverLoCKBackbone(
-        arch, out_indices=indices, **kwargs) for indices in ((0,), (1,), (2,), (3,), (0, 2))}}
+    **{
+        f'outputs {indices}': lambda arch=TINY, indices=indices, **kwargs: OverLoCKBackbone(
+            arch, out_indices=indices, **kwargs
+        )
+        for indices in ((0,), (1,), (2,), (3,), (0, 2))
+    },
+}
 
 
 @torch.no_grad()
@@ -48,10 +53,17 @@ def test_every_large_kernel_merges_exactly(kernel_size):
     assert list(merged.state_dict()) == ['conv.weight', 'conv.bias']
 
 
-@pytest.mark.parametrize('make', [
-    lambda: ConvNorm(4, 6, 3, stride=2, act=nn.GELU()), lambda: ConvNorm(4, 4, 3, groups=4, bias=True),
-    lambda: ConvFFN(4, 8), lambda: StaticBlock(4, 7), lambda: StaticBlock(4, 7, layer_scale=True)],
-    ids=['conv', 'depthwise conv with bias', 'ffn', 'static block', 'static block with layer scale'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: ConvNorm(4, 6, 3, stride=2, act=nn.GELU()),
+        lambda: ConvNorm(4, 4, 3, groups=4, bias=True),
+        lambda: ConvFFN(4, 8),
+        lambda: StaticBlock(4, 7),
+        lambda: StaticBlock(4, 7, layer_scale=True),
+    ],
+    ids=['conv', 'depthwise conv with bias', 'ffn', 'static block', 'static block with layer scale'],
+)
 def test_every_layer_folds_by_itself_exactly_and_once(make):
     layer = randomise(make().double().eval())
     folded = copy.deepcopy(layer)
@@ -116,8 +128,10 @@ def test_nothing_linear_is_left(kind):
         assert not isinstance(module, (nn.modules.batchnorm._BatchNorm, ResidualDWConv)), name
         assert not isinstance(module, ChannelAffine) or module.bias is None or name.endswith('prior_scale'), name
     names = list(folded.state_dict())
-    assert not any('branches' in name or 'ffn.grn.beta' in name or '.norm2.' in name
-                   or name.startswith('output_norms.overview') for name in names)
+    assert not any(
+        'branches' in name or 'ffn.grn.beta' in name or '.norm2.' in name or name.startswith('output_norms.overview')
+        for name in names
+    )
     assert all(type(conv.conv) is nn.Conv2d for conv in folded.modules() if isinstance(conv, ConvNorm))
 
 

@@ -6,10 +6,13 @@ import sys
 import pytest
 
 # Package -> what must not be imported by importing it.
-BANNED = {'overlock': ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm', 'triton', 'natten'),
-          'mmdet_overlock': ('mmseg', 'mmseg_overlock'), 'mmseg_overlock': ('mmdet', 'mmdet_overlock'),
-          'mmengine_overlock': ('mmdet', 'mmseg', 'mmdet_overlock', 'mmseg_overlock'),
-          'imagenet_overlock': ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmengine_overlock')}
+BANNED = {
+    'overlock': ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm', 'triton', 'natten'),
+    'mmdet_overlock': ('mmseg', 'mmseg_overlock'),
+    'mmseg_overlock': ('mmdet', 'mmdet_overlock'),
+    'mmengine_overlock': ('mmdet', 'mmseg', 'mmdet_overlock', 'mmseg_overlock'),
+    'imagenet_overlock': ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmengine_overlock'),
+}
 
 
 def python(code: str, **kwargs) -> subprocess.CompletedProcess:
@@ -19,8 +22,10 @@ def python(code: str, **kwargs) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize('package', BANNED)
 def test_import_stays_in_its_room(package):
     # torch itself may bring triton; what counts is what our package adds to it.
-    code = (f'import sys, torch; before = set(sys.modules); import {package}; '
-            'print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))')
+    code = (
+        f'import sys, torch; before = set(sys.modules); import {package}; '
+        'print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))'
+    )
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert package in result.stdout.split()

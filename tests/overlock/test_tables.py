@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_documents_are_those_of_the_registry(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / 'tools' / 'update_tables.py', '--check'], cwd=tmp_path,
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'update_tables.py', '--check'], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout) == (0, ''), result.stdout + result.stderr
 
 

@@ -55,8 +55,14 @@ def test_eight_models_are_registered_with_the_published_preprocessing():
     for name in XT + LARGE:
         cfg, weights = timm.get_pretrained_cfg(name), WEIGHTS[FILES[name]]
         assert (cfg.url, cfg.crop_pct, cfg.interpolation, cfg.mean, cfg.std, cfg.input_size, cfg.num_classes) == (
-            weights.url, {'xt': 0.925, 't': 0.95, 's': 0.95, 'b': 0.975}[weights.arch], 'bicubic',
-            (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (3, 224, 224), 1000)
+            weights.url,
+            {'xt': 0.925, 't': 0.95, 's': 0.95, 'b': 0.975}[weights.arch],
+            'bicubic',
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
+            (3, 224, 224),
+            1000,
+        )
         assert weights.form == ('merged' if name.endswith('_reparam') else 'training')
         assert getattr(overlock.timm, name).__name__ == name and name in overlock.timm.__all__
 
@@ -127,8 +133,14 @@ def test_pooling_is_chosen_and_kept_by_reset(global_pool):
         projected = model.head.proj(model.forward_features(x))
         pre_logits = model.forward_head(model.forward_features(x), pre_logits=True)
     avg, largest = projected.mean((2, 3)), projected.amax((2, 3))
-    expected = {'avg': avg, 'fast': avg, 'max': largest, 'avgmax': (avg + largest) / 2,
-                'catavgmax': torch.cat([avg, largest], 1), '': projected}[global_pool]
+    expected = {
+        'avg': avg,
+        'fast': avg,
+        'max': largest,
+        'avgmax': (avg + largest) / 2,
+        'catavgmax': torch.cat([avg, largest], 1),
+        '': projected,
+    }[global_pool]
     torch.testing.assert_close(pre_logits, expected)
     assert model.head_hidden_size == expected.shape[1]
     model.reset_classifier(3)
@@ -253,16 +265,24 @@ def test_layer_decay_rises_block_by_block_from_stem_to_head(name):
             scales.setdefault('.'.join(names[p].split('.')[:3]), set()).add(group['lr_scale'])
     assert sum(len(group['params']) for group in param_groups_layer_decay(model)) == len(names)
     assert all(len(each) == 1 for each in scales.values())
-    blocks = ['base_net.stem.0', *(f'base_net.stage{s}.{i}' for s, n in ((1, 2), (2, 2), (3, 3)) for i in range(n)),
-              *(f'overview_net.stage.{i}' for i in range(2)), *(f'focus_net.stage3.{i}' for i in range(6)),
-              *(f'focus_net.stage4.{i}' for i in range(2)), 'head.fc.weight']
+    blocks = [
+        'base_net.stem.0',
+        *(f'base_net.stage{s}.{i}' for s, n in ((1, 2), (2, 2), (3, 3)) for i in range(n)),
+        *(f'overview_net.stage.{i}' for i in range(2)),
+        *(f'focus_net.stage3.{i}' for i in range(6)),
+        *(f'focus_net.stage4.{i}' for i in range(2)),
+        'head.fc.weight',
+    ]
     order = [scales[key].copy().pop() for key in blocks]
-    assert order == [0.5 ** i for i in reversed(range(len(blocks)))]
-    for entry, block in (('base_net.stem.3', 'base_net.stem.0'), ('base_net.downsample2.conv', 'base_net.stage2.0'),
-                         ('overview_net.downsample.conv', 'overview_net.stage.0'),
-                         ('focus_net.context_proj.weight', 'focus_net.stage3.0'),
-                         ('focus_net.context_downsample.conv', 'focus_net.stage4.0'),
-                         ('head.proj.conv', 'head.fc.weight')):
+    assert order == [0.5**i for i in reversed(range(len(blocks)))]
+    for entry, block in (
+        ('base_net.stem.3', 'base_net.stem.0'),
+        ('base_net.downsample2.conv', 'base_net.stage2.0'),
+        ('overview_net.downsample.conv', 'overview_net.stage.0'),
+        ('focus_net.context_proj.weight', 'focus_net.stage3.0'),
+        ('focus_net.context_downsample.conv', 'focus_net.stage4.0'),
+        ('head.proj.conv', 'head.fc.weight'),
+    ):
         assert scales[entry] == scales[block]
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert len(set(coarse.values())) == 8
@@ -298,6 +318,7 @@ def test_compiled_model_is_one_graph():
 
 def test_training_as_in_timms_script_ends_in_a_checkpoint_that_validation_loads(tmp_path):
     from PIL import Image
+
     for split in ('train', 'validation'):
         for colour in ('red', 'blue'):
             folder = tmp_path / split / colour
@@ -309,14 +330,21 @@ def test_training_as_in_timms_script_ends_in_a_checkpoint_that_validation_loads(
 
     def loader(split: str):
         dataset = create_dataset('', root=tmp_path, split=split, is_training=split == 'train')
-        return create_loader(dataset, batch_size=4, is_training=split == 'train', use_prefetcher=False, num_workers=0,
-                             **{key: value for key, value in config.items() if key != 'crop_mode'})
+        return create_loader(
+            dataset,
+            batch_size=4,
+            is_training=split == 'train',
+            use_prefetcher=False,
+            num_workers=0,
+            **{key: value for key, value in config.items() if key != 'crop_mode'},
+        )
 
     optimizer = create_optimizer_v2(model, opt='adamw', lr=3e-3, weight_decay=0.05, layer_decay=0.8)
     scheduler, epochs = create_scheduler_v2(optimizer, sched='cosine', num_epochs=6, warmup_epochs=1)
     average = ModelEmaV2(model, decay=0.5)
-    saver = CheckpointSaver(model, optimizer, model_ema=average, checkpoint_dir=str(tmp_path),
-                            recovery_dir=str(tmp_path))
+    saver = CheckpointSaver(
+        model, optimizer, model_ema=average, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+    )
     for epoch in range(epochs):
         model.train()
         for x, target in loader('train'):
@@ -344,11 +372,17 @@ def test_scripts_of_timm_run_with_the_models(tmp_path):
         '    args = parser.parse_args()\n'
         '    model = timm.create_model(NAME, device="meta")\n'
         '    print(type(model).__module__, len(timm.list_models("overlock*")))\n'
-        '    timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file=args.weights))\n')
+        '    timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file=args.weights))\n'
+    )
 
-    done = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-m', 'overlock.timm', 'script.py', '--weights',
-                           'nowhere.pth'], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, '-W', 'error::UserWarning', '-m', 'overlock.timm', 'script.py', '--weights', 'nowhere.pth'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout == 'overlock.timm 8\n'
     assert done.returncode == 2 and 'nowhere.pth' in done.stderr and 'Traceback' not in done.stderr
 

@@ -84,8 +84,9 @@ def test_folded_model_takes_the_training_file_and_timm_folds_a_training_model(pu
     file = published / 'overlock_xt_in1k_224.pth'
     overlay = {'file': str(file)}
     expected = golden['cls/xt/160x224/logits']
-    folded = timm.create_model('overlock_xt_reparam', pretrained=True, pretrained_cfg_overlay=overlay,
-                               dtype=torch.float64)
+    folded = timm.create_model(
+        'overlock_xt_reparam', pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64
+    )
     assert_relative(logits(folded, image(1, 160, 224)), expected, TOLERANCES[torch.float64])
     by_timm = reparameterize_model(timm.create_model('overlock_xt', pretrained=True, dtype=torch.float64).eval())
     assert by_timm.state_dict().keys() == folded.state_dict().keys()
@@ -106,13 +107,19 @@ def test_grey_images_and_other_classes_keep_the_rest_of_the_weights(name, publis
 @pytest.mark.parametrize('name', XT)
 def test_four_channels_load_and_both_heads_are_new_for_other_classes(name, tmp_path):
     torch.save(to_published(randomise(OverLoCK(TINY)).state_dict()), tmp_path / 'weights.pth')
-    kwargs = {'arch': TINY, 'aux_head': True, 'pretrained': True,
-              'pretrained_cfg_overlay': {'file': str(tmp_path / 'weights.pth')}}
+    kwargs = {
+        'arch': TINY,
+        'aux_head': True,
+        'pretrained': True,
+        'pretrained_cfg_overlay': {'file': str(tmp_path / 'weights.pth')},
+    }
     model = timm.create_model(name, in_chans=4, num_classes=10, **kwargs)
     own, whole = model.state_dict(), timm.create_model(name, **kwargs).state_dict()
     new = {key for key in own if own[key].shape != whole[key].shape or not torch.equal(own[key], whole[key])}
-    assert new == {'base_net.stem.0.conv.weight', *(f'{head}.fc.{part}' for head in ('head', 'aux_head')
-                                                    for part in ('weight', 'bias'))}
+    assert new == {
+        'base_net.stem.0.conv.weight',
+        *(f'{head}.fc.{part}' for head in ('head', 'aux_head') for part in ('weight', 'bias')),
+    }
     outs = model.train()(torch.randn(2, 4, 64, 64))
     assert {value.shape for value in outs.values()} == {(2, 10)}
 
@@ -128,12 +135,14 @@ def test_files_of_ones_own_load_with_their_classes_or_with_new_ones(tmp_path):
     tuned, x = create(num_classes=3), image(1, 64, 64).float()
     torch.save({'state_dict': tuned.state_dict(), 'epoch': 1}, tmp_path / 'tuned.pth')
     file = {'file': str(tmp_path / 'tuned.pth')}
-    same = timm.create_model('overlock_xt', arch=TINY, pretrained=True, num_classes=3,
-                             pretrained_cfg_overlay={**file, 'num_classes': 3})
+    same = timm.create_model(
+        'overlock_xt', arch=TINY, pretrained=True, num_classes=3, pretrained_cfg_overlay={**file, 'num_classes': 3}
+    )
     assert torch.equal(logits(same, x), logits(tuned, x))
     # timm's scripts say -1 for --pretrained-path.
-    new = timm.create_model('overlock_xt', arch=TINY, pretrained=True, num_classes=3,
-                            pretrained_cfg_overlay={**file, 'num_classes': -1})
+    new = timm.create_model(
+        'overlock_xt', arch=TINY, pretrained=True, num_classes=3, pretrained_cfg_overlay={**file, 'num_classes': -1}
+    )
     assert not torch.equal(new.head.fc.weight, tuned.head.fc.weight)
     assert torch.equal(new.head.proj.conv.weight, tuned.head.proj.conv.weight)
     by_path = timm.create_model('overlock_xt', arch=TINY, num_classes=3, checkpoint_path=tmp_path / 'tuned.pth')
@@ -144,11 +153,14 @@ def test_sources_that_timm_reads_itself_load_too(shapes, tmp_path, published):
     x = image(1, 64, 64).float()
     expected = logits(timm.create_model('overlock_xt', pretrained=True), x)
     weights = published_weights(shapes['cls']['xt'])
-    for kwargs in ({'pretrained': True, 'pretrained_cfg_overlay': {'state_dict': weights}},
-                   {'checkpoint_path': str(published / 'overlock_xt_in1k_224.pth')}):
+    for kwargs in (
+        {'pretrained': True, 'pretrained_cfg_overlay': {'state_dict': weights}},
+        {'checkpoint_path': str(published / 'overlock_xt_in1k_224.pth')},
+    ):
         assert torch.equal(logits(timm.create_model('overlock_xt', **kwargs), x), expected)
-    grey = timm.create_model('overlock_xt', pretrained=True, in_chans=1, num_classes=2,
-                             pretrained_cfg_overlay={'state_dict': weights})
+    grey = timm.create_model(
+        'overlock_xt', pretrained=True, in_chans=1, num_classes=2, pretrained_cfg_overlay={'state_dict': weights}
+    )
     stem = weights['patch_embed1.0.weight'].float().sum(1, keepdim=True)
     torch.testing.assert_close(grey.base_net.stem[0].conv.weight, stem)
     save_for_hf(timm.create_model('overlock_xt', pretrained=True), tmp_path / 'saved')
@@ -159,8 +171,13 @@ def test_sources_that_timm_reads_itself_load_too(shapes, tmp_path, published):
 def test_file_of_another_variant_is_an_error(kwargs, shapes, tmp_path):
     torch.save(OverLoCK({**TINY, 'embed_dims': (16, 16, 16, 32)}).state_dict(), tmp_path / 'other.pth')
     with pytest.raises(CheckpointError, match='other.pth is not for this model: .* another shape'):
-        timm.create_model('overlock_xt', arch=TINY, pretrained=True,
-                          pretrained_cfg_overlay={'file': str(tmp_path / 'other.pth')}, **kwargs)
+        timm.create_model(
+            'overlock_xt',
+            arch=TINY,
+            pretrained=True,
+            pretrained_cfg_overlay={'file': str(tmp_path / 'other.pth')},
+            **kwargs,
+        )
 
 
 @pytest.mark.parametrize('kwargs', [{'num_classes': 10}, {'features_only': True}], ids=str)
@@ -168,8 +185,13 @@ def test_file_with_gaps_is_an_error_even_where_timm_would_not_ask(kwargs, tmp_pa
     gaps = {key: value for key, value in OverLoCK(TINY).state_dict().items() if 'stage3.0' not in key}
     torch.save(gaps, tmp_path / 'gaps.pth')
     with pytest.raises(CheckpointError, match='it lacks .*base_net.stage3.0'):
-        timm.create_model('overlock_xt', arch=TINY, pretrained=True,
-                          pretrained_cfg_overlay={'file': str(tmp_path / 'gaps.pth')}, **kwargs)
+        timm.create_model(
+            'overlock_xt',
+            arch=TINY,
+            pretrained=True,
+            pretrained_cfg_overlay={'file': str(tmp_path / 'gaps.pth')},
+            **kwargs,
+        )
 
 
 def test_missing_and_malicious_files_are_refused(tmp_path, monkeypatch):

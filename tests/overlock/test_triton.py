@@ -22,13 +22,23 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 # dtype, (batch, groups, channels of a group, height, width, small kernel, large kernel), memory format. Maps just large
 # enough, odd, non-square, not a multiple of a tile; 16 channels last are read in place, others are packed.
-CASES = [(WIDE, (2, 1, 3, 5, 6, 3, 5), FIRST), (WIDE, (1, 2, 16, 3, 19, 1, 3), LAST),
-         (WIDE, (1, 1, 20, 7, 7, 5, 7), LAST), (torch.float32, (1, 1, 10, 13, 14, 5, 13), FIRST),
-         (BRAIN, (1, 1, 8, 8, 21, 5, 7), LAST), (BRAIN, (1, 1, 14, 5, 7, 3, 5), FIRST),
-         (HALF, (1, 1, 16, 6, 9, 3, 5), LAST)]
-SLOW_CASES = [(WIDE, (2, 2, 10, 13, 13, 5, 13), LAST), (torch.float32, (1, 2, 16, 15, 37, 5, 13), LAST),
-              (BRAIN, (1, 2, 10, 16, 35, 5, 13), FIRST), (HALF, (2, 2, 10, 14, 14, 5, 13), FIRST),
-              (WIDE, (1, 1, 8, 11, 70, 5, 7), FIRST), (WIDE, (1, 1, 3, 19, 20, 3, 17), FIRST)]
+CASES = [
+    (WIDE, (2, 1, 3, 5, 6, 3, 5), FIRST),
+    (WIDE, (1, 2, 16, 3, 19, 1, 3), LAST),
+    (WIDE, (1, 1, 20, 7, 7, 5, 7), LAST),
+    (torch.float32, (1, 1, 10, 13, 14, 5, 13), FIRST),
+    (BRAIN, (1, 1, 8, 8, 21, 5, 7), LAST),
+    (BRAIN, (1, 1, 14, 5, 7, 3, 5), FIRST),
+    (HALF, (1, 1, 16, 6, 9, 3, 5), LAST),
+]
+SLOW_CASES = [
+    (WIDE, (2, 2, 10, 13, 13, 5, 13), LAST),
+    (torch.float32, (1, 2, 16, 15, 37, 5, 13), LAST),
+    (BRAIN, (1, 2, 10, 16, 35, 5, 13), FIRST),
+    (HALF, (2, 2, 10, 14, 14, 5, 13), FIRST),
+    (WIDE, (1, 1, 8, 11, 70, 5, 7), FIRST),
+    (WIDE, (1, 1, 3, 19, 20, 3, 17), FIRST),
+]
 
 
 @pytest.fixture(scope='module')
@@ -56,12 +66,17 @@ def poisoned():
 def inputs(dtype, sizes, memory_format=FIRST, device=None):
     batch, groups, dims, height, width, small, large = sizes
     generator = torch.Generator().manual_seed(height * 1000 + width)
-    taps = small ** 2 + large ** 2
-    shapes = [(batch, groups * dims, height, width), (batch, groups, dims, taps),
-              (batch, 2 * groups * dims, height, width), (taps,), (groups, 2 * small - 1, 2 * small - 1),
-              (groups, 2 * large - 1, 2 * large - 1)]
+    taps = small**2 + large**2
+    shapes = [
+        (batch, groups * dims, height, width),
+        (batch, groups, dims, taps),
+        (batch, 2 * groups * dims, height, width),
+        (taps,),
+        (groups, 2 * small - 1, 2 * small - 1),
+        (groups, 2 * large - 1, 2 * large - 1),
+    ]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    tensors[1] *= dims ** -0.5
+    tensors[1] *= dims**-0.5
     # Parameters stay float32 beside maps in half precision.
     dtypes = [dtype] * 3 + [torch.float32 if dtype.itemsize == 2 else dtype] * 3
     tensors = [tensor.to(device, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
@@ -90,7 +105,7 @@ def dense(query, kernel, value, bias, rpb_small, rpb_large):
         logits = logits.masked_fill(~seen, -torch.inf)
         outs.append(torch.einsum('bgnm,bgcm->bgcn', logits.softmax(-1), half.reshape(batch, groups, dims, -1)))
         norms.append(logits.logsumexp(-1).unflatten(-1, (height, width)))
-        first += size ** 2
+        first += size**2
     return torch.cat(outs, 1).reshape(value.shape), torch.stack(norms)
 
 
@@ -105,8 +120,11 @@ def incoming(out):
 
 
 @needs_triton
-@pytest.mark.parametrize(('dtype', 'sizes', 'memory_format'),
-                         [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)], ids=str)
+@pytest.mark.parametrize(
+    ('dtype', 'sizes', 'memory_format'),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    ids=str,
+)
 def test_output_log_sum_exp_and_gradients_are_those_of_dense_attention(dtype, sizes, memory_format, device, poisoned):
     tensors = inputs(dtype, sizes, memory_format, device)
     out, norm, *gradients = both(tensors)
@@ -143,10 +161,14 @@ def test_gradients_of_taps_do_not_depend_on_how_many_partial_sums_there_are(devi
 @needs_triton
 def test_views_give_what_copies_of_them_give(device, poisoned):
     tensors = inputs(WIDE, (2, 2, 3, 3, 4, 3, 3), device=device)
-    views = [torch.stack([tensors[0], tensors[0]], 2)[:, :, 1], tensors[1].transpose(1, 3).contiguous().transpose(1, 3),
-             tensors[2].mT.contiguous().mT, tensors[3].repeat_interleave(2)[::2],
-             tensors[4].permute(2, 0, 1).contiguous().permute(1, 2, 0),
-             torch.nn.functional.pad(tensors[5], (1, 1))[..., 1:-1]]
+    views = [
+        torch.stack([tensors[0], tensors[0]], 2)[:, :, 1],
+        tensors[1].transpose(1, 3).contiguous().transpose(1, 3),
+        tensors[2].mT.contiguous().mT,
+        tensors[3].repeat_interleave(2)[::2],
+        tensors[4].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        torch.nn.functional.pad(tensors[5], (1, 1))[..., 1:-1],
+    ]
     assert not any(view.is_contiguous() for view in views)
     assert all(torch.equal(view, tensor) for view, tensor in zip(views, tensors, strict=True))
     for ours, truth in zip(both(views), both(tensors), strict=True):
@@ -158,8 +180,9 @@ def test_gradient_of_a_sum_is_taken_though_it_has_no_strides(device):
     tensors = inputs(WIDE, (1, 1, 3, 3, 4, 3, 3), device=device)
     out, norm = backend.forward(*tensors)
     ones = torch.ones((), dtype=out.dtype, device=device).expand(out.shape)
-    for ours, truth in zip(backend.backward(ones, norm, *tensors), backend.backward(ones.contiguous(), norm, *tensors),
-                           strict=True):
+    for ours, truth in zip(
+        backend.backward(ones, norm, *tensors), backend.backward(ones.contiguous(), norm, *tensors), strict=True
+    ):
         assert torch.equal(ours, truth)
 
 
@@ -199,8 +222,10 @@ def test_values_far_from_zero_cost_the_gradients_no_digits(device):
 
 
 def test_importing_the_backend_and_asking_whether_it_runs_leaves_triton_alone():
-    code = ('import sys, torch; before = "triton" in sys.modules; from overlock.ops.contmix import triton; '
-            'triton.verify(); assert before or "triton" not in sys.modules')
+    code = (
+        'import sys, torch; before = "triton" in sys.modules; from overlock.ops.contmix import triton; '
+        'triton.verify(); assert before or "triton" not in sys.modules'
+    )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 
@@ -242,6 +267,7 @@ def compile_kernels(dtype: str, dims: int, large: int, channels_last: bool) -> N
     """Compiles what both passes launch, for an H200 but without one; prints name, size, registers, spilled bytes."""
     from triton import runtime
     from triton.backends.compiler import GPUTarget
+
     launch, compiled = runtime.jit.JITFunction.run, {}
 
     class Driver:
@@ -269,26 +295,43 @@ def compile_kernels(dtype: str, dims: int, large: int, channels_last: bool) -> N
 
 def _registers_and_spills(ptx: str) -> tuple[int, int]:
     import triton
+
     ptxas = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'ptxas'
-    result = subprocess.run([ptxas, '-v', '--gpu-name=sm_90a', '-o', os.devnull, '/dev/stdin'], input=ptx, text=True,
-                            capture_output=True, check=True)
+    result = subprocess.run(
+        [ptxas, '-v', '--gpu-name=sm_90a', '-o', os.devnull, '/dev/stdin'],
+        input=ptx,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     patterns = r'Used (\d+) registers', r'(\d+) bytes spill'
     return tuple(int(re.search(pattern, result.stderr)[1]) for pattern in patterns)
 
 
 # dtype, channels of a group, large kernel, whether channels are last: each of the network's, alternating the format.
-SHAPES = [(dtype, dims, large, (dims + large) % 4 == 1) for dtype in ('bfloat16', 'float32') for dims in (10, 8, 14, 16)
-          for large in (13, 7, 5)]
+SHAPES = [
+    (dtype, dims, large, (dims + large) % 4 == 1)
+    for dtype in ('bfloat16', 'float32')
+    for dims in (10, 8, 14, 16)
+    for large in (13, 7, 5)
+]
 
 
 @needs_triton
-@pytest.mark.parametrize(('dtype', 'dims', 'large', 'channels_last'),
-                         [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[1:])])
+@pytest.mark.parametrize(
+    ('dtype', 'dims', 'large', 'channels_last'),
+    [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[1:])],
+)
 def test_kernels_compile_for_a_gpu_and_keep_to_its_registers(dtype, dims, large, channels_last, tmp_path):
     code = f'from tests.overlock.test_triton import *; compile_kernels({dtype!r}, {dims}, {large}, {channels_last})'
     environ = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                            env=environ | dict(TRITON_CACHE_DIR=str(tmp_path)), cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        env=environ | dict(TRITON_CACHE_DIR=str(tmp_path)),
+        cwd=ROOT,
+    )
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     assert {name for name, *_ in kernels} == {'pack', 'bias_table', 'forward', 'query_grad', 'tap_grad', 'value_grad'}

@@ -13,8 +13,9 @@ from overlock import OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import load, to_published
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
-TINY = dict(embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1),
-            focus_groups=(2, 4))
+TINY = dict(
+    embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1), focus_groups=(2, 4)
+)
 
 
 @pytest.fixture
@@ -46,8 +47,10 @@ def test_a_table_and_how_the_file_was_verified_are_printed(run):
     assert lines[0].split() == ['part', 'kept', 'renamed', 'folded', 'dropped', 'added']
     total = len(load('classifier.pth'))
     assert lines[-3].split() == ['all', '0', str(total), '0', '0', '0']
-    assert lines[-2] == (f'verified: {total} tensors read back bit for bit, loaded strictly into OverLoCK (an arch of '
-                         'its own, training form)')
+    assert lines[-2] == (
+        f'verified: {total} tensors read back bit for bit, loaded strictly into OverLoCK (an arch of '
+        'its own, training form)'
+    )
 
 
 def test_verbose_tells_of_every_tensor(run):
@@ -60,14 +63,21 @@ def test_verbose_tells_of_every_tensor(run):
     assert 'outputs on a random image within' in lines[-2]
 
 
-@pytest.mark.parametrize(('arguments', 'sentence'), [
-    (('absent.pth', 'out.pth'), 'The weight file absent.pth does not exist'),
-    (('classifier.pth', 'out.onnx'), 'the output must be a file that ends in .pth or .safetensors, got out.onnx'),
-    (('classifier.pth', './classifier.pth'), 'the output classifier.pth is the file that is converted; give another'),
-    (('resnet.pth', 'out.pth'), 'resnet.pth holds no OverLoCK: expected an entry base_net.stem.0.conv.weight or '),
-    (('classifier.pth', 'out.pth', '--deploy', '--names', 'published'), 'the state dict has the folded form'),
-    (('classifier.pth', 'out.pth', '--backbone'), 'classifier.pth is of a classifier, expected a detector'),
-    (('classifier.pth', 'out.pth', '--ema'), 'classifier.pth holds no running average of weights')])
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (('absent.pth', 'out.pth'), 'The weight file absent.pth does not exist'),
+        (('classifier.pth', 'out.onnx'), 'the output must be a file that ends in .pth or .safetensors, got out.onnx'),
+        (
+            ('classifier.pth', './classifier.pth'),
+            'the output classifier.pth is the file that is converted; give another',
+        ),
+        (('resnet.pth', 'out.pth'), 'resnet.pth holds no OverLoCK: expected an entry base_net.stem.0.conv.weight or '),
+        (('classifier.pth', 'out.pth', '--deploy', '--names', 'published'), 'the state dict has the folded form'),
+        (('classifier.pth', 'out.pth', '--backbone'), 'classifier.pth is of a classifier, expected a detector'),
+        (('classifier.pth', 'out.pth', '--ema'), 'classifier.pth holds no running average of weights'),
+    ],
+)
 def test_mistakes_are_one_sentence_and_code_2(arguments, sentence, run):
     before = sorted(os.listdir())
     code, out, errors = run('convert_checkpoint', *arguments)
@@ -89,14 +99,30 @@ def test_tool_runs_from_any_folder(run, tmp_path):
     assert torch.load('out.pth', weights_only=True)['state_dict']['neck.weight'].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(('arguments', 'sentence'), [
-    (('absent.py', 'detector.pth', 'out.pth'), 'The configuration absent.py does not exist; '),
-    (('config.py', 'absent.pth', 'out.pth'), 'The weight file absent.pth does not exist'),
-    (('config.py', 'detector.pth', 'out.safetensors'), 'the output must be a file that ends in .pth, got out.safetens'),
-    (('config.py', 'detector.pth', 'config.pth'), 'config.py would be overwritten by the new file of this name; give '),
-    (('config.py', 'detector.pth', 'detector.pth'), 'detector.pth would be overwritten by the new file of this name; '),
-    (('config.py', 'detector.pth', 'out.pth', '--image', 'config.py'), 'the image config.py given by --image cannot '),
-    (('config.py', 'detector.pth', 'out.pth'), 'config.py must be the configuration of a detector or segmenter: ')])
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (('absent.py', 'detector.pth', 'out.pth'), 'The configuration absent.py does not exist; '),
+        (('config.py', 'absent.pth', 'out.pth'), 'The weight file absent.pth does not exist'),
+        (
+            ('config.py', 'detector.pth', 'out.safetensors'),
+            'the output must be a file that ends in .pth, got out.safetens',
+        ),
+        (
+            ('config.py', 'detector.pth', 'config.pth'),
+            'config.py would be overwritten by the new file of this name; give ',
+        ),
+        (
+            ('config.py', 'detector.pth', 'detector.pth'),
+            'detector.pth would be overwritten by the new file of this name; ',
+        ),
+        (
+            ('config.py', 'detector.pth', 'out.pth', '--image', 'config.py'),
+            'the image config.py given by --image cannot ',
+        ),
+        (('config.py', 'detector.pth', 'out.pth'), 'config.py must be the configuration of a detector or segmenter: '),
+    ],
+)
 def test_mistakes_with_reparameterize_are_one_sentence_and_code_2(arguments, sentence, run):
     Path('config.py').write_text('a = 1\n')
     before = sorted(os.listdir())

@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get('OVERLOCK_DATA', 'not set'))
 
 pytestmark = pytest.mark.slow
-needs_data = pytest.mark.skipif(not (DATA / 'coco_tiny').is_dir() or not (DATA / 'ade_tiny').is_dir(),
-                                reason='OVERLOCK_DATA does not name a folder with coco_tiny and ade_tiny')
+needs_data = pytest.mark.skipif(
+    not (DATA / 'coco_tiny').is_dir() or not (DATA / 'ade_tiny').is_dir(),
+    reason='OVERLOCK_DATA does not name a folder with coco_tiny and ade_tiny',
+)
 
 DETECTION = f"""
 _base_ = '{ROOT}/configs/mask_rcnn_overlock_xt_1x.py'
@@ -65,15 +67,31 @@ randomness = dict(seed=0)
 def run(tool, *arguments, folder, data, processes=1, port=''):
     """Run train or test on the CPU, by the shell where there are more processes; the output."""
     # One thread each, as torchrun has it: sums in another order could tip untrained maps.
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHON': sys.executable,
-                   'PORT': port}
+    environment = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'CUDA_VISIBLE_DEVICES': '',
+        'PYTHON': sys.executable,
+        'PORT': port,
+    }
     command = [sys.executable, ROOT / 'tools' / f'{tool}.py', *arguments]
     if processes > 1:
         config_and_checkpoint = 1 + (tool == 'test')
-        command = ['bash', ROOT / 'tools' / f'dist_{tool}.sh', *arguments[:config_and_checkpoint], processes,
-                   *arguments[config_and_checkpoint:]]
-    result = subprocess.run([*map(str, command), '--data-root', str(DATA / data)], cwd=folder, env=environment,
-                            capture_output=True, text=True, timeout=600)
+        command = [
+            'bash',
+            ROOT / 'tools' / f'dist_{tool}.sh',
+            *arguments[:config_and_checkpoint],
+            processes,
+            *arguments[config_and_checkpoint:],
+        ]
+    result = subprocess.run(
+        [*map(str, command), '--data-root', str(DATA / data)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -86,14 +104,25 @@ def score(output, name):
 def test_a_detector_trains_resumes_and_tests_alike_on_two_processes(tmp_path, port):
     config = tmp_path / 'config.py'
     config.write_text(DETECTION)
-    run('train', config, '--work-dir', 'a', '--amp', '--cfg-options', 'train_cfg.max_epochs=1', folder=tmp_path,
-        data='coco_tiny')
+    run(
+        'train',
+        config,
+        '--work-dir',
+        'a',
+        '--amp',
+        '--cfg-options',
+        'train_cfg.max_epochs=1',
+        folder=tmp_path,
+        data='coco_tiny',
+    )
     resumed = run('train', config, '--work-dir', 'a', '--resume', folder=tmp_path, data='coco_tiny')
     assert 'resumed epoch: 1, iter: 3' in resumed and 'loss: nan' not in resumed
-    one = run('test', config, 'a/epoch_2.pth', '--out', 'one.pkl', '--show-dir', 'drawn', folder=tmp_path,
-              data='coco_tiny')
-    two = run('test', config, 'a/epoch_2.pth', '--out', 'two.pkl', folder=tmp_path, data='coco_tiny', processes=2,
-              port=port)
+    one = run(
+        'test', config, 'a/epoch_2.pth', '--out', 'one.pkl', '--show-dir', 'drawn', folder=tmp_path, data='coco_tiny'
+    )
+    two = run(
+        'test', config, 'a/epoch_2.pth', '--out', 'two.pkl', folder=tmp_path, data='coco_tiny', processes=2, port=port
+    )
     for name in ('coco/bbox_mAP', 'coco/segm_mAP'):
         assert score(one, name) == score(two, name) == score(resumed, name)
     assert '| person ' in one
@@ -110,8 +139,20 @@ def test_a_detector_trains_from_imagenet_weights_on_two_processes(tmp_path, port
     config = tmp_path / 'config.py'
     config.write_text(DETECTION)
     torch.save({'state_dict': OverLoCK('xt').state_dict()}, tmp_path / 'imagenet.pth')
-    trained = run('train', config, '--work-dir', 'a', '--weights', 'imagenet.pth', '--cfg-options',
-                  'train_cfg.max_epochs=1', folder=tmp_path, data='coco_tiny', processes=2, port=port)
+    trained = run(
+        'train',
+        config,
+        '--work-dir',
+        'a',
+        '--weights',
+        'imagenet.pth',
+        '--cfg-options',
+        'train_cfg.max_epochs=1',
+        folder=tmp_path,
+        data='coco_tiny',
+        processes=2,
+        port=port,
+    )
     # 1549 tensors of the trunk; the log is the first process's.
     assert trained.count('loaded 1549 tensors from imagenet.pth') == 1
     weights = torch.load(tmp_path / 'a' / 'epoch_1.pth', weights_only=False)['state_dict']
@@ -123,8 +164,18 @@ def test_a_segmenter_trains_and_tests_alike_on_two_processes(tmp_path, port):
     config = tmp_path / 'config.py'
     config.write_text(SEGMENTATION)
     trained = run('train', config, '--work-dir', 'one', folder=tmp_path, data='ade_tiny')
-    run('train', config, '--work-dir', 'two', '--cfg-options', 'train_dataloader.batch_size=1', folder=tmp_path,
-        data='ade_tiny', processes=2, port=port)
+    run(
+        'train',
+        config,
+        '--work-dir',
+        'two',
+        '--cfg-options',
+        'train_dataloader.batch_size=1',
+        folder=tmp_path,
+        data='ade_tiny',
+        processes=2,
+        port=port,
+    )
     weights = [torch.load(tmp_path / name / 'iter_4.pth', weights_only=False)['state_dict'] for name in ('one', 'two')]
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
     middle = torch.load(tmp_path / 'one' / 'iter_2.pth', weights_only=False)['state_dict']
@@ -133,10 +184,12 @@ def test_a_segmenter_trains_and_tests_alike_on_two_processes(tmp_path, port):
     assert 'resumed epoch: 0, iter: 2' in resumed
     again = torch.load(tmp_path / 'one' / 'iter_4.pth', weights_only=False)['state_dict']
     torch.testing.assert_close(again, weights[0])
-    one = run('test', config, 'one/iter_4.pth', '--out', 'one.pkl', '--show-dir', 'drawn', folder=tmp_path,
-              data='ade_tiny')
-    two = run('test', config, 'one/iter_4.pth', '--out', 'two.pkl', folder=tmp_path, data='ade_tiny', processes=2,
-              port=port)
+    one = run(
+        'test', config, 'one/iter_4.pth', '--out', 'one.pkl', '--show-dir', 'drawn', folder=tmp_path, data='ade_tiny'
+    )
+    two = run(
+        'test', config, 'one/iter_4.pth', '--out', 'two.pkl', folder=tmp_path, data='ade_tiny', processes=2, port=port
+    )
     assert score(one, 'mIoU') == score(two, 'mIoU') == score(trained, 'mIoU')
     assert re.search(r'\|\s+person\s+\|', one)
     assert len(list((tmp_path / 'drawn').rglob('*.png'))) == 4

@@ -36,7 +36,8 @@ tta_pipeline = [
             ],
             [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
-        ]),
+        ],
+    ),
 ]
 
 # Total batch size 16 = 8 GPUs x 2.
@@ -49,7 +50,9 @@ train_dataloader = dict(
         type='ADE20KDataset',
         data_root=data_root,
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=4,
@@ -59,7 +62,9 @@ val_dataloader = dict(
         type='ADE20KDataset',
         data_root=data_root,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])

@@ -10,7 +10,8 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
         # The crop size of the training pipeline: smaller crops are padded up to it.
-        size=(512, 512)),
+        size=(512, 512),
+    ),
     backbone=dict(type='OverLoCK'),
     decode_head=dict(
         type='UPerHead',
@@ -21,7 +22,8 @@ model = dict(
         num_classes=150,
         norm_cfg=dict(type='SyncBN', requires_grad=True),
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+    ),
     auxiliary_head=dict(
         type='FCNHead',
         in_index=2,
@@ -32,6 +34,8 @@ model = dict(
         num_classes=150,
         norm_cfg=dict(type='SyncBN', requires_grad=True),
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4)),
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
+    ),
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'))
+    test_cfg=dict(mode='whole'),
+)

@@ -8,11 +8,9 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
     # The authors' key `norm` under our names: the dynamic blocks' two LayerNorms and the output norms, nothing else.
     paramwise_cfg=dict(
-        custom_keys={
-            'norm1': dict(decay_mult=0.0),
-            'norm2': dict(decay_mult=0.0),
-            'output_norms': dict(decay_mult=0.0),
-        }))
+        custom_keys={'norm1': dict(decay_mult=0.0), 'norm2': dict(decay_mult=0.0), 'output_norms': dict(decay_mult=0.0)}
+    ),
+)
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=500),

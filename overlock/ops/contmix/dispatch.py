@@ -38,7 +38,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"contmix backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = _why_not(backend)
     if reason:
-        raise RuntimeError(f"contmix backend {backend!r} was asked for but cannot run here: {reason}")
+        raise RuntimeError(f'contmix backend {backend!r} was asked for but cannot run here: {reason}')
 
 
 def choose(value: Tensor, kernel_sizes: tuple[int, int]) -> str:
@@ -80,9 +80,20 @@ def _log_once(message: str) -> None:
 _why_not._dynamo_marked_constant = _log_once._dynamo_marked_constant = True
 
 
-def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, rpb_small: Tensor,
-            rpb_large: Tensor, *, kernel_sizes: tuple[int, int], num_groups: int, scale: float,
-            backend: str = 'auto') -> Tensor:
+def contmix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb_small: Tensor,
+    rpb_large: Tensor,
+    *,
+    kernel_sizes: tuple[int, int],
+    num_groups: int,
+    scale: float,
+    backend: str = 'auto',
+) -> Tensor:
     """Convolves each pixel with kernels computed from its affinity to S x S regions (paper, Sec. 3.3, ContMix).
 
     The first half of the value channels meets the small kernels, the second half the large ones. A window near a
@@ -125,8 +136,16 @@ def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Ten
     return OPERATORS[choose(value, kernel_sizes) if backend == 'auto' else backend](*inputs)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, rpb_small: Tensor, rpb_large: Tensor,
-                  kernel_sizes: tuple[int, int], num_groups: int) -> None:
+def _check_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    rpb_small: Tensor,
+    rpb_large: Tensor,
+    kernel_sizes: tuple[int, int],
+    num_groups: int,
+) -> None:
     height, width = value.shape[2:]
     small, large = kernel_sizes
     if small % 2 == 0 or large % 2 == 0:
@@ -134,11 +153,14 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, rpb
     if min(height, width) < max(kernel_sizes):
         raise ValueError(f'value must be at least {max(kernel_sizes)} pixels high and wide, got {height}x{width}')
     if value.shape[1] != 2 * query.shape[1] or value.shape[1] % (2 * num_groups):
-        raise ValueError(f'value must have twice the channels of query and a multiple of 2 x {num_groups} groups, '
-                         f'got {value.shape[1]} and {query.shape[1]}')
-    if weight.shape[0] != small ** 2 + large ** 2 or weight.shape[1] != key.shape[2:].numel():
-        raise ValueError(f'weight must have shape ({small ** 2 + large ** 2}, {key.shape[2:].numel()}), '
-                         f'got {tuple(weight.shape)}')
+        raise ValueError(
+            f'value must have twice the channels of query and a multiple of 2 x {num_groups} groups, '
+            f'got {value.shape[1]} and {query.shape[1]}'
+        )
+    if weight.shape[0] != small**2 + large**2 or weight.shape[1] != key.shape[2:].numel():
+        raise ValueError(
+            f'weight must have shape ({small**2 + large**2}, {key.shape[2:].numel()}), got {tuple(weight.shape)}'
+        )
     for size, rpb in ((small, rpb_small), (large, rpb_large)):
         if rpb.shape != (num_groups, 2 * size - 1, 2 * size - 1):
             raise ValueError(f'rpb must have shape {(num_groups, 2 * size - 1, 2 * size - 1)}, got {tuple(rpb.shape)}')

@@ -19,8 +19,9 @@ def verify() -> tuple[bool, str]:
     return True, ''
 
 
-def forward(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
-            rpb_large: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor
+) -> tuple[Tensor, Tensor]:
     """See `overlock.ops.contmix.library.register`."""
     out, lses = torch.empty_like(value), []
     for taps, tap_bias, rpb, half, to in halves(kernel, bias, rpb_small, rpb_large, value, out):
@@ -31,8 +32,16 @@ def forward(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_smal
     return out, torch.stack(lses)
 
 
-def backward(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
-             rpb_large: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    kernel: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    rpb_small: Tensor,
+    rpb_large: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `overlock.ops.contmix.library.register`."""
     grad_value, grad_query = torch.empty_like(value), torch.zeros_like(query)
     grad_taps, grad_bias, grad_rpb = [], [], []
@@ -59,8 +68,10 @@ def plain(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small:
     for taps, tap_bias, rpb, half, _ in halves(kernel, bias, rpb_small, rpb_large, value, value):
         weights = compute_logits(query, taps, tap_bias, rpb, half.shape[3:]).softmax(2).to(value.dtype)
         size = (rpb.shape[1] + 1) // 2
-        rows, cols = (window_starts(length, size, value.device).unsqueeze(1) + torch.arange(size, device=value.device)
-                      for length in half.shape[3:])
+        rows, cols = (
+            window_starts(length, size, value.device).unsqueeze(1) + torch.arange(size, device=value.device)
+            for length in half.shape[3:]
+        )
         out = 0
         for row, weight in zip(rows.unbind(1), weights.unflatten(2, (size, size)).unbind(2), strict=True):
             seen = half[:, :, :, row][..., cols]  # (B, G, d, H, W, K)
@@ -90,8 +101,10 @@ def position_bias(rpb: Tensor, tap_bias: Tensor, height: int, width: int) -> Ten
     """
     size = (rpb.shape[1] + 1) // 2
     windows = rpb.unfold(1, size, 1).unfold(2, size, 1).permute(0, 3, 4, 1, 2).flatten(1, 2)
-    rows, cols = (window_starts(length, size, rpb.device) - torch.arange(length, device=rpb.device) + size - 1
-                  for length in (height, width))
+    rows, cols = (
+        window_starts(length, size, rpb.device) - torch.arange(length, device=rpb.device) + size - 1
+        for length in (height, width)
+    )
     return (windows + tap_bias.view(-1, 1, 1))[:, :, rows][..., cols]
 
 
@@ -133,7 +146,7 @@ def aggregate_backward(weights: Tensor, value: Tensor, grad: Tensor) -> tuple[Te
     if _is_dense(size, height, width):
         grad, value = grad.flatten(3), value.flatten(3)
         slopes = value.mT @ grad
-        if height * width != size ** 2:
+        if height * width != size**2:
             slopes = slopes.gather(2, _dense_index(weights))
         return slopes.view(weights.shape), (grad @ _dense(weights).mT).unflatten(-1, (height, width))
     slopes, grad_value = torch.empty_like(weights), torch.zeros_like(value)
@@ -157,7 +170,7 @@ def _kernel_size(weights: Tensor) -> int:
 
 
 def _is_dense(kernel_size: int, height: int, width: int) -> bool:
-    return height * width <= DENSE_LIMIT * kernel_size ** 2
+    return height * width <= DENSE_LIMIT * kernel_size**2
 
 
 def _dense(weights: Tensor) -> Tensor:
@@ -175,7 +188,7 @@ def _dense_index(weights: Tensor) -> Tensor:
     rows, cols = (window_starts(length, size, weights.device) for length in (height, width))
     taps = torch.arange(size, device=weights.device)
     index = (taps.view(-1, 1, 1, 1) + rows.view(-1, 1)) * width + taps.view(-1, 1, 1) + cols
-    return index.reshape(size ** 2, -1).expand(*weights.shape[:2], -1, -1)
+    return index.reshape(size**2, -1).expand(*weights.shape[:2], -1, -1)
 
 
 def _blocks(length: int, kernel_size: int, tap: int) -> tuple[tuple[slice, slice], ...]:
@@ -185,12 +198,19 @@ def _blocks(length: int, kernel_size: int, tap: int) -> tuple[tuple[slice, slice
     """
     radius = kernel_size // 2
     last = length - kernel_size
-    return ((slice(0, radius), slice(tap, tap + 1)),
-            (slice(radius, length - radius), slice(tap, tap + last + 1)),
-            (slice(length - radius, length), slice(tap + last, tap + last + 1)))
+    return (
+        (slice(0, radius), slice(tap, tap + 1)),
+        (slice(radius, length - radius), slice(tap, tap + last + 1)),
+        (slice(length - radius, length), slice(tap + last, tap + last + 1)),
+    )
 
 
 def _columns(x: Tensor, kernel_size: int, tap: int) -> Tensor:
     """What every query column sees at a tap column: (..., H, W) to the same."""
-    return torch.cat([x[..., keys].expand(*x.shape[:-1], queries.stop - queries.start)
-                      for queries, keys in _blocks(x.shape[-1], kernel_size, tap)], dim=-1)
+    return torch.cat(
+        [
+            x[..., keys].expand(*x.shape[:-1], queries.stop - queries.start)
+            for queries, keys in _blocks(x.shape[-1], kernel_size, tap)
+        ],
+        dim=-1,
+    )

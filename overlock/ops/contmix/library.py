@@ -30,8 +30,9 @@ def register(name: str, backend: ModuleType) -> Callable[..., Tensor]:
     """
 
     @torch.library.custom_op(f'overlock::contmix_{name}', mutates_args=())
-    def operator(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
-                 rpb_large: Tensor) -> tuple[Tensor, Tensor]:
+    def operator(
+        query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return backend.forward(query, kernel, value, bias, rpb_small, rpb_large)
 
     @operator.register_fake
@@ -39,8 +40,16 @@ def register(name: str, backend: ModuleType) -> Callable[..., Tensor]:
         return torch.empty_like(value), empty_lse(value, kernel)
 
     @torch.library.custom_op(f'overlock::contmix_{name}_backward', mutates_args=())
-    def gradient(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor,
-                 rpb_small: Tensor, rpb_large: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def gradient(
+        grad: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        kernel: Tensor,
+        value: Tensor,
+        bias: Tensor,
+        rpb_small: Tensor,
+        rpb_large: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return backend.backward(grad, lse, query, kernel, value, bias, rpb_small, rpb_large)
 
     @gradient.register_fake

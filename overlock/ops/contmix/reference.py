@@ -14,8 +14,18 @@ def window_starts(length: int, kernel_size: int, device: torch.device | None = N
     return (torch.arange(length, device=device) - kernel_size // 2).clamp(0, length - kernel_size)
 
 
-def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, rpb_small: Tensor,
-            rpb_large: Tensor, kernel_sizes: tuple[int, int], num_groups: int, scale: float) -> Tensor:
+def contmix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb_small: Tensor,
+    rpb_large: Tensor,
+    kernel_sizes: tuple[int, int],
+    num_groups: int,
+    scale: float,
+) -> Tensor:
     """See `overlock.ops.contmix`."""
     batch, _, height, width = value.shape
     query = query.reshape(batch, num_groups, -1, height * width) * scale
@@ -25,8 +35,12 @@ def contmix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Ten
     small, large = kernel_sizes
     halves = []
     for size, rpb, half_logits, half_value in zip(
-            kernel_sizes, (rpb_small, rpb_large), logits.split([small ** 2, large ** 2], dim=-1),
-            value.chunk(2, dim=1), strict=True):
+        kernel_sizes,
+        (rpb_small, rpb_large),
+        logits.split([small**2, large**2], dim=-1),
+        value.chunk(2, dim=1),
+        strict=True,
+    ):
         halves.append(_mix(half_logits, rpb, half_value.reshape(batch, num_groups, -1, height, width), size))
     return torch.cat(halves, dim=1)
 
@@ -35,8 +49,9 @@ def _mix(logits: Tensor, rpb: Tensor, value: Tensor, kernel_size: int) -> Tensor
     """Logits (B, G, H W, K^2), rpb (G, 2K-1, 2K-1) and value (B, G, d, H, W) to (B, G d, H, W)."""
     batch, groups, dims, height, width = value.shape
     taps = torch.arange(kernel_size, device=value.device)
-    key_rows, key_cols = (window_starts(length, kernel_size, value.device)[:, None] + taps
-                          for length in (height, width))
+    key_rows, key_cols = (
+        window_starts(length, kernel_size, value.device)[:, None] + taps for length in (height, width)
+    )
     rpb_rows = key_rows - torch.arange(height, device=value.device)[:, None] + kernel_size - 1
     rpb_cols = key_cols - torch.arange(width, device=value.device)[:, None] + kernel_size - 1
     # (H, W, K, K): query row, query column, tap row, tap column.

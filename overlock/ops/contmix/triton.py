@@ -64,6 +64,7 @@ def interpreted() -> bool:
 @lru_cache(maxsize=1)
 def _kernels() -> ModuleType:
     from overlock.ops.contmix import triton_kernels
+
     if interpreted():
         _repair_interpreter()
     return triton_kernels
@@ -72,6 +73,7 @@ def _kernels() -> ModuleType:
 def _repair_interpreter() -> None:
     """Lets loops run: the interpreter has arrays of one element for bounds, which numpy 2.4 refuses as integers."""
     from triton.runtime import interpreter
+
     patch = interpreter._patch_lang_tensor
 
     def repaired(tensor: type, *scope: Any) -> None:
@@ -93,8 +95,9 @@ class _Operands(NamedTuple):
     constants: dict[str, Any]
 
 
-def forward(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
-            rpb_large: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mixes a map, and gives the log-sum-exp of the logits for the backward pass.
 
     Args:
@@ -114,14 +117,33 @@ def forward(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_smal
         lse = operands.tables[0].new_empty(2, *operands.sizes)
         rows = 2
         _kernels().forward[_grid(operands, rows, COLS)](
-            operands.query, operands.kernel, operands.value, *operands.tables, out, lse, operands.query.stride(),
-            operands.value.stride(), out.stride(), *operands.sizes, **operands.constants, ROWS=rows,
-            **_options(operands, num_warps=rows, registers=128))
+            operands.query,
+            operands.kernel,
+            operands.value,
+            *operands.tables,
+            out,
+            lse,
+            operands.query.stride(),
+            operands.value.stride(),
+            out.stride(),
+            *operands.sizes,
+            **operands.constants,
+            ROWS=rows,
+            **_options(operands, num_warps=rows, registers=128),
+        )
     return out, lse
 
 
-def backward(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
-             rpb_large: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    kernel: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    rpb_small: Tensor,
+    rpb_large: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `forward`'s arguments in their order, like them, from that of its output and its log-sum-exp."""
     with torch.cuda.device_of(value):
         operands = _prepare(query, kernel, value, bias, rpb_small, rpb_large)
@@ -132,10 +154,14 @@ def backward(grad: Tensor, lse: Tensor, query: Tensor, kernel: Tensor, value: Te
         grad_value = _value_grad(operands, grad, lse, value)
         partial, *rpb_partials = _tap_grads(operands, grad, lse, delta)
         taps = partial.sum(0)
-        small = [torch.empty_like(kernel).copy_(taps[..., :-1].transpose(2, 3)),
-                 torch.empty_like(bias).copy_(taps[..., -1].sum((0, 1)))]
-        small += [torch.empty_like(rpb).copy_(part.sum((0, 1)))
-                  for rpb, part in zip((rpb_small, rpb_large), rpb_partials, strict=True)]
+        small = [
+            torch.empty_like(kernel).copy_(taps[..., :-1].transpose(2, 3)),
+            torch.empty_like(bias).copy_(taps[..., -1].sum((0, 1))),
+        ]
+        small += [
+            torch.empty_like(rpb).copy_(part.sum((0, 1)))
+            for rpb, part in zip((rpb_small, rpb_large), rpb_partials, strict=True)
+        ]
     return grad_query, small[0], grad_value, *small[1:]
 
 
@@ -144,9 +170,23 @@ def _query_grad(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor, q
     grad_query = torch.empty_like(query)
     rows = 2
     _kernels().query_grad[_grid(operands, rows, COLS)](
-        operands.query, operands.kernel, operands.value, grad, *operands.tables, lse, delta, grad_query,
-        operands.query.stride(), operands.value.stride(), grad.stride(), grad_query.stride(), *operands.sizes,
-        **operands.constants, ROWS=rows, **_options(operands, num_warps=rows, registers=168))
+        operands.query,
+        operands.kernel,
+        operands.value,
+        grad,
+        *operands.tables,
+        lse,
+        delta,
+        grad_query,
+        operands.query.stride(),
+        operands.value.stride(),
+        grad.stride(),
+        grad_query.stride(),
+        *operands.sizes,
+        **operands.constants,
+        ROWS=rows,
+        **_options(operands, num_warps=rows, registers=168),
+    )
     return grad_query
 
 
@@ -156,9 +196,21 @@ def _value_grad(operands: _Operands, grad: Tensor, lse: Tensor, value: Tensor) -
     for half, (size, table) in enumerate(zip(operands.kernel_sizes, operands.tables, strict=True)):
         keys = _keys(size, operands.constants['P_COLS'])
         _kernels().value_grad[_grid(operands, 1, keys)](
-            operands.query, operands.kernel, grad, table, lse, grad_value, operands.query.stride(), grad.stride(),
-            grad_value.stride(), *operands.sizes, HALF=half, **operands.constants, KEYS=keys,
-            **_options(operands, num_warps=1, registers=160))
+            operands.query,
+            operands.kernel,
+            grad,
+            table,
+            lse,
+            grad_value,
+            operands.query.stride(),
+            grad.stride(),
+            grad_value.stride(),
+            *operands.sizes,
+            HALF=half,
+            **operands.constants,
+            KEYS=keys,
+            **_options(operands, num_warps=1, registers=160),
+        )
     return grad_value
 
 
@@ -175,37 +227,70 @@ def _tap_grads(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor) ->
     runs = 2 * edge + -(-(height - 2 * edge) // STEP)
     span = max(1, runs * batch * groups // PARTIALS)
     parts, rows = -(-runs // span), 2
-    taps = sum(size ** 2 for size in operands.kernel_sizes)
+    taps = sum(size**2 for size in operands.kernel_sizes)
     partials = [lse.new_empty(parts, batch, groups, taps, operands.constants['D'] + 1)]
     for half, (size, table) in enumerate(zip(operands.kernel_sizes, operands.tables, strict=True)):
         offsets = 2 * size - 1
         partials.append(lse.new_zeros(batch, runs, groups, offsets, offsets))
         _kernels().tap_grad[(batch * groups * parts * -(-size // rows),)](
-            operands.query, operands.kernel, operands.value, grad, table, lse, delta, partials[0], partials[-1],
-            operands.query.stride(), operands.value.stride(), grad.stride(), *operands.sizes, edge, STEP, runs, span,
-            HALF=half, **operands.constants, P_RPB=max(COLS, _power_of_two(offsets)), ROWS=rows,
-            **_options(operands, num_warps=rows, registers=168))
+            operands.query,
+            operands.kernel,
+            operands.value,
+            grad,
+            table,
+            lse,
+            delta,
+            partials[0],
+            partials[-1],
+            operands.query.stride(),
+            operands.value.stride(),
+            grad.stride(),
+            *operands.sizes,
+            edge,
+            STEP,
+            runs,
+            span,
+            HALF=half,
+            **operands.constants,
+            P_RPB=max(COLS, _power_of_two(offsets)),
+            ROWS=rows,
+            **_options(operands, num_warps=rows, registers=168),
+        )
     return tuple(partials)
 
 
-def _prepare(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor,
-             rpb_large: Tensor) -> _Operands:
+def _prepare(
+    query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor
+) -> _Operands:
     groups, dims = kernel.shape[1:3]
     rpbs = (rpb_small, rpb_large)
     small, large = kernel_sizes = tuple((rpb.shape[-1] + 1) // 2 for rpb in rpbs)
     # The interpreter multiplies the bits of bfloat16 as if they were integers.
     product = torch.float32 if interpreted() and value.dtype == torch.bfloat16 else value.dtype
-    constants = dict(K_SMALL=small, K_LARGE=large, D=dims, P=max(16, _power_of_two(dims)),
-                     P_TAPS=max(16, _power_of_two(max(kernel_sizes) + 1)),
-                     P_COLS=_power_of_two(COLS + max(kernel_sizes) - 1), COLS=COLS,
-                     DOT=getattr(_kernels().tl, str(product).removeprefix('torch.')))
-    tables = [_table(part, rpb, size, constants['P_TAPS'], value.dtype) for part, rpb, size in
-              zip(bias.split([small ** 2, large ** 2]), rpbs, kernel_sizes, strict=True)]
-    return _Operands(_packed(_by_group(query, groups), constants['P']),
-                     # A kernel is packed like a map of one row.
-                     _packed(kernel.transpose(2, 3).unsqueeze(2), constants['P'], copy=True),
-                     _packed(_by_group(value, 2 * groups), constants['P']),
-                     tuple(tables), (value.shape[0], groups, *value.shape[2:]), kernel_sizes, constants)
+    constants = dict(
+        K_SMALL=small,
+        K_LARGE=large,
+        D=dims,
+        P=max(16, _power_of_two(dims)),
+        P_TAPS=max(16, _power_of_two(max(kernel_sizes) + 1)),
+        P_COLS=_power_of_two(COLS + max(kernel_sizes) - 1),
+        COLS=COLS,
+        DOT=getattr(_kernels().tl, str(product).removeprefix('torch.')),
+    )
+    tables = [
+        _table(part, rpb, size, constants['P_TAPS'], value.dtype)
+        for part, rpb, size in zip(bias.split([small**2, large**2]), rpbs, kernel_sizes, strict=True)
+    ]
+    return _Operands(
+        _packed(_by_group(query, groups), constants['P']),
+        # A kernel is packed like a map of one row.
+        _packed(kernel.transpose(2, 3).unsqueeze(2), constants['P'], copy=True),
+        _packed(_by_group(value, 2 * groups), constants['P']),
+        tuple(tables),
+        (value.shape[0], groups, *value.shape[2:]),
+        kernel_sizes,
+        constants,
+    )
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -221,7 +306,8 @@ def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
     target = x.new_empty(batch, groups, height, length, width)
     columns = 32
     _kernels().pack[(batch * groups * height * -(-length // columns),)](
-        x, target, x.stride(), groups, height, length, D=dims, P=width, COLS=columns, num_warps=1)
+        x, target, x.stride(), groups, height, length, D=dims, P=width, COLS=columns, num_warps=1
+    )
     return target
 
 
@@ -230,7 +316,8 @@ def _table(bias: Tensor, rpb: Tensor, size: int, width: int, dtype: torch.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     table = rpb.new_empty(rpb.shape[0], size, size, size, width, dtype=wide)
     _kernels().bias_table[(rpb.shape[0] * size * size,)](
-        bias, rpb, table, bias.stride(0), rpb.stride(), K=size, P_TAPS=width, num_warps=1)
+        bias, rpb, table, bias.stride(0), rpb.stride(), K=size, P_TAPS=width, num_warps=1
+    )
     return table
 
 

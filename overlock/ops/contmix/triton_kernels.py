@@ -97,8 +97,9 @@ def _store(target, tile, strides, rows, cols, live, D: tl.constexpr):
     """Stores (rows, cols, P) at the D channels of a map with strides (b, c, h, w); `target` is its first channel."""
     c = tl.arange(0, tile.shape[2])
     offsets = (rows * strides[2])[:, None] + (cols * strides[3])[None, :]
-    tl.store(target + offsets[:, :, None] + c * strides[1], tile.to(target.dtype.element_ty),
-             mask=live[:, :, None] & (c < D))
+    tl.store(
+        target + offsets[:, :, None] + c * strides[1], tile.to(target.dtype.element_ty), mask=live[:, :, None] & (c < D)
+    )
 
 
 @triton.jit
@@ -109,8 +110,11 @@ def pack(source, target, strides, G, H, W, D: tl.constexpr, P: tl.constexpr, COL
     w = tl.program_id(0) % segments * COLS + tl.arange(0, COLS)
     c = tl.arange(0, P)
     source += row // H // G * strides[0] + row // H % G * strides[1] + row % H * strides[2]
-    pixels = tl.load(source + (w * strides[3])[:, None] + (c * strides[4])[None, :],
-                     mask=(w < W)[:, None] & (c < D)[None, :], other=0.)
+    pixels = tl.load(
+        source + (w * strides[3])[:, None] + (c * strides[4])[None, :],
+        mask=(w < W)[:, None] & (c < D)[None, :],
+        other=0.0,
+    )
     tl.store(target + (row * W + w)[:, None] * P + c[None, :], pixels, mask=(w < W)[:, None])
 
 
@@ -125,15 +129,32 @@ def bias_table(bias, rpb, table, bias_stride, strides, K: tl.constexpr, P_TAPS: 
     col, b = tl.arange(0, P_TAPS)[:, None], tl.arange(0, P_TAPS)[None, :]
     rpb += group * strides[0] + (K - 1 - row + a) * strides[1]
     x = tl.load(rpb + (K - 1 - col + b) * strides[2], mask=(col < K) & (b < K), other=float('-inf'))
-    tap = tl.load(bias + (a * K + b) * bias_stride, mask=b < K, other=0.)
+    tap = tl.load(bias + (a * K + b) * bias_stride, mask=b < K, other=0.0)
     total = x.to(table.dtype.element_ty) + tap.to(table.dtype.element_ty)
     tl.store(table + (program * K + col) * P_TAPS + b, total, mask=col < K)
 
 
 @triton.jit
-def _mix(q, kernel, value, table, group, row, col, inside, first, value_row, K: tl.constexpr, P: tl.constexpr,
-         P_TAPS: tl.constexpr, P_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr,
-         ACC: tl.constexpr):
+def _mix(
+    q,
+    kernel,
+    value,
+    table,
+    group,
+    row,
+    col,
+    inside,
+    first,
+    value_row,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    P_TAPS: tl.constexpr,
+    P_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Output (ROWS COLS, P) and log-sum-exp of a tile: one pass over the window's rows with a running maximum."""
     peak = tl.full([ROWS * COLS], float('-inf'), ACC)
     total = tl.zeros([ROWS * COLS, P_TAPS], ACC)
@@ -155,9 +176,33 @@ def _mix(q, kernel, value, table, group, row, col, inside, first, value_row, K: 
 
 
 @triton.jit
-def _forward_half(q, kernel, value, table, out, lse, value_strides, out_strides, image, group, i0, j0, B, G, H, W,
-                  HALF: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, P_TAPS: tl.constexpr,
-                  P_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
+def _forward_half(
+    q,
+    kernel,
+    value,
+    table,
+    out,
+    lse,
+    value_strides,
+    out_strides,
+    image,
+    group,
+    i0,
+    j0,
+    B,
+    G,
+    H,
+    W,
+    HALF: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    P_TAPS: tl.constexpr,
+    P_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """The tile of one kernel size."""
     rows, cols = i0 + tl.arange(0, ROWS), j0 + tl.arange(0, COLS)
     i, j = tl.minimum(rows, H - 1), tl.minimum(cols, W - 1)
@@ -165,9 +210,26 @@ def _forward_half(q, kernel, value, table, out, lse, value_strides, out_strides,
     value += image * value_strides[0] + (HALF * G + group) * value_strides[1]
     value += _pixels(value_strides, top, tl.minimum(left + tl.arange(0, P_COLS), W - 1), P)
     inside = (j0 >= K // 2) & (j0 + COLS + K // 2 <= W)
-    mixed, norm = _mix(q, kernel, value, table, group, i - top, j - start, inside,
-                       _for_rows(start - left, ROWS), value_strides[2], K, P, P_TAPS, P_COLS, ROWS, COLS, DOT,
-                       lse.dtype.element_ty)
+    mixed, norm = _mix(
+        q,
+        kernel,
+        value,
+        table,
+        group,
+        i - top,
+        j - start,
+        inside,
+        _for_rows(start - left, ROWS),
+        value_strides[2],
+        K,
+        P,
+        P_TAPS,
+        P_COLS,
+        ROWS,
+        COLS,
+        DOT,
+        lse.dtype.element_ty,
+    )
     live = (rows < H)[:, None] & (cols < W)[None, :]
     out += image * out_strides[0] + (HALF * G + group) * D * out_strides[1]
     _store(out, tl.reshape(mixed, [ROWS, COLS, P]), out_strides, rows, cols, live, D)
@@ -176,9 +238,31 @@ def _forward_half(q, kernel, value, table, out, lse, value_strides, out_strides,
 
 
 @triton.jit
-def forward(query, kernel, value, table_small, table_large, out, lse, query_strides, value_strides, out_strides,
-            B, G, H, W, K_SMALL: tl.constexpr, K_LARGE: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-            P_TAPS: tl.constexpr, P_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
+def forward(
+    query,
+    kernel,
+    value,
+    table_small,
+    table_large,
+    out,
+    lse,
+    query_strides,
+    value_strides,
+    out_strides,
+    B,
+    G,
+    H,
+    W,
+    K_SMALL: tl.constexpr,
+    K_LARGE: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    P_TAPS: tl.constexpr,
+    P_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """Output and log-sum-exp of one tile of queries, for both kernel sizes."""
     image, group, i0, j0 = _tile(G, H, W, ROWS, COLS)
     i = tl.minimum(i0 + tl.arange(0, ROWS), H - 1)
@@ -186,16 +270,90 @@ def forward(query, kernel, value, table_small, table_large, out, lse, query_stri
     query += image * query_strides[0] + group * query_strides[1]
     q = tl.reshape(tl.load(query + _pixels(query_strides, i, j, P)), [ROWS * COLS, P])
     kernel += (image * G + group) * (K_SMALL * K_SMALL + K_LARGE * K_LARGE) * P
-    _forward_half(q, kernel, value, table_small, out, lse, value_strides, out_strides, image, group, i0, j0,
-                  B, G, H, W, 0, K_SMALL, D, P, P_TAPS, P_COLS, ROWS, COLS, DOT)
-    _forward_half(q, kernel + K_SMALL * K_SMALL * P, value, table_large, out, lse, value_strides, out_strides, image,
-                  group, i0, j0, B, G, H, W, 1, K_LARGE, D, P, P_TAPS, P_COLS, ROWS, COLS, DOT)
+    _forward_half(
+        q,
+        kernel,
+        value,
+        table_small,
+        out,
+        lse,
+        value_strides,
+        out_strides,
+        image,
+        group,
+        i0,
+        j0,
+        B,
+        G,
+        H,
+        W,
+        0,
+        K_SMALL,
+        D,
+        P,
+        P_TAPS,
+        P_COLS,
+        ROWS,
+        COLS,
+        DOT,
+    )
+    _forward_half(
+        q,
+        kernel + K_SMALL * K_SMALL * P,
+        value,
+        table_large,
+        out,
+        lse,
+        value_strides,
+        out_strides,
+        image,
+        group,
+        i0,
+        j0,
+        B,
+        G,
+        H,
+        W,
+        1,
+        K_LARGE,
+        D,
+        P,
+        P_TAPS,
+        P_COLS,
+        ROWS,
+        COLS,
+        DOT,
+    )
 
 
 @triton.jit
-def _query_half(q, kernel, value, grad, table, lse, delta, value_strides, grad_strides, image, group, i0, j0,
-                B, G, H, W, HALF: tl.constexpr, K: tl.constexpr, P: tl.constexpr, P_TAPS: tl.constexpr,
-                P_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
+def _query_half(
+    q,
+    kernel,
+    value,
+    grad,
+    table,
+    lse,
+    delta,
+    value_strides,
+    grad_strides,
+    image,
+    group,
+    i0,
+    j0,
+    B,
+    G,
+    H,
+    W,
+    HALF: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    P_TAPS: tl.constexpr,
+    P_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """Share of one kernel size in a tile's dq, (ROWS COLS, P); stores delta, the sum over taps of weight x dweight."""
     rows, cols = i0 + tl.arange(0, ROWS), j0 + tl.arange(0, COLS)
     i, j = tl.minimum(rows, H - 1), tl.minimum(cols, W - 1)
@@ -218,8 +376,9 @@ def _query_half(q, kernel, value, grad, table, lse, delta, value_strides, grad_s
         taps = tl.reshape(_taps(kernel, a + tl.arange(0, 1), K, P, P_TAPS), [P_TAPS, P])
         logits = _dot(q, tl.trans(taps), _bias(table, group, row, col, inside, a, K, P_TAPS), DOT)
         weights = tl.exp2(logits * LOG2E - norm)
-        seen = _dot(grads, tl.trans(tl.load(value), 0, 2, 1),
-                    tl.broadcast_to(-origin[:, :, None], [ROWS, COLS, P_COLS]), DOT)
+        seen = _dot(
+            grads, tl.trans(tl.load(value), 0, 2, 1), tl.broadcast_to(-origin[:, :, None], [ROWS, COLS, P_COLS]), DOT
+        )
         # Rounded like the maps, of which they are products, they take half the way through shared memory.
         seen = tl.reshape(seen, [ROWS * COLS, P_COLS]).to(grads.dtype)
         dweights = _to_taps(seen, _for_rows(start - left, ROWS), P_TAPS)
@@ -235,10 +394,34 @@ def _query_half(q, kernel, value, grad, table, lse, delta, value_strides, grad_s
 
 
 @triton.jit
-def query_grad(query, kernel, value, grad, table_small, table_large, lse, delta, grad_query, query_strides,
-               value_strides, grad_strides, grad_query_strides, B, G, H, W, K_SMALL: tl.constexpr,
-               K_LARGE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, P_TAPS: tl.constexpr, P_COLS: tl.constexpr,
-               ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
+def query_grad(
+    query,
+    kernel,
+    value,
+    grad,
+    table_small,
+    table_large,
+    lse,
+    delta,
+    grad_query,
+    query_strides,
+    value_strides,
+    grad_strides,
+    grad_query_strides,
+    B,
+    G,
+    H,
+    W,
+    K_SMALL: tl.constexpr,
+    K_LARGE: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    P_TAPS: tl.constexpr,
+    P_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """dq of one tile of queries, and for both kernel sizes the delta that the gradient of the softmax subtracts."""
     image, group, i0, j0 = _tile(G, H, W, ROWS, COLS)
     rows, cols = i0 + tl.arange(0, ROWS), j0 + tl.arange(0, COLS)
@@ -246,10 +429,60 @@ def query_grad(query, kernel, value, grad, table_small, table_large, lse, delta,
     query += _pixels(query_strides, tl.minimum(rows, H - 1), tl.minimum(cols, W - 1), P)
     q = tl.reshape(tl.load(query), [ROWS * COLS, P])
     kernel += (image * G + group) * (K_SMALL * K_SMALL + K_LARGE * K_LARGE) * P
-    dq = _query_half(q, kernel, value, grad, table_small, lse, delta, value_strides, grad_strides, image, group,
-                     i0, j0, B, G, H, W, 0, K_SMALL, P, P_TAPS, P_COLS, ROWS, COLS, DOT)
-    dq += _query_half(q, kernel + K_SMALL * K_SMALL * P, value, grad, table_large, lse, delta, value_strides,
-                      grad_strides, image, group, i0, j0, B, G, H, W, 1, K_LARGE, P, P_TAPS, P_COLS, ROWS, COLS, DOT)
+    dq = _query_half(
+        q,
+        kernel,
+        value,
+        grad,
+        table_small,
+        lse,
+        delta,
+        value_strides,
+        grad_strides,
+        image,
+        group,
+        i0,
+        j0,
+        B,
+        G,
+        H,
+        W,
+        0,
+        K_SMALL,
+        P,
+        P_TAPS,
+        P_COLS,
+        ROWS,
+        COLS,
+        DOT,
+    )
+    dq += _query_half(
+        q,
+        kernel + K_SMALL * K_SMALL * P,
+        value,
+        grad,
+        table_large,
+        lse,
+        delta,
+        value_strides,
+        grad_strides,
+        image,
+        group,
+        i0,
+        j0,
+        B,
+        G,
+        H,
+        W,
+        1,
+        K_LARGE,
+        P,
+        P_TAPS,
+        P_COLS,
+        ROWS,
+        COLS,
+        DOT,
+    )
     live = (rows < H)[:, None] & (cols < W)[None, :]
     grad_query += image * grad_query_strides[0] + group * D * grad_query_strides[1]
     _store(grad_query, tl.reshape(dq, [ROWS, COLS, P]), grad_query_strides, rows, cols, live, D)
@@ -264,9 +497,32 @@ def _run(run, RUNS, EDGE, STEP, H):
 
 
 @triton.jit
-def _tap_grad_tile(query, value, grad, lse, delta, taps, bias, dtaps, query_strides, value_strides, grad_strides, a,
-                   begin, end, j0, H, W, K: tl.constexpr, P: tl.constexpr, P_TAPS: tl.constexpr,
-                   P_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
+def _tap_grad_tile(
+    query,
+    value,
+    grad,
+    lse,
+    delta,
+    taps,
+    bias,
+    dtaps,
+    query_strides,
+    value_strides,
+    grad_strides,
+    a,
+    begin,
+    end,
+    j0,
+    H,
+    W,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    P_TAPS: tl.constexpr,
+    P_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """dlogits (ROWS, COLS, P_TAPS) of COLS columns, summed over query rows begin to end, and dtaps with them added."""
     cols = j0 + tl.arange(0, COLS)
     j = tl.minimum(cols, W - 1)
@@ -291,10 +547,39 @@ def _tap_grad_tile(query, value, grad, lse, delta, taps, bias, dtaps, query_stri
 
 
 @triton.jit
-def tap_grad(query, kernel, value, grad, table, lse, delta, partial, rpb_partial, query_strides, value_strides,
-             grad_strides, B, G, H, W, EDGE, STEP, RUNS, SPAN, HALF: tl.constexpr, K_SMALL: tl.constexpr,
-             K_LARGE: tl.constexpr, D: tl.constexpr, P: tl.constexpr, P_TAPS: tl.constexpr, P_COLS: tl.constexpr,
-             P_RPB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
+def tap_grad(
+    query,
+    kernel,
+    value,
+    grad,
+    table,
+    lse,
+    delta,
+    partial,
+    rpb_partial,
+    query_strides,
+    value_strides,
+    grad_strides,
+    B,
+    G,
+    H,
+    W,
+    EDGE,
+    STEP,
+    RUNS,
+    SPAN,
+    HALF: tl.constexpr,
+    K_SMALL: tl.constexpr,
+    K_LARGE: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    P_TAPS: tl.constexpr,
+    P_COLS: tl.constexpr,
+    P_RPB: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """ROWS window rows over SPAN runs of query rows: their sums for dkernel and dbias, and for drpb run by run."""
     ACC: tl.constexpr = lse.dtype.element_ty
     K: tl.constexpr = K_LARGE if HALF else K_SMALL
@@ -322,14 +607,40 @@ def tap_grad(query, kernel, value, grad, table, lse, delta, partial, rpb_partial
             j = tl.minimum(j0 + tl.arange(0, COLS), W - 1)
             col = j - _start(j, W, K)
             bias = tl.load(table + (a * (K * P_TAPS))[:, None, None] + _biases(group, at + 0 * a, col, K, P_TAPS))
-            total, dtaps = _tap_grad_tile(query, value, grad, lse, delta, taps, bias, dtaps, query_strides,
-                                          value_strides, grad_strides, a, begin, end, j0, H, W, K, P, P_TAPS, P_COLS,
-                                          ROWS, COLS, DOT)
+            total, dtaps = _tap_grad_tile(
+                query,
+                value,
+                grad,
+                lse,
+                delta,
+                taps,
+                bias,
+                dtaps,
+                query_strides,
+                value_strides,
+                grad_strides,
+                a,
+                begin,
+                end,
+                j0,
+                H,
+                W,
+                K,
+                P,
+                P_TAPS,
+                P_COLS,
+                ROWS,
+                COLS,
+                DOT,
+            )
             dbias += total
             drpb += _to_columns(tl.reshape(total, [ROWS * COLS, P_TAPS]), _for_rows(K - 1 - col, ROWS), P_RPB)
         line = ((image * RUNS + run) * G + group) * (2 * K - 1) + K - 1 - at + rows
-        tl.store(rpb_partial + (line * (2 * K - 1))[:, None] + u, tl.sum(tl.reshape(drpb, [ROWS, COLS, P_RPB]), 1),
-                 mask=(rows < K)[:, None] & (u < 2 * K - 1))
+        tl.store(
+            rpb_partial + (line * (2 * K - 1))[:, None] + u,
+            tl.sum(tl.reshape(drpb, [ROWS, COLS, P_RPB]), 1),
+            mask=(rows < K)[:, None] & (u < 2 * K - 1),
+        )
     t, c = tl.arange(0, P_TAPS), tl.arange(0, P)
     partial += (chunk * B * G * (K_SMALL * K_SMALL + K_LARGE * K_LARGE) + places) * (D + 1)
     offsets = ((rows * K)[:, None] + t) * (D + 1)
@@ -339,10 +650,31 @@ def tap_grad(query, kernel, value, grad, table, lse, delta, partial, rpb_partial
 
 
 @triton.jit
-def value_grad(query, kernel, grad, table, lse, grad_value, query_strides, grad_strides, grad_value_strides,
-               B, G, H, W, HALF: tl.constexpr, K_SMALL: tl.constexpr, K_LARGE: tl.constexpr, D: tl.constexpr,
-               P: tl.constexpr, P_TAPS: tl.constexpr, P_COLS: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr,
-               DOT: tl.constexpr):
+def value_grad(
+    query,
+    kernel,
+    grad,
+    table,
+    lse,
+    grad_value,
+    query_strides,
+    grad_strides,
+    grad_value_strides,
+    B,
+    G,
+    H,
+    W,
+    HALF: tl.constexpr,
+    K_SMALL: tl.constexpr,
+    K_LARGE: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    P_TAPS: tl.constexpr,
+    P_COLS: tl.constexpr,
+    COLS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """dv of KEYS pixels of one row: a sum over the queries whose windows hold them."""
     K: tl.constexpr = K_LARGE if HALF else K_SMALL
     image, group, y, x0 = _tile(G, H, W, 1, KEYS)

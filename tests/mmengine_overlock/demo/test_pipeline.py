@@ -19,8 +19,12 @@ from overlock.errors import UserError
 ROOT = Path(__file__).resolve().parents[3]
 DETECTOR = ROOT / 'configs/demo/cascade_overlock_xt_shapes.py'
 SEGMENTER = ROOT / 'configs/demo/upernet_overlock_xt_shapes.py'
-SHORT = {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2, 'train_dataloader.batch_size': 2,
-         'default_hooks.logger.interval': 1}
+SHORT = {
+    'train_cfg.max_iters': 2,
+    'train_cfg.val_interval': 2,
+    'train_dataloader.batch_size': 2,
+    'default_hooks.logger.interval': 1,
+}
 
 
 @pytest.mark.parametrize(('path', 'classes'), [(DETECTOR, CLASSES), (SEGMENTER, ('ground', *CLASSES))])
@@ -73,7 +77,10 @@ def test_a_demonstration_leaves_its_files_and_a_second_one_mixes_nothing_in(tmp_
         assert all(path.stat().st_size for path in outcome.files.values())
         assert 0 <= outcome.box_ap50 <= 1
         assert {path.name for path in tmp_path.iterdir()} == {
-            'data', 'run', *(path.name for path in outcome.files.values())}
+            'data',
+            'run',
+            *(path.name for path in outcome.files.values()),
+        }
         assert len(list((tmp_path / 'run').glob('*/vis_data/scalars.json'))) == 1
         assert outcome.table.to_markdown() == outcome.files['AP table'].read_text()
 
@@ -81,7 +88,11 @@ def test_a_demonstration_leaves_its_files_and_a_second_one_mixes_nothing_in(tmp_
 @pytest.mark.slow
 def test_the_tool_draws_the_data_alone(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / 'tools/demo.py', '--draw-only', '--work-dir', tmp_path], cwd=tmp_path,
-        capture_output=True, text=True, check=True)
+        [sys.executable, ROOT / 'tools/demo.py', '--draw-only', '--work-dir', tmp_path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == f'data set: {tmp_path / "data"}\n'
     assert len(list((tmp_path / 'data/coco/train2017').glob('*.jpg'))) > 100

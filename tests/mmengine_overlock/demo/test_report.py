@@ -69,6 +69,7 @@ def test_table_agrees_with_cocoeval(annotation_file, perfect, tmp_path):
     """Random scores and boxes, both sides measured; also guards the order of sizes and thresholds."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+
     rng = np.random.default_rng(0)
     for item in perfect:
         item['score'] = float(rng.uniform())
@@ -144,4 +145,4 @@ def test_predictions_are_drawn_where_they_are(data, annotation_file, perfect, tm
     changed = (pictures[0] != pictures[1]).any((1, 2))
     middle = len(changed) // 2
     assert changed[middle:].sum() > 50
-    assert not changed[:int(0.9 * middle)].any()
+    assert not changed[: int(0.9 * middle)].any()

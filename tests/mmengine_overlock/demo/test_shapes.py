@@ -34,7 +34,8 @@ def coco(root, split):
 def digest(root):
     files = sorted(path for path in root.rglob('*') if path.is_file())
     return hashlib.sha256(
-        b''.join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in files)).hexdigest()
+        b''.join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in files)
+    ).hexdigest()
 
 
 def masks_of(coco, image_id):
@@ -135,9 +136,11 @@ def test_semantic_map_agrees_with_the_masks(root, coco, split):
             expected[mask] = annotation['category_id']
         stem = image['file_name'].removesuffix('.jpg')
         np.testing.assert_array_equal(
-            np.asarray(Image.open(root / 'ade' / 'annotations' / SPLITS[split] / f'{stem}.png')), expected)
-        assert ((root / 'ade' / 'images' / SPLITS[split] / f'{stem}.jpg').read_bytes()
-                == (root / 'coco' / f'{split}2017' / f'{stem}.jpg').read_bytes())
+            np.asarray(Image.open(root / 'ade' / 'annotations' / SPLITS[split] / f'{stem}.png')), expected
+        )
+        assert (root / 'ade' / 'images' / SPLITS[split] / f'{stem}.jpg').read_bytes() == (
+            root / 'coco' / f'{split}2017' / f'{stem}.jpg'
+        ).read_bytes()
 
 
 def test_every_class_occurs(coco):
@@ -172,13 +175,20 @@ def test_colors_do_not_tell_the_class(root):
     assert means.std(0).mean() < 0.5 * spread
 
 
-@pytest.mark.parametrize(('name', 'area'), [
-    ('circle', np.pi), ('square', 2.0), ('triangle', 3 * np.sqrt(3) / 4),
-    ('star', 5 * 0.42 * np.sin(np.pi / 5)), ('ring', np.pi * (1 - 0.55 ** 2))])
+@pytest.mark.parametrize(
+    ('name', 'area'),
+    [
+        ('circle', np.pi),
+        ('square', 2.0),
+        ('triangle', 3 * np.sqrt(3) / 4),
+        ('star', 5 * 0.42 * np.sin(np.pi / 5)),
+        ('ring', np.pi * (1 - 0.55**2)),
+    ],
+)
 @pytest.mark.parametrize('turn', [0.0, 1.0])
 def test_shapes_have_their_geometric_area(name, area, turn):
     radius = 40
-    assert coverage(name, (64, 60), radius, turn, 128).sum() == pytest.approx(area * radius ** 2, rel=0.01)
+    assert coverage(name, (64, 60), radius, turn, 128).sum() == pytest.approx(area * radius**2, rel=0.01)
 
 
 def test_annotation_files_hold_no_path_and_no_date(root):
