@@ -14,8 +14,8 @@ from torch import Tensor
 from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import CheckpointError, find_file, load
 from overlock.checkpoint.unpickling import read_pickled
-from overlock.errors import UserError
-from overlock.files import whole_file
+from overlock.utils.errors import UserError
+from overlock.utils.files import whole_file
 
 LAST, BEST = 'last.pth', 'best.pth'
 

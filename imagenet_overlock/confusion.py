@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from overlock.errors import UserError
-from overlock.files import whole_file
+from overlock.utils.errors import UserError
+from overlock.utils.files import whole_file
 
 # Above, names are too small to read in a picture.
 MOST_IN_PICTURE = 50

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from imagenet_overlock.distributed import World
 from imagenet_overlock.folder import Split
 from imagenet_overlock.recipe import Recipe
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 class EveryImage(ImageDataset):

@@ -15,7 +15,7 @@ from imagenet_overlock.drawn import CLASSES, draw, is_drawn
 from imagenet_overlock.recipe import load_recipe
 from imagenet_overlock.train import train
 from imagenet_overlock.validate import Validation, validate
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 @dataclass(frozen=True)

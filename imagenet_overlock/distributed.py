@@ -14,7 +14,8 @@ from timm.utils.distributed import init_distributed_device_so, is_distributed_en
 from torch import Tensor, distributed
 
 from overlock import keep_freed_memory
-from overlock.errors import UserError, check_gpus
+from overlock.utils.distributed import check_gpus
+from overlock.utils.errors import UserError
 
 T = TypeVar('T')
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 # Changed with the drawing, so that a folder of an older drawing is drawn again.
 _VERSION = 1

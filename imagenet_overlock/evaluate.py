@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from imagenet_overlock.distributed import World
 from imagenet_overlock.model import both_logits
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _shared(batches: Collection[tuple[Tensor, Tensor]], world: World) -> Iterato
         yield from batches
     except UserError as error:
         # A loader puts the traceback of its worker before the sentence.
-        sentence = str(error).strip().rpartition('\n')[2].removeprefix('overlock.errors.UserError: ')
+        sentence = str(error).strip().rpartition('\n')[2].removeprefix('overlock.utils.errors.UserError: ')
     world.raise_together(sentence)
 
 

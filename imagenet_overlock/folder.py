@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 TRAIN = ('train',)
 VAL = ('val', 'validation')

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import overlock.timm  # noqa: F401  registers the models
 from overlock.checkpoint import CheckpointError, from_published, load, load_state_dict
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
 _CLASSIFIERS = ('head.fc', 'aux_head.fc')

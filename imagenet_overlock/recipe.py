@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flags: tuple[str, ...] = ()) -> Any:

@@ -37,8 +37,8 @@ from imagenet_overlock.folder import ImageFolder, check_folder
 from imagenet_overlock.model import create_model, load_weights
 from imagenet_overlock.progress import EpochProgress, Eta, epoch_line
 from imagenet_overlock.recipe import Recipe
-from overlock.errors import UserError
-from overlock.files import whole_file
+from overlock.utils.errors import UserError
+from overlock.utils.files import whole_file
 
 _logger = logging.getLogger(__name__)
 

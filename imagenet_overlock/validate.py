@@ -20,8 +20,8 @@ from imagenet_overlock.folder import Split, check_validation_folder
 from imagenet_overlock.model import check_model, load_for_validation
 from imagenet_overlock.recipe import check_settings
 from overlock.checkpoint import WEIGHTS, find_file
-from overlock.errors import UserError
-from overlock.files import whole_file
+from overlock.utils.errors import UserError
+from overlock.utils.files import whole_file
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mmengine.runner import autocast
 from torch import nn
 
 from mmengine_overlock.config import import_with
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 @OPTIM_WRAPPERS.register_module()

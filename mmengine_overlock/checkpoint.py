@@ -15,8 +15,8 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 
 from overlock.checkpoint.unpickling import UNREADABLE, LoggedValues, unreadable, weights_only
-from overlock.errors import CheckpointError
-from overlock.files import whole_file
+from overlock.utils.errors import CheckpointError
+from overlock.utils.files import whole_file
 
 
 def _safely(loader: Callable) -> Callable:

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 from mmengine_overlock.config import as_list
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 def check_data(cfg: Config, *splits: str) -> None:

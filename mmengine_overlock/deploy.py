@@ -21,9 +21,9 @@ from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.demo.scenes import draw_scene
 from overlock.checkpoint import find_file, load
 from overlock.convert import convert_file, largest_deviation
-from overlock.errors import CheckpointError, UserError
-from overlock.files import drafted
 from overlock.model import Trunk
+from overlock.utils.errors import CheckpointError, UserError
+from overlock.utils.files import drafted
 
 # Of the maps of the backbone, relative to the largest value: float32's rounding over some 50 layers.
 _MAPS = 1e-4

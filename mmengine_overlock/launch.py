@@ -12,7 +12,8 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch import distributed
 
 from mmengine_overlock.config import nodes
-from overlock.errors import UserError, check_gpus, local_rank
+from overlock.utils.distributed import check_gpus, local_rank
+from overlock.utils.errors import UserError
 
 # Where each launcher tells a process its rank, the number of processes, and its rank on the machine.
 _VARIABLES = {

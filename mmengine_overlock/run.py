@@ -33,7 +33,7 @@ from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook
 from mmengine_overlock.launch import finish_launch, is_first_of_machine, prepare_launch
 from mmengine_overlock.speed import compile_backbones, narrow_backbones, tune_process
 from overlock.checkpoint import find_file
-from overlock.errors import CheckpointError
+from overlock.utils.errors import CheckpointError
 
 
 def train(

@@ -1,9 +1,9 @@
 """OverLoCK: an overview-first-look-closely-next ConvNet with context-mixing dynamic kernels (CVPR 2025)."""
 
 from overlock.arch import ARCHS, Arch, get_arch
-from overlock.memory import keep_freed_memory
 from overlock.model import OverLoCK, OverLoCKBackbone
 from overlock.ops import contmix
+from overlock.utils.memory import keep_freed_memory
 
 __version__ = '0.1.0'
 __all__ = ['ARCHS', 'Arch', 'OverLoCK', 'OverLoCKBackbone', 'contmix', 'get_arch', 'keep_freed_memory']

@@ -15,10 +15,10 @@ from overlock.arch import ARCHS
 from overlock.checkpoint import find_file, load, to_published
 from overlock.checkpoint.forms import form_of
 from overlock.checkpoint.unpickling import read_pickled
-from overlock.errors import CheckpointError, UserError
-from overlock.files import drafted, whole_file
 from overlock.model import OverLoCK, Trunk
 from overlock.recognise import build_like, network_entries, prefix_of
+from overlock.utils.errors import CheckpointError, UserError
+from overlock.utils.files import drafted, whole_file
 
 FATES = ('kept', 'renamed', 'folded', 'dropped', 'added')
 _FORMS = ('training', 'merged', 'folded')

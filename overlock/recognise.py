@@ -10,8 +10,8 @@ from torch import Tensor
 from overlock.arch import ARCHS, Arch
 from overlock.checkpoint.forms import form_of
 from overlock.checkpoint.names import from_published
-from overlock.errors import CheckpointError
 from overlock.model import OverLoCK, OverLoCKBackbone, Trunk
+from overlock.utils.errors import CheckpointError
 
 # The first convolution, which every OverLoCK has, by our name and the published one.
 _FIRST = ('base_net.stem.0.conv.weight', 'patch_embed1.0.weight')

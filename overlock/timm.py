@@ -29,10 +29,11 @@ from torch.nn import functional as F
 
 from overlock.arch import ARCHS, Arch
 from overlock.checkpoint import WEIGHTS, Weights, find_file, from_published, load, load_state_dict
-from overlock.errors import UserError, exit_on_user_error
 from overlock.layers import GRN, ChannelAffine
 from overlock.model import MIN_SIZE, OverLoCK
 from overlock.nets import BaseNet, FocusNet, OverviewNet
+from overlock.utils.distributed import exit_on_user_error
+from overlock.utils.errors import UserError
 
 __all__ = ['TimmOverLoCK', 'checkpoint_filter_fn']
 

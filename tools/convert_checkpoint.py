@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from overlock.convert import convert_file  # noqa: E402
-from overlock.errors import exit_on_user_error  # noqa: E402
+from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from mmengine.config import DictAction  # noqa: E402
 
 from mmengine_overlock.demo.pipeline import run_demo  # noqa: E402
 from mmengine_overlock.demo.shapes import draw  # noqa: E402
-from overlock.errors import exit_on_user_error  # noqa: E402
+from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 TARGET = 0.5
 

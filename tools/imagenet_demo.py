@@ -16,7 +16,7 @@ from imagenet_overlock.demo import run_demo  # noqa: E402
 from imagenet_overlock.drawn import draw  # noqa: E402
 from imagenet_overlock.options import add_recipe_options, recipe_options  # noqa: E402
 from imagenet_overlock.progress import log_to_terminal  # noqa: E402
-from overlock.errors import exit_on_user_error  # noqa: E402
+from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 TARGET = 80
 

@@ -16,7 +16,7 @@ from imagenet_overlock.options import add_recipe_options, recipe_options  # noqa
 from imagenet_overlock.progress import log_to_terminal  # noqa: E402
 from imagenet_overlock.recipe import load_recipe  # noqa: E402
 from imagenet_overlock.train import train  # noqa: E402
-from overlock.errors import exit_on_user_error  # noqa: E402
+from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

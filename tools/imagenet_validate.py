@@ -14,7 +14,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 from imagenet_overlock.distributed import is_first_process  # noqa: E402
 from imagenet_overlock.progress import log_to_terminal  # noqa: E402
 from imagenet_overlock.validate import validate  # noqa: E402
-from overlock.errors import exit_on_user_error  # noqa: E402
+from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

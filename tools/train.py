@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mmengine.config import DictAction  # noqa: E402
 
 from mmengine_overlock.run import train  # noqa: E402
-from overlock.errors import exit_on_user_error  # noqa: E402
+from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(ROOT))
 
-from overlock.files import whole_file  # noqa: E402
 from overlock.tables import fill_in, model_index, readme_tables  # noqa: E402
+from overlock.utils.files import whole_file  # noqa: E402
 
 
 def main() -> int:

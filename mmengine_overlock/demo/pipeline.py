@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mmengine_overlock.run import test, train
-from overlock.errors import UserError
-from overlock.files import drafted
+from overlock.utils.errors import UserError
+from overlock.utils.files import drafted
 
 from .pictures import draw_predictions
 from .report import APTable, ap_table, plot_curves, read_scalars

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from overlock.files import drafted
+from overlock.utils.files import drafted
 
 MEASURES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
 _IOU_TYPES = {'box': 'bbox', 'mask': 'segm'}

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 from .scenes import CLASSES, Scene, draw_scene
 

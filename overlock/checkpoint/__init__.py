@@ -4,7 +4,7 @@ from overlock.checkpoint.files import find_file, load, read_state_dict
 from overlock.checkpoint.loading import LoadReport, load_pretrained, load_state_dict
 from overlock.checkpoint.names import from_published, to_published
 from overlock.checkpoint.registry import WEIGHTS, Preprocessing, Weights
-from overlock.errors import CheckpointError
+from overlock.utils.errors import CheckpointError
 
 __all__ = [
     'WEIGHTS',

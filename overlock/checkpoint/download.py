@@ -15,7 +15,8 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 from torch.hub import tqdm
 
-from overlock.errors import CheckpointError, local_rank
+from overlock.utils.distributed import local_rank
+from overlock.utils.errors import CheckpointError
 
 TIMEOUT = 60
 _CHUNK = 1 << 20

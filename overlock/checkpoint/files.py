@@ -15,7 +15,7 @@ from torch import Tensor
 from overlock.checkpoint.download import download
 from overlock.checkpoint.registry import WEIGHTS
 from overlock.checkpoint.unpickling import read_pickled, unreadable
-from overlock.errors import CheckpointError
+from overlock.utils.errors import CheckpointError
 
 WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
 

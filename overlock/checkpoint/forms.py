@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from overlock.errors import CheckpointError
+from overlock.utils.errors import CheckpointError
 
 
 def form_of(names: Iterable[str]) -> str | None:

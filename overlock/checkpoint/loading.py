@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from overlock.checkpoint.files import load
 from overlock.checkpoint.forms import form_of, must_fold
 from overlock.checkpoint.names import from_published
-from overlock.errors import CheckpointError
+from overlock.utils.errors import CheckpointError
 
 # What a dense-prediction backbone adds to the ImageNet network, and what it leaves out.
 NEW_PARTS = ('output_norms.', 'overview_proj.', 'overview_scale.')

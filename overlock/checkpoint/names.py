@@ -9,7 +9,7 @@ from functools import cache
 from typing import TypeVar
 
 from overlock.checkpoint.forms import form_of
-from overlock.errors import CheckpointError
+from overlock.utils.errors import CheckpointError
 
 T = TypeVar('T')
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from overlock.errors import CheckpointError
+from overlock.utils.errors import CheckpointError
 
 # What torch.load raises on files that are cut off, ask for code, or are something else by their first bytes.
 UNREADABLE = (

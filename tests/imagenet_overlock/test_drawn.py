@@ -8,7 +8,7 @@ from PIL import Image
 
 from imagenet_overlock.drawn import CLASSES, contact_sheet, draw, draw_image
 from imagenet_overlock.folder import check_folder
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 def digest(root):

@@ -20,7 +20,7 @@ from imagenet_overlock.model import both_logits
 from imagenet_overlock.train import train
 from imagenet_overlock.validate import validate
 from overlock.checkpoint import CheckpointError
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 from tests.imagenet_overlock import tiny
 
 CPU = World(torch.device('cpu'))

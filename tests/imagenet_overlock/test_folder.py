@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from imagenet_overlock.folder import check_folder, check_validation_folder
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 @pytest.fixture

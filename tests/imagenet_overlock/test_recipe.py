@@ -8,7 +8,7 @@ import pytest
 
 from imagenet_overlock import Recipe, load_recipe
 from imagenet_overlock.options import add_recipe_options, recipe_options
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'imagenet'
 

@@ -14,7 +14,7 @@ from imagenet_overlock.distributed import World
 from imagenet_overlock.folder import check_folder
 from imagenet_overlock.train import Trainer, train
 from overlock.checkpoint import CheckpointError
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 from tests.imagenet_overlock import tiny
 
 

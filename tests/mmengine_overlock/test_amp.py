@@ -6,7 +6,7 @@ from mmengine.device import get_device
 
 from mmengine_overlock import amp
 from mmengine_overlock.run import train
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 def config(**optim_wrapper):

@@ -11,7 +11,7 @@ from mmengine.runner import CheckpointLoader, save_checkpoint
 
 from mmengine_overlock.checkpoint import find_resumable, use_safe_files
 from overlock.checkpoint.unpickling import weights_only
-from overlock.errors import CheckpointError
+from overlock.utils.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from mmengine_overlock.config import (
     set_weights,
     use_tta,
 )
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 def coco(root='data/coco/'):

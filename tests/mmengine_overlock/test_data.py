@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 
 from mmengine_overlock.data import check_data
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from mmengine_overlock.deploy import compare, deployed_config, predict, reparame
 from overlock.checkpoint import CheckpointError, to_published
 from overlock.checkpoint.forms import form_of
 from overlock.convert import convert_file
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONE = """backbone=dict(arch=dict(

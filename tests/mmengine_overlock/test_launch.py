@@ -3,7 +3,7 @@ import torch
 from mmengine.config import Config
 
 from mmengine_overlock import launch
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 def test_without_a_launcher_nothing_changes():

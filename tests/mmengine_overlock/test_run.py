@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine_overlock.run import test as run_test
 from mmengine_overlock.run import train
 from overlock.checkpoint import WEIGHTS, CheckpointError
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 def history(runner, name):

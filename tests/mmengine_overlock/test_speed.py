@@ -8,7 +8,7 @@ from torch import nn
 
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import OverLoCKBackbone
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 TINY = dict(
     embed_dims=(8, 16, 32, 48), base_depths=(1, 1, 2), overview_depth=1, focus_depths=(3, 1), focus_groups=(2, 2)

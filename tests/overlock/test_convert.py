@@ -8,7 +8,7 @@ from overlock.checkpoint import CheckpointError, load, to_published
 from overlock.checkpoint.forms import form_of
 from overlock.convert import FATES, convert_file
 from overlock.convert import convert as converted
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 from tests.overlock.conftest import TOLERANCES, assert_relative, image, published_weights, randomise
 from tests.overlock.test_forms import in_form, same
 from tests.overlock.test_model import TINY

@@ -20,8 +20,8 @@ from torch import nn
 import overlock.timm
 from overlock import ARCHS, OverLoCK
 from overlock.checkpoint import WEIGHTS
-from overlock.errors import UserError
 from overlock.layers import DropPath
+from overlock.utils.errors import UserError
 from tests.overlock.conftest import image, randomise
 from tests.overlock.test_model import TINY
 

@@ -14,7 +14,7 @@ from mmengine_overlock.config import set_data_root
 from mmengine_overlock.demo import pipeline
 from mmengine_overlock.demo.scenes import CLASSES
 from mmengine_overlock.demo.shapes import draw
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 DETECTOR = ROOT / 'configs/demo/cascade_overlock_xt_shapes.py'

@@ -10,7 +10,7 @@ from mmengine_overlock.demo import report
 from mmengine_overlock.demo.pictures import draw_predictions
 from mmengine_overlock.demo.scenes import CLASSES
 from mmengine_overlock.demo.shapes import draw
-from overlock.files import drafted
+from overlock.utils.files import drafted
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 
 from mmengine_overlock.demo.scenes import CLASSES, coverage
 from mmengine_overlock.demo.shapes import draw, is_drawn
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 TRAIN, VAL, SIZE = 40, 12, 96
 SPLITS = {'train': 'training', 'val': 'validation'}

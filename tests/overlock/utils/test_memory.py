@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from overlock import memory
+from overlock.utils import memory
 
 # Page faults of making a 64 MiB map again and again, before and after.
 COUNT = """

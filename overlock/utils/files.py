@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
-from overlock.errors import UserError
+from overlock.utils.errors import UserError
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from overlock.files import drafted, whole_file
+from overlock.utils.files import drafted, whole_file
 
 
 def test_file_takes_its_name_when_it_is_whole(tmp_path):

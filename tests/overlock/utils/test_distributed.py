@@ -1,7 +1,8 @@
 import pytest
 
 from overlock.checkpoint import CheckpointError
-from overlock.errors import UserError, exit_on_user_error
+from overlock.utils.distributed import exit_on_user_error
+from overlock.utils.errors import UserError
 
 
 @pytest.mark.parametrize('kind', [UserError, CheckpointError])

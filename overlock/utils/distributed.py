@@ -1,6 +1,4 @@
-"""Mistakes of the user, and how command lines report them."""
-
-from __future__ import annotations
+"""Distributed runs: the rank of this process, a GPU for each process, and errors that one process reports for all."""
 
 import os
 import sys
@@ -9,18 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
+from overlock.utils.errors import UserError
+
 # Where torchrun, Open MPI and Slurm tell a process its rank on the machine, and how many processes there are on it.
 # Slurm comes last: the other two may have been started inside one of its jobs.
 _LOCAL_RANKS = ('LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'SLURM_LOCALID')
 _LOCAL_SIZES = ('LOCAL_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_SIZE', 'SLURM_NTASKS_PER_NODE')
-
-
-class UserError(ValueError):
-    """Something that the user can put right; the message is one sentence that says how."""
-
-
-class CheckpointError(UserError):
-    """A weight file that cannot be found, read or used for this model."""
 
 
 def local_rank() -> int:

@@ -1,0 +1,1 @@
+"""Helpers without any knowledge of networks: errors, files, memory, distributed runs."""
