@@ -33,7 +33,7 @@ test-fast: setup  ## run the tests that take seconds
 
 test-natten: setup  ## build natten 0.17.5, some minutes, and run ContMix's tests with it
 	'$(VENV)/bin/python' tools/setup_natten.py
-	'$(VENV)/bin/python' -m pytest tests/overlock/test_contmix.py $(PYTEST_ARGS)
+	'$(VENV)/bin/python' -m pytest tests/overlock/ops/test_contmix.py $(PYTEST_ARGS)
 
 clean:  ## remove .venv and what the tools left behind; work_dirs and compiled wheels stay
 	rm -rf .venv *.egg-info build .pytest_cache .ruff_cache .hypothesis

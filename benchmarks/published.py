@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.blocks import DynamicBlock, StaticBlock
 from overlock.layers import (
     GRN,
     ChannelAffine,
@@ -22,6 +21,7 @@ from overlock.layers import (
     ResidualDWConv,
     SqueezeExcite,
 )
+from overlock.models.blocks import DynamicBlock, StaticBlock
 from overlock.ops.contmix import natten
 
 NUM_REGIONS = 7

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.demo.scenes import draw_scene
 from overlock.checkpoint import find_file, load
-from overlock.convert import convert_file, largest_deviation
-from overlock.model import Trunk
+from overlock.checkpoint.convert import convert_file, largest_deviation
+from overlock.models.overlock import Trunk
 from overlock.utils.errors import CheckpointError, UserError
 from overlock.utils.files import drafted
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mmengine_overlock.amp import half_dtype
 from overlock import keep_freed_memory
-from overlock.blocks import DynamicBlock, StaticBlock
-from overlock.model import Trunk
+from overlock.models.blocks import DynamicBlock, StaticBlock
+from overlock.models.overlock import Trunk
 from overlock.utils.errors import UserError
 
 

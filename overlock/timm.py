@@ -27,11 +27,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.arch import ARCHS, Arch
 from overlock.checkpoint import WEIGHTS, Weights, find_file, from_published, load, load_state_dict
 from overlock.layers import GRN, ChannelAffine
-from overlock.model import MIN_SIZE, OverLoCK
-from overlock.nets import BaseNet, FocusNet, OverviewNet
+from overlock.models.arch import ARCHS, Arch
+from overlock.models.overlock import MIN_SIZE, BaseNet, FocusNet, OverLoCK, OverviewNet
 from overlock.utils.distributed import exit_on_user_error
 from overlock.utils.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from overlock.convert import convert_file  # noqa: E402
+from overlock.checkpoint.convert import convert_file  # noqa: E402
 from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 

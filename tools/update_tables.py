@@ -1,18 +1,128 @@
 #!/usr/bin/env python
 """Write the README's tables of weights, and model-index.yml, from overlock.checkpoint.WEIGHTS."""
 
-import argparse
-import sys
-from pathlib import Path
+from __future__ import annotations
 
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(ROOT))
 
-from overlock.tables import fill_in, model_index, readme_tables  # noqa: E402
+from overlock import ARCHS, OverLoCK  # noqa: E402
+from overlock.checkpoint import WEIGHTS, Weights  # noqa: E402
 from overlock.utils.files import whole_file  # noqa: E402
+
+_RESULTS = {
+    'classification': ('Image Classification', 'ImageNet-1K', {'top1': 'Top 1 Accuracy'}),
+    'detection': ('Instance Segmentation', 'COCO', {'box_ap': 'box AP', 'mask_ap': 'mask AP'}),
+    'segmentation': ('Semantic Segmentation', 'ADE20K', {'miou': 'mIoU (single scale)'}),
+}
+
+
+@cache
+def parameters(arch: str, form: str = 'training') -> int:
+    """Parameters of a classifier in one of the published forms, both heads included."""
+    with torch.device('meta'):
+        model = OverLoCK(arch)
+        if form != 'training':
+            model = model.unfolded(form)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def model_index() -> dict[str, Any]:
+    """The published weights in the form of OpenMMLab's model-index.yml; results are paper-reported."""
+    collection = dict(
+        Name='OverLoCK',
+        README='README.md',
+        Metadata=dict(Architecture=['Base-Net', 'Overview-Net', 'Focus-Net', 'ContMix']),
+        Paper=dict(
+            URL='https://arxiv.org/abs/2502.20087',
+            Title='OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels',
+        ),
+    )
+    return dict(Collections=[collection], Models=[_entry(name, weights) for name, weights in WEIGHTS.items()])
+
+
+def _entry(name: str, weights: Weights) -> dict[str, Any]:
+    task, dataset, metrics = _RESULTS[weights.task]
+    entry: dict[str, Any] = {'Name': name, 'In Collection': 'OverLoCK'}
+    if weights.task == 'classification':
+        entry['Metadata'] = dict(Parameters=parameters(weights.arch, weights.form), Form=weights.form)
+    else:
+        entry['Config'] = f'configs/{weights.config}.py'
+    entry['Results'] = [
+        dict(
+            Task=task,
+            Dataset=dataset,
+            Source='paper',
+            Metrics={metrics[key]: value for key, value in weights.metrics.items()},
+        )
+    ]
+    entry['Weights'] = weights.url
+    return entry
+
+
+def readme_tables() -> dict[str, str]:
+    """The README's tables, as Markdown, by their names in its comments."""
+    return {'classification': _markdown(_classification()), 'dense': _markdown(_dense())}
+
+
+def _classification() -> Iterator[Sequence[str]]:
+    yield 'weights', 'parameters', 'top-1 at 224x224', 'crop'
+    for arch in ARCHS:
+        names = [f'overlock_{arch}_in1k', f'overlock_{arch}_in1k_reparam']
+        weights = WEIGHTS[names[0]]
+        yield (
+            ', '.join(_link(name) for name in names),
+            f'{parameters(arch) / 1e6:.2f} M',
+            f'{weights.metrics["top1"]:.1f}',
+            str(weights.preprocessing.crop_pct),
+        )
+
+
+def _dense() -> Iterator[Sequence[str]]:
+    yield 'weights', 'configuration', 'result'
+    for name, weights in WEIGHTS.items():
+        if weights.config:
+            metrics = _RESULTS[weights.task][2]
+            results = ', '.join(f'{metrics[key]} {value:.1f}' for key, value in weights.metrics.items())
+            yield _link(name), f'[{weights.config}.py](configs/{weights.config}.py)', results
+
+
+def _link(name: str) -> str:
+    return f'[`{name}`]({WEIGHTS[name].url})'
+
+
+def _markdown(rows: Iterator[Sequence[str]]) -> str:
+    header, *body = rows
+    lines = [header, ['---'] * len(header), *body]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def fill_in(document: str, tables: dict[str, str]) -> str:
+    """Puts tables between the comments `<!-- table: NAME -->` and `<!-- end -->` of a Markdown document.
+
+    Raises:
+        ValueError: If the document has no place for one of them.
+    """
+    for name, table in tables.items():
+        opening = f'<!-- table: {name} -->\n'
+        document, places = re.subn(
+            rf'{opening}.*?(?=<!-- end -->)', lambda _, new=opening + table: new, document, flags=re.DOTALL
+        )
+        if places != 1:
+            raise ValueError(f'expected one place for the table {name}, got {places}')
+    return document
 
 
 def main() -> int:

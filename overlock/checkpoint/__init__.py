@@ -2,8 +2,8 @@
 
 from overlock.checkpoint.files import find_file, load, read_state_dict
 from overlock.checkpoint.loading import LoadReport, load_pretrained, load_state_dict
-from overlock.checkpoint.names import from_published, to_published
 from overlock.checkpoint.registry import WEIGHTS, Preprocessing, Weights
+from overlock.models.names import from_published, to_published
 from overlock.utils.errors import CheckpointError
 
 __all__ = [

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from overlock.checkpoint.files import load
-from overlock.checkpoint.forms import form_of, must_fold
-from overlock.checkpoint.names import from_published
+from overlock.models.forms import form_of, must_fold
+from overlock.models.names import from_published
 from overlock.utils.errors import CheckpointError
 
 # What a dense-prediction backbone adds to the ImageNet network, and what it leaves out.

@@ -1,12 +1,10 @@
 """The small layers that blocks are made of."""
 
 from overlock.layers.conv import ConvNorm, ResidualDWConv
-from overlock.layers.dilated import DilatedReparamConv
-from overlock.layers.drop import DropPath
 from overlock.layers.ffn import ConvFFN
+from overlock.layers.large_kernel import DilatedReparamConv
 from overlock.layers.norm import GRN, LayerNorm2d
-from overlock.layers.scale import ChannelAffine, Shortcut
-from overlock.layers.se import SqueezeExcite
+from overlock.layers.scale import ChannelAffine, DropPath, Shortcut, SqueezeExcite
 
 __all__ = [
     'ChannelAffine',

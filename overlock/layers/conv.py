@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from overlock.reparam import fold_bn_into_previous, set_conv
+from overlock.layers.fold import fold_bn_into_previous, set_conv
 
 
 class ConvNorm(nn.Module):

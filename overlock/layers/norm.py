@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from overlock.layers.fold import fold_affine_into_next
 from overlock.ops import spatial_norm
-from overlock.reparam import fold_affine_into_next
 
 
 class LayerNorm2d(nn.LayerNorm):

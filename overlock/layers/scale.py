@@ -1,9 +1,11 @@
-"""A learned multiply-add for each channel: layer scale, and the weights that mix contexts."""
+"""Factors on maps: learned for each channel, computed by squeeze-and-excitation, random for each sample."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from overlock.reparam import fold_affine_into_previous
+from overlock.layers.fold import fold_affine_into_previous
 
 
 class ChannelAffine(nn.Module):
@@ -54,3 +56,60 @@ class Shortcut(nn.Module):
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """Their sum, (B, C, H, W)."""
         return x if addend is None else x + addend
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a sigmoid of the globally pooled map (Hu et al., 2018), GELU inside.
+
+    Args:
+        channels: Channels of the map.
+        reduction: The hidden width is `channels // reduction`, at least 16.
+    """
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        hidden = max(channels // reduction, 16)
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        scale = self.fc2(self.act(self.fc1(x.mean(dim=(2, 3), keepdim=True))))
+        return x * scale.sigmoid()
+
+
+class DropPath(nn.Module):
+    """Drops the whole branch of a sample with probability `rate` while training (Huang et al., 2016)."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        # A tensor: out of a number torch.compile would make one graph for each block, as the rates all differ.
+        self.register_buffer('keep', torch.empty(()), persistent=False)
+        self.rate = rate
+
+    @property
+    def rate(self) -> float:
+        """The probability."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        self._rate, self.drops = rate, rate > 0
+        self.keep.fill_(1 - rate)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'DropPath':
+        super()._apply(fn, recurse)
+        # What was on the meta device has no value yet.
+        self.keep.fill_(1 - self._rate)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to the same; survivors are scaled by 1 / (1 - rate)."""
+        if not self.training or not self.drops:
+            return x
+        keep = self.keep.to(x.dtype).expand((x.shape[0],) + (1,) * (x.ndim - 1))
+        return x * (torch.bernoulli(keep) / keep)
+
+    def extra_repr(self) -> str:
+        return f'rate={self.rate:.3f}'

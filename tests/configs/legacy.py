@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmengine_overlock import run
-from overlock.checkpoint.names import to_published
-from tests.overlock.conftest import DATA, published_weights
+from overlock.models.names import to_published
+from tests.testing import DATA, published_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = Path(os.environ.get('OVERLOCK_DATA', 'not set'))

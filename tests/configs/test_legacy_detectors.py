@@ -22,7 +22,7 @@ from torchvision.ops import nms, roi_align
 from overlock.checkpoint import CheckpointError
 from tests.configs import legacy
 from tests.configs.legacy import conv
-from tests.overlock.conftest import TOLERANCES, assert_relative
+from tests.testing import TOLERANCES, assert_relative
 
 CHANNELS = {'xt': [56, 112, 340, 420], 't': [64, 128, 384, 640]}
 STRIDES = (4, 8, 16, 32, 64)

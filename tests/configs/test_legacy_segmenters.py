@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from overlock.checkpoint import CheckpointError
 from tests.configs import legacy
 from tests.configs.legacy import conv
-from tests.overlock.conftest import TOLERANCES, assert_relative
+from tests.testing import TOLERANCES, assert_relative
 
 CHANNELS = {'xt': [56, 112, 340, 420], 't': [64, 128, 384, 640]}
 POOL_SCALES = (1, 2, 3, 6)

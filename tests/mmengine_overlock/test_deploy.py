@@ -18,8 +18,8 @@ from mmengine_overlock.config import load_config
 from mmengine_overlock.demo.shapes import draw
 from mmengine_overlock.deploy import compare, deployed_config, predict, reparameterize
 from overlock.checkpoint import CheckpointError, to_published
-from overlock.checkpoint.forms import form_of
-from overlock.convert import convert_file
+from overlock.checkpoint.convert import convert_file
+from overlock.models.forms import form_of
 from overlock.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

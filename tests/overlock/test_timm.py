@@ -22,8 +22,7 @@ from overlock import ARCHS, OverLoCK
 from overlock.checkpoint import WEIGHTS
 from overlock.layers import DropPath
 from overlock.utils.errors import UserError
-from tests.overlock.conftest import image, randomise
-from tests.overlock.test_model import TINY
+from tests.testing import TINY, image, randomise
 
 XT = ['overlock_xt', 'overlock_xt_reparam']
 LARGE = [f'overlock_{arch}{suffix}' for arch in 'tsb' for suffix in ('', '_reparam')]

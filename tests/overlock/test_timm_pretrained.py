@@ -13,9 +13,8 @@ from timm.utils import reparameterize_model
 from overlock import OverLoCK
 from overlock.checkpoint import WEIGHTS, CheckpointError, to_published
 from overlock.layers import DilatedReparamConv
-from tests.overlock.conftest import TOLERANCES, assert_relative, image, published_weights, randomise
-from tests.overlock.test_model import TINY
 from tests.overlock.test_timm import FILES, NAMES, XT, arch_of, create, logits
+from tests.testing import TINY, TOLERANCES, assert_relative, image, published_weights, randomise
 
 
 def publish(name: str, folder: Path, shapes, dtype: torch.dtype = torch.float64) -> Path:

@@ -1,0 +1,314 @@
+"""Weight files made into others: in names, form, parts and format, with an account of every tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overlock.checkpoint.files import find_file, load
+from overlock.checkpoint.recognise import build_like, network_entries, prefix_of
+from overlock.checkpoint.unpickling import read_pickled
+from overlock.models.arch import ARCHS
+from overlock.models.forms import form_of
+from overlock.models.names import to_published
+from overlock.models.overlock import OverLoCK, Trunk
+from overlock.utils.errors import CheckpointError, UserError
+from overlock.utils.files import drafted, whole_file
+
+FATES = ('kept', 'renamed', 'folded', 'dropped', 'added')
+_FORMS = ('training', 'merged', 'folded')
+_SUFFIXES = ('.pth', '.safetensors')
+# What detectors' and segmenters' files say about their classes, in mmengine's names and the older ones.
+_CLASSES = ('dataset_meta', 'CLASSES', 'PALETTE')
+# Of the outputs before and after folding, in float64 and relative to the largest: the weights are rounded to float32.
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one tensor.
+
+    Attributes:
+        part: The part of the network that it is in, by our names.
+        fate: One of `FATES`: 'folded' are tensors that went into others, 'added' are those others.
+        given: Its name before; None if added.
+        written: Its name now; None if folded or dropped.
+    """
+
+    part: str
+    fate: str
+    given: str | None
+    written: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every tensor of a state dict; as text a table by parts.
+
+    Attributes:
+        entries: Those of the state dict in its order, then the added ones.
+        verified: How the written file was checked.
+    """
+
+    entries: tuple[Entry, ...]
+    verified: str = ''
+
+    def names(self, fate: str) -> list[str]:
+        """The names of all entries of a fate: the new ones where added, else those before."""
+        return [entry.given or entry.written for entry in self.entries if entry.fate == fate]
+
+    def __str__(self) -> str:
+        parts = [*dict.fromkeys(entry.part for entry in self.entries), 'all']
+        width = max(map(len, parts))
+        lines = [f'{"part":<{width}}' + ''.join(f'{fate:>9}' for fate in FATES)]
+        for part in parts:
+            fates = [entry.fate for entry in self.entries if part in (entry.part, 'all')]
+            lines.append(f'{part:<{width}}' + ''.join(f'{fates.count(fate):>9}' for fate in FATES))
+        return '\n'.join(lines)
+
+    def details(self) -> str:
+        """A line for each tensor: what became of it, its name before and its name now."""
+        return '\n'.join(f'{entry.fate:<8} {entry.given or "-"} -> {entry.written or "-"}' for entry in self.entries)
+
+
+def convert(
+    state_dict: Mapping[str, Tensor],
+    names: str = 'ours',
+    form: str | None = None,
+    backbone: bool = False,
+    source: str = 'the state dict',
+) -> tuple[dict[str, Tensor], Report]:
+    """Converts the state dict of a classifier, backbone, detector or segmenter; heads of the last two stay as they are.
+
+    Args:
+        state_dict: In our names or the published ones, of any form; it is not changed.
+        names: 'ours' or 'published'.
+        form: 'merged' or 'folded', see `overlock.models.forms`; None for that of the state dict. Tensors narrower
+            than float32 become float32 by it, to keep their digits.
+        backbone: Whether to keep the backbone of a detector alone, without its prefix.
+        source: What to call the state dict in messages.
+
+    Returns:
+        The new state dict, in the order of the network, which may share memory with the old one; and the report.
+
+    Raises:
+        CheckpointError: If the state dict is not of one whole OverLoCK, or cannot be brought into that form.
+    """
+    prefix, entries = prefix_of(state_dict, source), network_entries(state_dict, source)
+    network = build_like(state_dict, source)
+    if backbone and isinstance(network, OverLoCK):
+        raise CheckpointError(
+            f'{source} is of a classifier, expected a detector or segmenter to take the backbone of; '
+            'backbones load a classifier as it is'
+        )
+    tensors = {name: state_dict[entries[name]] for name in network.state_dict() if name in entries}
+    if _changes(form_of(tensors), form, source):
+        tensors = _reform(tensors, network, form)
+    renamed = to_published(tensors) if names == 'published' else tensors
+    written = {ours: f'{"" if backbone else prefix}{new}' for ours, new in zip(tensors, renamed, strict=True)}
+    converted = {written[name]: value for name, value in tensors.items()}
+    if not backbone:
+        given = set(entries.values())
+        converted.update((name, value) for name, value in state_dict.items() if name not in given)
+    return converted, _account(state_dict, converted, {entries[name]: name for name in entries}, written, prefix)
+
+
+def _account(
+    state_dict: Mapping[str, Tensor],
+    converted: Mapping[str, Tensor],
+    ours: Mapping[str, str],
+    written: Mapping[str, str],
+    prefix: str,
+) -> Report:
+    """The report on a conversion.
+
+    Args:
+        state_dict: Before.
+        converted: After.
+        ours: Our name of each entry of the network, by the name before.
+        written: The name after, by our name.
+        prefix: What stood before the names of the network.
+    """
+    report = []
+    for given, value in state_dict.items():
+        name = ours.get(given)
+        new = given if name is None else written.get(name)
+        part = given.partition('.')[0] if name is None else prefix + name.partition('.')[0]
+        if name is not None and not (new and torch.equal(converted[new], value.to(converted[new].dtype))):
+            report.append(Entry(part, 'folded', given, None))
+        elif new not in converted:
+            report.append(Entry(part, 'dropped', given, None))
+        else:
+            report.append(Entry(part, 'kept' if new == given else 'renamed', given, new))
+    used = {entry.written for entry in report}
+    return Report(
+        (
+            *report,
+            *(
+                Entry(prefix + name.partition('.')[0], 'added', None, new)
+                for name, new in written.items()
+                if new not in used
+            ),
+        )
+    )
+
+
+def _changes(given: str, wanted: str | None, source: str) -> bool:
+    if wanted is None or given == wanted:
+        return False
+    if _FORMS.index(wanted) < _FORMS.index(given):
+        raise CheckpointError(
+            f'{source} has the {given} form, out of which no {wanted} form can be made; give the '
+            'file that it was made from'
+        )
+    return True
+
+
+def _reform(tensors: Mapping[str, Tensor], network: Trunk, form: str) -> dict[str, Tensor]:
+    """The tensors of `network`, which is on the meta device, in another form."""
+    wide = {
+        name: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
+    network.load_state_dict(wide, strict=True, assign=True)
+    return (network.switch_to_deploy() if form == 'folded' else network.merge()).state_dict()
+
+
+def convert_file(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    names: str = 'ours',
+    form: str | None = None,
+    backbone: bool = False,
+    ema: bool = False,
+) -> Report:
+    """Converts a weight file; the new one takes its name when it was read back and loaded, and not before.
+
+    It holds a bare state dict; that of a whole detector or segmenter, as .pth, is wrapped as mmengine's are, with what
+    the old one tells about its classes.
+
+    Args:
+        source: A name of published weights, a path, or a URL.
+        out: The new file; .pth or .safetensors.
+        names: See `convert`.
+        form: See `convert`.
+        backbone: See `convert`.
+        ema: Whether to take the running average of the weights.
+
+    Returns:
+        What became of each tensor, and how the file was verified.
+
+    Raises:
+        CheckpointError: See `convert`; also if the new file does not hold what it should.
+        UserError: If `out` is no name for a new weight file.
+    """
+    source, out = os.fspath(source), Path(os.path.expanduser(out))
+    path = find_file(source)
+    if out.suffix not in _SUFFIXES or out.is_dir():
+        raise UserError(f'the output must be a file that ends in {" or ".join(_SUFFIXES)}, got {out}')
+    if out.exists() and out.samefile(path):
+        raise UserError(f'the output {out} is the file that is converted; give another name, so that nothing is lost')
+    given = load(source, ema)
+    converted, report = convert(given, names, form, backbone, source)
+    tensors = {name: _plain(value) for name, value in converted.items()}
+    with drafted(out) as (draft,):
+        whole = bool(prefix_of(tensors))
+        _write(draft, tensors, _read_classes(path) if whole else None)
+        return replace(report, verified=_verify(draft, tensors, given))
+
+
+def _plain(value: Tensor) -> Tensor:
+    """A tensor with memory of its own, which files would write as a whole otherwise."""
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None) -> None:
+    with whole_file(path) as file:
+        if path.suffix == '.safetensors':
+            try:
+                from safetensors.torch import save
+            except ImportError as error:
+                raise UserError(
+                    f'{path.name} needs the package safetensors; install it with `pip install safetensors`'
+                ) from error
+            file.write(save(tensors, {'format': 'pt'}))
+        else:
+            torch.save(tensors if meta is None else {'state_dict': tensors, 'meta': meta}, file)
+
+
+def _read_classes(path: Path) -> dict[str, Any]:
+    """What a detector's or segmenter's file tells about its classes; empty for a .safetensors file."""
+    if path.suffix == '.safetensors':
+        return {}
+    content = read_pickled(path, 'meta')
+    meta = content.get('meta') if isinstance(content, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    return {name: meta[name] for name in _CLASSES if name in meta}
+
+
+def _verify(draft: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Reads a file back, loads it strictly, and compares its outputs with the old ones where the form changed."""
+    read = load(draft)
+    if read.keys() != tensors.keys() or not all(_same_bits(read[name], value) for name, value in tensors.items()):
+        raise CheckpointError(
+            f'{draft.name} does not hold what was written to it, and was discarded; check the disk and convert again'
+        )
+    network, form = _loaded(read), form_of(network_entries(read))
+    variant = next((name for name, arch in ARCHS.items() if arch == network.arch), 'an arch of its own')
+    text = (
+        f'{len(read)} tensors read back bit for bit, loaded strictly into {type(network).__name__} ({variant}, '
+        f'{form} form)'
+    )
+    if form == form_of(network_entries(given)):
+        return text
+    deviation = largest_deviation(_outputs(network), _outputs(_loaded(given)))
+    if not deviation <= _TOLERANCE:
+        raise CheckpointError(
+            f'{draft.name} was discarded: its outputs on a random image deviate by {deviation:.1e} '
+            f'of the largest, expected at most {_TOLERANCE:.0e}; check that the weights are finite'
+        )
+    return f'{text}, outputs on a random image within {deviation:.1e} of the largest'
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    # As bytes: not-a-number is not equal to itself.
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(*(value.contiguous().reshape(-1).view(torch.uint8) for value in (a, b)))
+    )
+
+
+def _loaded(state_dict: Mapping[str, Tensor]) -> Trunk:
+    """The network that a state dict is of, with its tensors."""
+    network = build_like(state_dict)
+    network.load_state_dict(
+        {name: state_dict[given] for name, given in network_entries(state_dict).items()}, strict=True, assign=True
+    )
+    return network
+
+
+@torch.no_grad()
+def _outputs(network: Trunk) -> Tensor | tuple[Tensor, ...]:
+    """Those for one small random image, in float64: what is left is the rounding of the weights."""
+    channels = network.base_net.stem[0].conv.in_channels
+    x = torch.rand(1, channels, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return network.double()(x)
+
+
+def largest_deviation(outs: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
+    """The largest deviation of one or several tensors, each relative to its largest magnitude; NaN where one is NaN."""
+    if isinstance(outs, Tensor):
+        outs, expected = [outs], [expected]
+    deviations = [
+        (a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
+        for a, b in zip(outs, expected, strict=True)
+    ]
+    # Python's max would pass over not-a-number.
+    return torch.stack(deviations).max().item()

@@ -1,0 +1,86 @@
+"""The large depthwise kernel with parallel dilated branches (UniRepLKNet's dilated re-parameterised block)."""
+
+import torch
+from torch import Tensor, nn
+
+from overlock.layers.conv import ConvNorm
+from overlock.layers.fold import fuse_conv_bn, set_conv
+from overlock.ops.depthwise import depthwise_conv2d
+
+# (kernel size, dilation) of the branches beside a large kernel.
+BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    5: ((3, 1), (3, 2)),
+}
+
+
+class DilatedReparamConv(nn.Module):
+    """A depthwise K x K convolution and dilated smaller ones, each with its BatchNorm, summed.
+
+    All of it is one K x K convolution with a bias once the statistics stand still: `switch_to_deploy`.
+
+    Args:
+        channels: Channels in and out.
+        kernel_size: K, one of `BRANCHES`.
+
+    Raises:
+        ValueError: If there are no branches for `kernel_size`.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        if kernel_size not in BRANCHES:
+            raise ValueError(f'kernel_size must be one of {sorted(BRANCHES)}, got {kernel_size}')
+        self.conv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.branches = nn.ModuleDict()
+        for size, dilation in BRANCHES[kernel_size]:
+            branch = ConvNorm(channels, channels, size, groups=channels)
+            branch.conv.dilation = (dilation, dilation)
+            branch.conv.padding = (size // 2 * dilation,) * 2
+            self.branches[f'k{size}_d{dilation}'] = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        y = self.bn(depthwise_conv2d(x, self.conv.weight, self.conv.bias))
+        for branch in self.branches.values():
+            y = y + branch.bn(depthwise_conv2d(x, branch.conv.weight, dilation=branch.conv.dilation[0]))
+        return y
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Merges every branch into `conv`, in place; does nothing if that is done."""
+        if isinstance(self.bn, nn.Identity):
+            return
+        weight, bias = fuse_conv_bn(self.conv, self.bn)
+        for branch in self.branches.values():
+            branch_weight, branch_bias = fuse_conv_bn(branch.conv, branch.bn)
+            weight = weight + pad_kernel(branch_weight, branch.conv.dilation[0], self.conv.kernel_size[0])
+            bias = bias + branch_bias
+        set_conv(self.conv, weight, bias)
+        self.bn = nn.Identity()
+        self.branches = nn.ModuleDict()
+
+
+@torch.no_grad()
+def pad_kernel(weight: Tensor, dilation: int, size: int) -> Tensor:
+    """A dilated (C, 1, k, k) kernel as the equal undilated (C, 1, size, size) one.
+
+    Raises:
+        ValueError: If the dilated kernel is larger than `size`.
+    """
+    span = (weight.shape[-1] - 1) * dilation + 1
+    if span > size or (size - span) % 2:
+        raise ValueError(
+            f'a {weight.shape[-1]}x{weight.shape[-1]} kernel with dilation {dilation} spans {span} '
+            f'pixels and does not fit centred into {size}'
+        )
+    padded = weight.new_zeros((*weight.shape[:2], size, size))
+    start = (size - span) // 2
+    padded[..., start : start + span : dilation, start : start + span : dilation] = weight
+    return padded

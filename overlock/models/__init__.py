@@ -1,0 +1,7 @@
+"""The network, in reading order: arch, blocks, overlock (three nets and the classifier), backbone, names."""
+
+from overlock.models.arch import ARCHS, Arch, get_arch
+from overlock.models.backbone import OverLoCKBackbone
+from overlock.models.overlock import OverLoCK
+
+__all__ = ['ARCHS', 'Arch', 'OverLoCK', 'OverLoCKBackbone', 'get_arch']

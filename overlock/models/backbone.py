@@ -1,0 +1,130 @@
+"""The dense-prediction backbone."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from overlock.layers import ChannelAffine, LayerNorm2d
+from overlock.models.arch import Arch
+from overlock.models.overlock import Trunk
+
+
+class OverLoCKBackbone(Trunk):
+    """The dense-prediction backbone: four maps at strides 4, 8, 16 and 32.
+
+    It has no classifier and no auxiliary head, and of the nets only what `out_indices` needs: each parameter gets a
+    gradient.
+
+    Args:
+        arch: 'xt', 't', 's', 'b', a dict of the fields of `overlock.Arch`, or one.
+        in_channels: Channels of the image.
+        out_indices: Which of the four outputs to return, in ascending order.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and stages 1 to k (stages 1 to 3 are Base-Net's,
+            stage 4 is Overview-Net); Focus-Net is never frozen.
+        norm_eval: Whether all BatchNorms stay in evaluation mode while training.
+        drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        deploy: Whether to build the folded form of `switch_to_deploy`.
+        overview_residual: Whether the normed and projected overview is added to the last output: on for detection,
+            off for segmentation. Published checkpoints of each load only into their own form.
+        contmix_backend: Backend of `overlock.ops.contmix`.
+
+    Attributes:
+        out_channels: Channels of the outputs, in the order of `out_indices`.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping | Arch = 'xt',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        deploy: bool = False,
+        overview_residual: bool = True,
+        contmix_backend: str = 'auto',
+    ) -> None:
+        indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
+        if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= set(range(4)):
+            raise ValueError(f'out_indices must be ascending and among 0 to 3, got {indices}')
+        if frozen_stages not in range(-1, 5):
+            raise ValueError(f'frozen_stages must be between -1 and 4, got {frozen_stages}')
+        super().__init__(arch, in_channels, indices[-1] + 1, drop_path_rate, with_cp, contmix_backend)
+        self.out_indices = indices
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        channels = self.arch.out_channels
+        self.out_channels = tuple(channels[i] for i in indices)
+        # Stage 3 takes the normed second output, so that norm is there even where the output is not asked for.
+        normed = sorted({*indices, 1}) if indices[-1] > 1 else indices
+        self.output_norms = nn.ModuleDict({f'out{i}': LayerNorm2d(channels[i]) for i in normed})
+        self.overview_residual = overview_residual and 3 in indices
+        if self.overview_residual:
+            self.output_norms['overview'] = LayerNorm2d(self.arch.embed_dims[3])
+            self.overview_proj = nn.Conv2d(self.arch.embed_dims[3], channels[3], 1)
+            self.overview_scale = ChannelAffine(channels[3], init_value=1e-5)
+        self.init_parameters()
+        if deploy:
+            self.switch_to_deploy()
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image (B, C, H, W), at least 32x32, to a map (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up, for each output.
+
+        Raises:
+            ValueError: If the image is smaller than 32x32.
+        """
+        outs, overview = self.encode(x, self.output_norms['out1'] if self.num_outputs > 1 else None)
+        normed = []
+        for i in self.out_indices:
+            out = torch.cat(outs[i], dim=1) if i == 2 else outs[i]
+            if i != 1:
+                out = self.output_norms[f'out{i}'](out)
+            if i == 3 and self.overview_residual:
+                out = out + self.overview_scale(self.overview_proj(self.output_norms['overview'](overview)))
+            # mmcv's RoIAlign reads memory as if it were contiguous, whatever the format says.
+            normed.append(out.contiguous())
+        return tuple(normed)
+
+    def switch_to_deploy(self) -> 'OverLoCKBackbone':
+        """See `Trunk.switch_to_deploy`."""
+        super().switch_to_deploy()
+        if self.overview_residual and not isinstance(self.overview_scale, nn.Identity):
+            self.output_norms['overview'].fold_affine_into(self.overview_proj)
+            self.overview_scale.fold_into(self.overview_proj)
+            self.overview_scale = nn.Identity()
+        return self
+
+    def _rebuilt(self) -> 'OverLoCKBackbone':
+        return OverLoCKBackbone(
+            self.arch,
+            self.base_net.stem[0].conv.in_channels,
+            self.out_indices,
+            overview_residual=self.overview_residual,
+        )
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        base = self.base_net
+        stages = [[base.stem], [base.stage1]]
+        if self.num_outputs > 1:
+            stages.append([base.downsample2, base.stage2])
+        if self.num_outputs > 2:
+            stages += [[base.downsample3, base.stage3], [self.overview_net]]
+        return [module for stage in stages[: self.frozen_stages + 1] for module in stage]
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'OverLoCKBackbone':
+        """Sets the mode; what is frozen, and under `norm_eval` each BatchNorm, stays in evaluation."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self

@@ -1,0 +1,218 @@
+"""The two blocks: static in Base-Net and Overview-Net (paper, Sec. 3.2), dynamic in Focus-Net (Sec. 3.3)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from overlock.layers import (
+    GRN,
+    ChannelAffine,
+    ConvFFN,
+    ConvNorm,
+    DilatedReparamConv,
+    DropPath,
+    LayerNorm2d,
+    ResidualDWConv,
+    Shortcut,
+    SqueezeExcite,
+)
+from overlock.layers.fold import fold_bn_into_next, fold_bn_into_previous, switch_children
+from overlock.ops import contmix
+
+# Each side of the grid of regions whose affinities make the kernels.
+NUM_REGIONS = 7
+
+
+class StaticBlock(nn.Module):
+    """Large-kernel block: mixes space with a dilated re-parameterised convolution, then channels with a ConvFFN.
+
+    Args:
+        channels: Channels in and out.
+        kernel_size: The large kernel, a key of `overlock.layers.large_kernel.BRANCHES`.
+        mlp_ratio: Hidden width of the feed-forward over `channels`.
+        drop_path_rate: Probability of dropping the branch of a sample.
+        layer_scale: Whether the shortcut is scaled by a learned affine a channel.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        mlp_ratio: int = 4,
+        drop_path_rate: float = 0.0,
+        layer_scale: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dwconv = ResidualDWConv(channels)
+        self.norm = LayerNorm2d(channels)
+        self.dilated = DilatedReparamConv(channels, kernel_size)
+        self.bn = nn.BatchNorm2d(channels)
+        self.se = SqueezeExcite(channels)
+        self.ffn = ConvFFN(channels, channels * mlp_ratio)
+        self.drop_path = DropPath(drop_path_rate)
+        self.ls = ChannelAffine(channels) if layer_scale else Shortcut()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        x = self.dwconv(x)
+        y = self.se(self.bn(self.dilated(self.norm(x))))
+        return self.ls(x, self.drop_path(self.ffn(y)))
+
+    def switch_to_deploy(self) -> None:
+        """Folds all that is linear, in place and idempotently."""
+        if isinstance(self.bn, nn.Identity):
+            return
+        switch_children(self)
+        self.dwconv = self.dwconv.without_shortcut()
+        # The affine of `norm` stays: the padding of `dilated` puts zeros where its shift would be.
+        fold_bn_into_previous(self.dilated.conv, self.bn)
+        self.bn = nn.Identity()
+        if isinstance(self.ls, ChannelAffine):
+            self.ls.fold_bias_into(self.ffn.fc2)
+
+
+class DynamicBlock(nn.Module):
+    """Mixes features and context with kernels computed from the affinity of each pixel to 7x7 regions (ContMix).
+
+    Args:
+        channels: Channels C of the features.
+        context_channels: Channels P of the context and of its prior.
+        kernel_size: The large kernel K of ContMix and of the local branch.
+        small_kernel_size: The small kernel of ContMix.
+        num_groups: Groups G of ContMix in each half of the channels.
+        local_kernel_size: The large kernel of the static local branch.
+        mlp_ratio: Hidden width of the feed-forward over C.
+        drop_path_rate: Probability of dropping the branch of a sample.
+        mix_prior: Whether the context is first mixed with its prior (all blocks of Focus-Net but the first).
+        split: Whether to split the output into features and context again.
+        contmix_backend: Backend of `overlock.ops.contmix`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        kernel_size: int,
+        small_kernel_size: int = 5,
+        num_groups: int = 8,
+        local_kernel_size: int | None = None,
+        mlp_ratio: int = 3,
+        drop_path_rate: float = 0.0,
+        mix_prior: bool = True,
+        split: bool = True,
+        contmix_backend: str = 'auto',
+    ) -> None:
+        super().__init__()
+        width = channels + context_channels
+        self.channels = channels
+        self.kernel_sizes = (small_kernel_size, kernel_size)
+        self.num_groups = num_groups
+        self.scale = (channels / num_groups) ** -0.5
+        self.split = split
+        self.contmix_backend = contmix_backend
+
+        self.rpb_small, self.rpb_large = (
+            nn.Parameter(torch.zeros(num_groups, 2 * size - 1, 2 * size - 1)) for size in self.kernel_sizes
+        )
+        self.mix_prior = mix_prior
+        if mix_prior:
+            self.context_scale = ChannelAffine(context_channels)
+            self.prior_scale = ChannelAffine(context_channels)
+        self.dwconv1 = ResidualDWConv(width)
+        self.norm1 = LayerNorm2d(width)
+        self.fusion = nn.Sequential(
+            ConvNorm(width, width, 3, groups=width, bias=True, act=nn.GELU()),
+            nn.Conv2d(width, channels, 1),
+            GRN(channels),
+        )
+        self.query = ConvNorm(channels, channels // 2)
+        self.key = ConvNorm(context_channels, channels // 2)
+        num_taps = small_kernel_size**2 + kernel_size**2
+        self.weight_proj = nn.Conv2d(NUM_REGIONS**2, num_taps, 1)
+        self.dynamic_proj = ConvNorm(channels, channels)
+        self.local = nn.Sequential(
+            DilatedReparamConv(channels, local_kernel_size or kernel_size), nn.BatchNorm2d(channels)
+        )
+        self.se = SqueezeExcite(channels)
+        self.gate = ConvNorm(channels, channels, act=nn.SiLU())
+        self.proj = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 1))
+        self.ls1 = ChannelAffine(width)
+        self.dwconv2 = ResidualDWConv(width)
+        self.norm2 = LayerNorm2d(width)
+        self.ffn = ConvFFN(width, channels * mlp_ratio)
+        self.ls2 = ChannelAffine(width)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        """Features (B, C, H, W), context and prior (B, P, H, W) to features and context, or (B, C + P, H, W)."""
+        if self.mix_prior:
+            context = self.context_scale(context, self.prior_scale(prior))
+        y = self.dwconv1(torch.cat([x, context], dim=1))
+        y = self.ls1(y, self.drop_path(self.mix(self.norm1(y))))
+        y = self.dwconv2(y)
+        y = self.ls2(y, self.drop_path(self.ffn(self.norm2(y))))
+        if not self.split:
+            return y
+        return y[:, : self.channels], y[:, self.channels :]
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The token mixer: (B, C + P, H, W) to the same."""
+        value = self.fusion(x)
+        y = self.dynamic_proj(self.dynamic_conv(x, value)) + self.local(value)
+        return self.proj(self.se(y) * self.gate(value))
+
+    def dynamic_conv(self, x: Tensor, value: Tensor) -> Tensor:
+        """ContMix of `value` (B, C, H, W) with kernels computed from `x` (B, C + P, H, W)."""
+        size = value.shape[2:]
+        enlarged = _at_least(size, self.kernel_sizes[1])
+        if enlarged != size:
+            x, value = (F.interpolate(t, enlarged, mode='bilinear', align_corners=False) for t in (x, value))
+        query = self.query(x[:, : self.channels])
+        key = self.key(F.adaptive_avg_pool2d(x[:, self.channels :], NUM_REGIONS))
+        out = contmix(
+            query,
+            key,
+            value,
+            self.weight_proj.weight.flatten(1),
+            self.weight_proj.bias,
+            self.rpb_small,
+            self.rpb_large,
+            kernel_sizes=self.kernel_sizes,
+            num_groups=self.num_groups,
+            scale=self.scale,
+            backend=self.contmix_backend,
+        )
+        return F.adaptive_avg_pool2d(out, size) if enlarged != size else out
+
+    def switch_to_deploy(self) -> None:
+        """Folds all that is linear, in place and idempotently."""
+        dilated, bn = self.local
+        if isinstance(bn, nn.Identity):
+            return
+        switch_children(self)
+        self.dwconv1 = self.dwconv1.without_shortcut()
+        self.dwconv2 = self.dwconv2.without_shortcut()
+        # The affine of `norm1` and the shift of the GRN in `fusion` stay: padded convolutions take them.
+        fold_bn_into_previous(dilated.conv, bn)
+        self.local[1] = nn.Identity()
+        fold_bn_into_next(*self.proj)
+        self.proj[0] = nn.Identity()
+        self.norm2.fold_affine_into(self.ffn.fc1)
+        self.ls1.fold_bias_into(self.proj[1])
+        self.ls2.fold_bias_into(self.ffn.fc2)
+        if self.mix_prior:
+            self.context_scale.move_bias_to(self.prior_scale)
+
+    def extra_repr(self) -> str:
+        return f'kernel_sizes={self.kernel_sizes}, num_groups={self.num_groups}'
+
+
+def _at_least(size: torch.Size, minimum: int) -> torch.Size:
+    """`size`, or in proportion (rounded down) the size whose short side is `minimum`."""
+    height, width = size
+    short = min(height, width)
+    if short >= minimum:
+        return size
+    # int(minimum / short * side) and not side * minimum // short: floating-point rounding is part of the network.
+    grown = [minimum if side == short else int(minimum / short * side) for side in (height, width)]
+    return torch.Size(grown)

@@ -1,0 +1,415 @@
+"""The network: Base-Net, Overview-Net and Focus-Net (paper, Fig. 3), and the ImageNet classifier."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from overlock.layers import ConvNorm, DilatedReparamConv
+from overlock.layers.fold import fold_bn_into_next, switch_children
+from overlock.models.arch import Arch, get_arch
+from overlock.models.blocks import DynamicBlock, StaticBlock
+from overlock.models.forms import fold_state_dict, form_of, must_fold
+from overlock.models.names import from_published, published_name
+from overlock.ops.contmix.dispatch import check_backend
+
+MIN_SIZE = 32
+
+
+def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Runs a block; under `with_cp` its activations are computed again in the backward pass and not kept."""
+    if with_cp and torch.is_grad_enabled():
+        # torch.compile makes the second run pure by itself, and takes no context for it.
+        context = (
+            {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _same_statistics(block))}
+        )
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **context)
+    return block(*args)
+
+
+@contextmanager
+def _same_statistics(block: nn.Module) -> Iterator[None]:
+    """Keeps the second run of a block from moving the running statistics of its BatchNorms again."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, (_, count) in zip(norms, kept, strict=True):
+        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _static_stage(arch: Arch, stage: int, rates: Sequence[float]) -> nn.Sequential:
+    """The blocks of stage 0 to 3; the two deep stages have layer scale."""
+    return nn.Sequential(
+        *(
+            StaticBlock(
+                arch.embed_dims[stage], arch.kernel_sizes[stage], arch.static_mlp_ratio, rate, layer_scale=stage >= 2
+            )
+            for rate in rates
+        )
+    )
+
+
+class BaseNet(nn.Module):
+    """Encodes the image: stem to stride 4, stages 1 to 3 at strides 4, 8 and 16.
+
+    Args:
+        arch: The variant.
+        in_channels: Channels of the image.
+        rates: Drop-path rates, a list for each stage.
+        num_stages: How many of the three stages are built.
+        with_cp: Whether to checkpoint blocks.
+    """
+
+    def __init__(
+        self, arch: Arch, in_channels: int, rates: Sequence[Sequence[float]], num_stages: int = 3, with_cp: bool = False
+    ) -> None:
+        super().__init__()
+        c1, c2, c3, _ = arch.embed_dims
+        half = c1 // 2
+        self.num_stages = num_stages
+        self.with_cp = with_cp
+        self.stem = nn.Sequential(
+            ConvNorm(in_channels, half, 3, stride=2, act=nn.GELU()),
+            ConvNorm(half, half, 3, act=nn.GELU()),
+            ConvNorm(half, c1, 3, stride=2, act=nn.GELU()),
+            ConvNorm(c1, c1, 3),
+        )
+        self.stage1 = _static_stage(arch, 0, rates[0])
+        if num_stages > 1:
+            self.downsample2 = ConvNorm(c1, c2, 3, stride=2)
+            self.stage2 = _static_stage(arch, 1, rates[1])
+        if num_stages > 2:
+            self.downsample3 = ConvNorm(c2, c3, 3, stride=2)
+            self.stage3 = _static_stage(arch, 2, rates[2])
+
+    def forward(self, x: Tensor, stage2_norm: nn.Module | None = None) -> list[Tensor]:
+        """Encodes an image.
+
+        Args:
+            x: (B, C, H, W).
+            stage2_norm: Norm of the second map, which stage 3 then takes too: how the published dense-prediction
+                networks were trained, unlike the classifier.
+
+        Returns:
+            The maps of the stages, (B, C_i, H / 2^(i+1), W / 2^(i+1)), rounded up.
+        """
+        outs = [self._run(self.stage1, self.stem(x))]
+        if self.num_stages > 1:
+            outs.append(self._run(self.stage2, self.downsample2(outs[0])))
+            if stage2_norm is not None:
+                outs[1] = stage2_norm(outs[1])
+        if self.num_stages > 2:
+            outs.append(self._run(self.stage3, self.downsample3(outs[1])))
+        return outs
+
+    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        for block in stage:
+            x = run_block(block, x, with_cp=self.with_cp)
+        return x
+
+
+class OverviewNet(nn.Module):
+    """Looks at the whole scene: a few blocks at stride 32.
+
+    Args:
+        arch: The variant.
+        rates: Drop-path rate of each block.
+        with_cp: Whether to checkpoint blocks.
+    """
+
+    def __init__(self, arch: Arch, rates: Sequence[float], with_cp: bool = False) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.downsample = ConvNorm(arch.embed_dims[2], arch.embed_dims[3], 3, stride=2)
+        self.stage = _static_stage(arch, 3, rates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C3, H / 16, W / 16) to the overview (B, C4, H / 32, W / 32)."""
+        x = self.downsample(x)
+        for block in self.stage:
+            x = run_block(block, x, with_cp=self.with_cp)
+        return x
+
+
+class FocusNet(nn.Module):
+    """Looks closely under the guidance of the overview: dynamic blocks at strides 16 and 32.
+
+    Args:
+        arch: The variant.
+        rates: Drop-path rates, a list for each of the two stages.
+        num_stages: 2, or 1 to leave the stage at stride 32 out.
+        with_cp: Whether to checkpoint blocks.
+        contmix_backend: Backend of `overlock.ops.contmix`.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        rates: Sequence[Sequence[float]],
+        num_stages: int = 2,
+        with_cp: bool = False,
+        contmix_backend: str = 'auto',
+    ) -> None:
+        super().__init__()
+        _, _, c3, c4 = arch.embed_dims
+        self.with_cp = with_cp
+        self.num_stages = num_stages
+        self.context_proj = nn.Conv2d(c4, arch.context_dims, 1)
+
+        def stage(index: int) -> nn.ModuleList:
+            last = len(rates[index]) - 1
+            return nn.ModuleList(
+                DynamicBlock(
+                    arch.embed_dims[2 + index],
+                    arch.context_dims,
+                    arch.dynamic_kernel_sizes[index],
+                    arch.small_kernel_size,
+                    arch.focus_groups[index],
+                    arch.kernel_sizes[2 + index],
+                    arch.dynamic_mlp_ratio,
+                    rate,
+                    mix_prior=(index, i) != (0, 0),
+                    split=(index, i) != (1, last),
+                    contmix_backend=contmix_backend,
+                )
+                for i, rate in enumerate(rates[index])
+            )
+
+        self.stage3 = stage(0)
+        if num_stages == 2:
+            self.downsample = ConvNorm(c3, c4, 3, stride=2)
+            self.context_downsample = ConvNorm(arch.context_dims, arch.context_dims, 3, stride=2)
+            self.stage4 = stage(1)
+
+    def forward(self, x: Tensor, overview: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Looks at `x` (B, C3, H / 16, W / 16) under the overview (B, C4, H / 32, W / 32).
+
+        Returns:
+            Features (B, C3, ...) and context (B, P, ...) at stride 16, and the last map (B, C4 + P, H / 32, W / 32),
+            or None without the second stage.
+        """
+        coarse_prior = self.context_proj(overview)
+        prior = F.interpolate(coarse_prior, x.shape[2:], mode='bilinear', align_corners=False)
+        context = prior
+        for block in self.stage3:
+            x, context = run_block(block, x, context, prior, with_cp=self.with_cp)
+        if self.num_stages == 1:
+            return (x, context), None
+        y = self.downsample(x), self.context_downsample(context)
+        for block in self.stage4:
+            y = run_block(block, *y, coarse_prior, with_cp=self.with_cp)
+        return (x, context), y
+
+
+class Trunk(nn.Module):
+    """Base-Net, Overview-Net and Focus-Net, as far as the outputs asked for need them.
+
+    Loads state dicts in its own and in the published names, at any prefix; once folded for inference also those of
+    unfolded networks.
+
+    Args:
+        arch: 'xt', 't', 's', 'b', a dict of the fields of `overlock.Arch`, or one.
+        in_channels: Channels of the image.
+        num_outputs: How many of the four outputs are computed; the nets behind the last of them are left out.
+        drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        contmix_backend: Backend of `overlock.ops.contmix`.
+
+    Attributes:
+        memory_format: What maps have inside; None for channels_last on CPUs and for that of the image elsewhere.
+    """
+
+    memory_format: torch.memory_format | None = None
+
+    def __init__(
+        self,
+        arch: str | Mapping | Arch,
+        in_channels: int = 3,
+        num_outputs: int = 4,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        contmix_backend: str = 'auto',
+    ) -> None:
+        super().__init__()
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+        check_backend(contmix_backend)
+        self.arch = get_arch(arch)
+        # The published order: Base-Net, Overview-Net, Focus-Net.
+        last = self.arch.num_blocks - 1
+        rates = [drop_path_rate * i / last for i in range(last + 1)]
+        depths = (*self.arch.base_depths, self.arch.overview_depth, *self.arch.focus_depths)
+        stages = [[rates.pop(0) for _ in range(depth)] for depth in depths]
+        self.base_net = BaseNet(self.arch, in_channels, stages[:3], min(num_outputs, 3), with_cp)
+        if num_outputs > 2:
+            self.overview_net = OverviewNet(self.arch, stages[3], with_cp)
+            self.focus_net = FocusNet(self.arch, stages[4:], num_outputs - 2, with_cp, contmix_backend)
+        self.num_outputs = num_outputs
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given_names = from_published({name: name for name in state_dict}, prefix)
+        tensors = {ours: state_dict[given] for ours, given in given_names.items()}
+        below = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        form, own = form_of(below), self.state_dict()
+        if must_fold(form, form_of(own)):
+            folded = fold_state_dict(below, own, lambda: self.unfolded(form))
+            tensors = {f'{prefix}{name}': value for name, value in folded.tensors.items()}
+            published = any(ours != given for ours, given in given_names.items())
+            if strict:
+                missing = (f'{prefix}{name}' for name in folded.missing)
+                missing_keys += [published_name(name, prefix) if published else name for name in missing]
+                unexpected_keys += [given_names[f'{prefix}{name}'] for name in folded.unexpected]
+            error_msgs += [
+                f'size mismatch for {given_names[prefix + name]}: the state dict has {got}, the model needs {wanted}.'
+                for name, (wanted, got) in folded.misfits.items()
+            ]
+        # In place: the children are given what is in `state_dict` after this.
+        state_dict.clear()
+        state_dict.update(tensors)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def unfolded(self, form: str = 'training') -> 'Trunk':
+        """A network of the same shape on the meta device, in the form 'training' or 'merged' of `checkpoint.forms`."""
+        with torch.device('meta'):
+            twin = self._rebuilt()
+        return twin.merge() if form == 'merged' else twin
+
+    def merge(self) -> 'Trunk':
+        """Merges the branches of the large kernels alone, in place, as published _reparam files have them."""
+        for module in self.modules():
+            if isinstance(module, DilatedReparamConv):
+                module.switch_to_deploy()
+        return self
+
+    def _rebuilt(self) -> 'Trunk':
+        """A new network of the same shape, unfolded."""
+        raise NotImplementedError
+
+    def init_parameters(self) -> None:
+        """Truncated normal weights with std 0.02 and zero biases, for convolutions; the rest starts as built."""
+        for module in self.modules():
+            # On the meta device there is nothing to draw, and torch takes seconds over it.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def encode(
+        self, x: Tensor, stage2_norm: nn.Module | None = None
+    ) -> tuple[list[Tensor | tuple[Tensor, Tensor]], Tensor | None]:
+        """Image (B, C, H, W) to up to four outputs, the third a pair, and the overview.
+
+        All are raw but the second, which is normed where `stage2_norm` is given (see `BaseNet`).
+
+        Raises:
+            ValueError: If the image is smaller than 32x32 or not a batch of maps.
+        """
+        if x.ndim != 4:
+            raise ValueError(f'input must have shape (B, C, H, W), got {tuple(x.shape)}')
+        if min(x.shape[2:]) < MIN_SIZE:
+            raise ValueError(f'input must be at least {MIN_SIZE}x{MIN_SIZE} pixels, got {x.shape[2]}x{x.shape[3]}')
+        # oneDNN's depthwise kernels are up to 20 times faster in channels_last.
+        memory_format = self.memory_format or (torch.channels_last if x.device.type == 'cpu' else None)
+        if memory_format is not None:
+            x = x.contiguous(memory_format=memory_format)
+        outs = self.base_net(x, stage2_norm)
+        if self.num_outputs <= 2:
+            return outs, None
+        overview = self.overview_net(outs[2])
+        return [*outs[:2], *self.focus_net(outs[2], overview)], overview
+
+    def switch_to_deploy(self) -> 'Trunk':
+        """Folds all that is linear for inference, in place and idempotently; returns self.
+
+        Running statistics become part of the weights whatever the mode, and no BatchNorm is left to move in `train`.
+        Drop path still drops branches there; the bias of a layer scale is then part of the branch.
+        """
+        switch_children(self)
+        return self
+
+
+class OverLoCK(Trunk):
+    """The ImageNet classifier.
+
+    Args:
+        arch: 'xt', 't', 's', 'b', a dict of the fields of `overlock.Arch`, or one.
+        in_channels: Channels of the image.
+        num_classes: Classes.
+        aux_head: Whether Overview-Net has a classifier of its own for training.
+        drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        deploy: Whether to build the folded form of `switch_to_deploy`.
+        contmix_backend: Backend of `overlock.ops.contmix`.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping | Arch = 'xt',
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        aux_head: bool = True,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        deploy: bool = False,
+        contmix_backend: str = 'auto',
+    ) -> None:
+        if num_classes < 1:
+            raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+        super().__init__(arch, in_channels, 4, drop_path_rate, with_cp, contmix_backend)
+        self.head = nn.Sequential()
+        self.head.add_module('proj', ConvNorm(self.arch.out_channels[3], 1024, act=nn.SiLU()))
+        self.head.add_module('pool', nn.AdaptiveAvgPool2d(1))
+        self.head.add_module('fc', nn.Conv2d(1024, num_classes, 1))
+        self.aux_head = None
+        if aux_head:
+            self.aux_head = nn.Sequential()
+            self.aux_head.add_module('bn', nn.BatchNorm2d(self.arch.embed_dims[3]))
+            self.aux_head.add_module('pool', nn.AdaptiveAvgPool2d(1))
+            self.aux_head.add_module('fc', nn.Conv2d(self.arch.embed_dims[3], num_classes, 1))
+        self.init_parameters()
+        if deploy:
+            self.switch_to_deploy()
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """Image (B, C, H, W) to logits (B, num_classes); in training with `aux_head` to `main` and `aux` logits.
+
+        Raises:
+            ValueError: If the image is smaller than 32x32.
+        """
+        outs, overview = self.encode(x)
+        logits = self.head(outs[3]).flatten(1)
+        if self.training and self.aux_head is not None:
+            return {'main': logits, 'aux': self.aux_head(overview).flatten(1)}
+        return logits
+
+    def switch_to_deploy(self) -> 'OverLoCK':
+        """See `Trunk.switch_to_deploy`."""
+        super().switch_to_deploy()
+        if self.aux_head is not None and not isinstance(self.aux_head.bn, nn.Identity):
+            # Pooling is linear too: the BatchNorm folds through it.
+            fold_bn_into_next(self.aux_head.bn, self.aux_head.fc)
+            self.aux_head.bn = nn.Identity()
+        return self
+
+    def _rebuilt(self) -> 'OverLoCK':
+        return OverLoCK(
+            self.arch, self.base_net.stem[0].conv.in_channels, self.head.fc.out_channels, self.aux_head is not None
+        )

@@ -1,0 +1,262 @@
+"""Names in both directions, files without code, and loading that tells or refuses."""
+
+import os
+import pickle
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from overlock import OverLoCK, OverLoCKBackbone
+from overlock.checkpoint import (
+    CheckpointError,
+    find_file,
+    from_published,
+    load,
+    load_pretrained,
+    read_state_dict,
+    to_published,
+)
+from tests.testing import TINY, published_weights
+
+ARCHS = ['xt', 't', 's', 'b']
+KINDS = {
+    'cls': lambda arch: OverLoCK(arch),
+    'cls_reparam': lambda arch: OverLoCK(arch).unfolded('merged'),
+    'det': lambda arch: OverLoCKBackbone(arch),
+    'seg': lambda arch: OverLoCKBackbone(arch, overview_residual=False),
+}
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('kind', KINDS)
+def test_names_translate_both_ways_and_shapes_are_kept(kind, arch, shapes):
+    published = {name: tuple(shape) for name, shape in shapes[kind][arch].items()}
+    with torch.device('meta'):
+        ours = {name: tuple(t.shape) for name, t in KINDS[kind](arch).state_dict().items()}
+    assert from_published(published) == ours
+    assert to_published(ours) == published
+    assert from_published(ours) == ours
+    assert to_published(published) == published
+
+
+def test_names_below_a_prefix_alone_are_translated():
+    given = {'backbone.patch_embed2.0.weight': 1, 'neck.patch_embed2.0.weight': 2}
+    assert from_published(given, 'backbone.') == {
+        'backbone.base_net.downsample2.conv.weight': 1,
+        'neck.patch_embed2.0.weight': 2,
+    }
+
+
+def test_published_state_dict_loads_strictly_at_any_prefix(shapes):
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = OverLoCKBackbone('xt')
+            self.neck = nn.Conv2d(1, 1, 1)
+
+    weights = {f'backbone.{name}': value for name, value in published_weights(shapes['det']['xt']).items()}
+    given = {**weights, 'neck.weight': torch.ones(1, 1, 1, 1), 'neck.bias': torch.ones(1)}
+    names = list(given)
+    detector = Detector()
+    detector.load_state_dict(given, strict=True)
+    assert list(given) == names, 'the state dict of the caller was changed'
+    stem = weights['backbone.patch_embed1.0.weight'].float()
+    assert torch.equal(detector.backbone.base_net.stem[0].conv.weight, stem)
+
+
+def test_imagenet_weights_miss_the_norms_and_projection_and_leave_the_heads(shapes):
+    result = OverLoCKBackbone('xt').load_state_dict(published_weights(shapes['cls']['xt']), strict=False)
+    missing = {name.rpartition('.')[0] for name in result.missing_keys}
+    assert missing == {
+        'output_norms.out0',
+        'output_norms.out1',
+        'output_norms.out2',
+        'output_norms.out3',
+        'output_norms.overview',
+        'overview_proj',
+        'overview_scale',
+    }
+    unexpected = {name.split('.')[0] for name in result.unexpected_keys}
+    assert unexpected == {'head', 'aux_head'}
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda sd: sd,
+        lambda sd: {'state_dict': sd, 'meta': {'epoch': 3}},
+        lambda sd: {'model': sd},
+        lambda sd: {'state_dict_ema': sd},
+        lambda sd: {f'module.{name}': value for name, value in sd.items()},
+    ],
+)
+def test_usual_wrappings_are_taken_off_and_the_report_counts(wrap, shapes, tmp_path):
+    weights = published_weights(shapes['cls']['xt'])
+    torch.save(wrap(weights), tmp_path / 'weights.pth')
+    model = OverLoCKBackbone('xt')
+    report = load_pretrained(model, tmp_path / 'weights.pth')
+    assert len(report.loaded) == 1549 and len(report.new) == 14 and len(report.dropped) == 15
+    assert 'loaded 1549 tensors' in str(report) and 'output_norms.out0' in str(report) and 'aux_head.fc' in str(report)
+    assert torch.equal(model.focus_net.stage4[1].ls2.bias, weights['sub_blocks4.1.ls2.bias'].float())
+
+
+def test_backbone_of_a_detector_file_is_found_by_its_prefix(tmp_path):
+    model = OverLoCKBackbone(TINY)
+    state = {f'backbone.{name}': value for name, value in model.state_dict().items()}
+    torch.save({'state_dict': {**state, 'neck.weight': torch.ones(1)}}, tmp_path / 'detector.pth')
+    report = load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'detector.pth')
+    assert len(report.loaded) == len(state) and not report.new and not report.dropped
+
+
+def test_fewer_outputs_take_their_part_of_the_weights(shapes, tmp_path):
+    torch.save(published_weights(shapes['cls']['xt']), tmp_path / 'weights.pth')
+    for out_indices in ((0,), (0, 1), (0, 1, 2)):
+        report = load_pretrained(OverLoCKBackbone('xt', out_indices=out_indices), tmp_path / 'weights.pth')
+        assert report.loaded and all(name.startswith(('output_norms', 'overview_')) for name in report.new)
+
+
+@pytest.mark.parametrize(('arch', 'message'), [('t', 'another shape'), ('b', 'another shape')])
+def test_file_of_another_variant_is_an_error_and_changes_nothing(arch, message, shapes, tmp_path):
+    torch.save(published_weights(shapes['cls']['xt']), tmp_path / 'xt.pth')
+    model = OverLoCKBackbone(arch)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(model, tmp_path / 'xt.pth')
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_file_with_more_or_fewer_blocks_is_an_error(tmp_path):
+    deep = OverLoCKBackbone({**TINY, 'base_depths': (2, 1, 1)})
+    torch.save(deep.state_dict(), tmp_path / 'deep.pth')
+    with pytest.raises(CheckpointError, match='has .*base_net.stage1.1'):
+        load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'deep.pth')
+    torch.save(OverLoCKBackbone(TINY).state_dict(), tmp_path / 'tiny.pth')
+    with pytest.raises(CheckpointError, match='lacks .*base_net.stage1.1'):
+        load_pretrained(deep, tmp_path / 'tiny.pth')
+
+
+def test_file_that_matches_nothing_is_an_error(tmp_path):
+    torch.save({'layer1.weight': torch.ones(1)}, tmp_path / 'resnet.pth')
+    with pytest.raises(CheckpointError, match='matches nothing .*got layer1.weight'):
+        load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'resnet.pth')
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def test_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'state_dict': {'a': torch.ones(1)}, 'meta': Malicious()}, tmp_path / 'bad.pth')
+    (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Malicious(), protocol=2))
+    for name in ('bad.pth', 'raw.pth'):
+        with pytest.raises(CheckpointError, match='asks for the Python object (posix|os).mkdir'):
+            read_state_dict(tmp_path / name)
+    for protocol in (4, 5):
+        torch.save({'a': torch.ones(1), 'meta': Malicious()}, tmp_path / 'new.pth', pickle_protocol=protocol)
+        (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Malicious(), protocol=protocol))
+        for name in ('new.pth', 'raw.pth'):
+            with pytest.raises(CheckpointError, match='asks for the Python object (posix|os).mkdir'):
+                read_state_dict(tmp_path / name)
+        torch.save({'a': torch.ones(1)}, tmp_path / 'new.pth', pickle_protocol=protocol)
+        with pytest.raises(CheckpointError, match='a protocol that cannot be read safely, expected 2 or 3; save'):
+            read_state_dict(tmp_path / 'new.pth')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_files_are_read_by_several_threads_and_torch_is_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+    torch.save({'model': {'a.weight': torch.ones(1)}, 'args': Namespace(lr=1e-3)}, tmp_path / 'w.pth')
+    allowed = torch.serialization.get_safe_globals()
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(load, [tmp_path / 'w.pth'] * 200))
+    assert len(loaded) == 200
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
+    assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_prefixes_of_wrappers_are_taken_off(prefix, tmp_path):
+    torch.save({'n_averaged': torch.tensor(3), f'{prefix}a.weight': torch.ones(1)}, tmp_path / 'w.pth')
+    assert load(tmp_path / 'w.pth') == {'a.weight': torch.ones(1)}
+
+
+def test_file_of_other_classes_tells_how_many(tmp_path):
+    torch.save(OverLoCK(TINY, num_classes=10).state_dict(), tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='has other classes: .* build the model with num_classes=10'):
+        load_pretrained(OverLoCK(TINY, num_classes=7), tmp_path / 'w.pth')
+
+
+def test_damaged_or_empty_files_are_errors(tmp_path):
+    torch.save(OverLoCKBackbone(TINY).state_dict(), tmp_path / 'whole.pth')
+    data = (tmp_path / 'whole.pth').read_bytes()
+    (tmp_path / 'cut.pth').write_bytes(data[: len(data) // 2])
+    (tmp_path / 'empty.pth').write_bytes(b'')
+    torch.save({'epoch': 3}, tmp_path / 'no_weights.pth')
+    (tmp_path / 'text.pth').write_bytes(b'hello world this is text')
+    (tmp_path / 'byte.pth').write_bytes(b'\x80')
+    (tmp_path / 'page.pth').write_bytes(b'<html>404</html>')
+    whole = 'not a whole PyTorch checkpoint'
+    for name, message in (
+        ('cut.pth', whole),
+        ('empty.pth', whole),
+        ('text.pth', whole),
+        ('byte.pth', whole),
+        ('page.pth', whole),
+        ('no_weights.pth', 'holds no state dict'),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_state_dict(tmp_path / name)
+
+
+def test_safetensors_load_too(tmp_path):
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    model = OverLoCKBackbone(TINY)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / 'w.safetensors')
+    assert not load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'w.safetensors').new
+    (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'w.safetensors').read_bytes()[:100])
+    with pytest.raises(CheckpointError, match='cut.safetensors is damaged'):
+        read_state_dict(tmp_path / 'cut.safetensors')
+
+
+@pytest.mark.parametrize(
+    ('wrap', 'plain', 'average'),
+    [
+        (lambda plain, ema: {'state_dict': plain, 'state_dict_ema': ema, 'epoch': 3}, 1.0, 2.0),
+        (lambda plain, ema: {'model': plain, 'model_ema': ema, 'args': Namespace(lr=1e-3)}, 1.0, 2.0),
+        # mmengine's EMAHook changes the two round.
+        (
+            lambda plain, ema: {
+                'state_dict': ema,
+                'ema_state_dict': {
+                    'steps': torch.tensor(5),
+                    **{f'module.{name}': value for name, value in plain.items()},
+                },
+            },
+            2.0,
+            2.0,
+        ),
+        (lambda plain, ema: {'state_dict_ema': ema}, 2.0, 2.0),
+    ],
+)
+def test_running_averages_are_taken_where_they_are_asked_for_or_all_there_is(wrap, plain, average, tmp_path):
+    torch.save(wrap({'a.weight': torch.tensor(1.0)}, {'a.weight': torch.tensor(2.0)}), tmp_path / 'w.pth')
+    assert load(tmp_path / 'w.pth') == {'a.weight': plain}
+    assert load(tmp_path / 'w.pth', ema=True) == {'a.weight': average}
+
+
+def test_missing_average_is_an_error(tmp_path):
+    torch.save({'state_dict': {'a.weight': torch.ones(1)}}, tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='w.pth holds no running average of weights: expected one of state_dict_'):
+        load(tmp_path / 'w.pth', ema=True)
+
+
+def test_path_that_is_nowhere_is_an_error_that_knows_similar_names():
+    with pytest.raises(CheckpointError, match='The weight file nowhere.pth does not exist; give'):
+        find_file('nowhere.pth')
+    with pytest.raises(CheckpointError, match='such as .*overlock_s_in1k'):
+        find_file('overlock_s_ink')

@@ -1,0 +1,339 @@
+"""Every backend of ContMix gives what the reference gives, forward and backward."""
+
+import pytest
+import torch
+
+from overlock.ops import contmix, explain
+from overlock.ops.contmix import eager
+from overlock.ops.contmix.dispatch import OPERATORS, choose
+from tests.testing import TOLERANCES, assert_relative
+
+# (height, width, K): odd, non-square, just large enough, and near and far of the dense product's limit.
+MAPS = [
+    (13, 13, 13),
+    (14, 14, 13),
+    (13, 29, 13),
+    (21, 17, 13),
+    (7, 7, 7),
+    (7, 8, 7),
+    (12, 9, 7),
+    (5, 5, 5),
+    (6, 11, 5),
+    (3, 3, 3),
+    (4, 7, 3),
+]
+
+
+def here(name: str):
+    """A backend as a test parameter, skipped with the reason where it cannot run."""
+    reason = explain()[name]
+    return pytest.param(name, marks=pytest.mark.skipif(reason != 'available', reason=f'{name}: {reason}'))
+
+
+FUSED = ['eager', here('compiled')]
+BACKENDS = [*FUSED, here('natten')]
+
+
+def inputs(height, width, kernel_size, small=3, groups=2, dims=3, batch=2, regions=7, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    half = groups * dims
+    taps = small**2 + kernel_size**2
+    tensors = (
+        randn(batch, half, height, width),
+        randn(batch, half, regions, regions),
+        randn(batch, 2 * half, height, width),
+        randn(taps, regions**2),
+        randn(taps),
+        randn(groups, 2 * small - 1, 2 * small - 1),
+        randn(groups, 2 * kernel_size - 1, 2 * kernel_size - 1),
+    )
+    return tensors, dict(kernel_sizes=(small, kernel_size), num_groups=groups, scale=(2 * dims) ** -0.5)
+
+
+@pytest.mark.parametrize('size', MAPS, ids=str)
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_backend_gives_the_output_and_gradients_of_the_reference(backend, size):
+    tensors, options = inputs(*size)
+    expected = contmix(*tensors, **options, backend='reference')
+    actual = contmix(*tensors, **options, backend=backend)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float64])
+    gradients = (torch.autograd.grad(out, tensors, weight) for out in (actual, expected))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize('size', [(9, 11, 3), (3, 3, 3), (3, 4, 3)], ids=str)
+@pytest.mark.parametrize('backend', ['reference', *BACKENDS])
+def test_gradients_are_those_of_finite_differences(backend, size):
+    tensors, options = inputs(*size, groups=1, dims=1, batch=1, regions=2)
+    assert torch.autograd.gradcheck(lambda *t: contmix(*t, **options, backend=backend), tensors)
+
+
+@pytest.mark.parametrize('length', [7, 8, 20])
+def test_border_queries_share_the_window_that_moved_inward(length):
+    # One-hot weights on a single tap: each query then shows the pixel that this tap of its window sees.
+    kernel_size = 7
+    value = torch.arange(length * length, dtype=torch.float64).view(1, 1, 1, length, length)
+    for tap_row, tap_col in ((0, 0), (3, 6), (6, 6)):
+        weights = torch.zeros(1, 1, kernel_size**2, length, length, dtype=torch.float64)
+        weights[:, :, tap_row * kernel_size + tap_col] = 1
+        seen = eager.aggregate(weights, value)[0, 0, 0]
+        starts = [min(max(i - kernel_size // 2, 0), length - kernel_size) for i in range(length)]
+        expected = torch.tensor([[(r + tap_row) * length + c + tap_col for c in starts] for r in starts])
+        assert torch.equal(seen, expected.double())
+
+
+@pytest.mark.parametrize('size', [(13, 13, 13), (17, 30, 13)], ids=str)
+def test_dense_product_and_taps_agree(size, monkeypatch):
+    tensors, options = inputs(*size)
+    outs = []
+    for limit in (0, 1e9):
+        monkeypatch.setattr(eager, 'DENSE_LIMIT', limit)
+        outs.append(contmix(*tensors, **options, backend='eager').detach())
+    assert_relative(outs[0], outs[1], TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('size', [(13, 14, 13), (20, 24, 13)], ids=str)
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_narrow_dtypes_stay_near_the_reference_and_keep_their_dtype(backend, size, dtype):
+    tensors, options = inputs(*size, dtype=dtype)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    expected = contmix(*exact, **options, backend='reference')
+    actual = contmix(*tensors, **options, backend=backend)
+    assert actual.dtype == dtype
+    assert_relative(actual.detach(), expected.detach(), TOLERANCES[dtype])
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = (torch.autograd.grad(out, t, grad.to(out.dtype)) for out, t in ((actual, tensors), (expected, exact)))
+    for ours, truth in zip(*gradients, strict=True):
+        assert ours.dtype == dtype
+        assert_relative(ours, truth, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_large_logits_do_not_overflow_in_float16(backend):
+    tensors, options = inputs(14, 14, 13, dtype=torch.float16)
+    query = (tensors[0].detach() * 40,)
+    assert contmix(*query, *tensors[1:], **options, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize('dims', [8, 10, 16, 20])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('backend', FUSED)
+def test_any_width_of_groups_and_memory_format_gives_the_reference(backend, memory_format, dims):
+    tensors, options = inputs(9, 20, 7, dims=dims, small=5)
+    tensors = [t.detach().contiguous(memory_format=memory_format) if t.ndim == 4 else t.detach() for t in tensors]
+    tensors = [t.requires_grad_() for t in tensors]
+    expected = contmix(*tensors, **options, backend='reference')
+    actual = contmix(*tensors, **options, backend=backend)
+    assert actual.is_contiguous(memory_format=memory_format)
+    assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float64])
+    gradients = (torch.autograd.grad(out.square().sum(), tensors) for out in (actual, expected))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_slices_of_larger_maps_are_read_by_their_strides(backend):
+    tensors, options = inputs(8, 9, 7)
+    tensors = [t.detach() for t in tensors]
+    wide = torch.full((2, 18, 10, 9), float('nan'), dtype=torch.float64)
+    wide[:, 2:8, 1:9], wide[:, 6:18, 1:9] = tensors[0], 0
+    value = torch.full((2, 30, 8, 18), float('nan'), dtype=torch.float64)
+    value[:, ::2, :, ::2][:, 1:13] = tensors[2]
+    views = [wide[:, 2:8, 1:9].clone(), tensors[1], value[:, ::2, :, ::2][:, 1:13], *tensors[3:]]
+    expected = contmix(views[0].contiguous(), views[1], tensors[2], *views[3:], **options, backend='reference')
+    assert_relative(contmix(*views, **options, backend=backend), expected, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_backward_pass_keeps_no_tap_weights(backend):
+    tensors, options = inputs(24, 24, 13)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        contmix(*tensors, **options, backend=backend)
+    # The weights of the large kernel alone are 169 maps of two groups, and the largest map kept is the value.
+    assert max(kept) == tensors[2].numel()
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_gradients_of_some_inputs_alone_are_the_same(backend):
+    tensors, options = inputs(8, 9, 7)
+    truth = torch.autograd.grad(contmix(*tensors, **options, backend=backend).square().sum(), tensors)
+    for i, tensor in enumerate(tensors):
+        alone = [t if t is tensor else t.detach() for t in tensors]
+        (grad,) = torch.autograd.grad(contmix(*alone, **options, backend=backend).square().sum(), tensor)
+        assert torch.equal(grad, truth[i])
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_result_is_deterministic(backend):
+    tensors, options = inputs(20, 24, 13, dtype=torch.float32)
+
+    def run():
+        out = contmix(*tensors, **options, backend=backend)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_empty_batch_gives_an_empty_map_and_gradients(backend):
+    tensors, options = inputs(8, 9, 7, batch=0)
+    out = contmix(*tensors, **options, backend=backend)
+    assert out.shape == (0, 12, 8, 9)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert all(grad.shape == t.shape and not grad.any() for grad, t in zip(gradients, tensors, strict=True))
+
+
+@pytest.mark.parametrize('backend', FUSED)
+def test_infinite_value_reaches_no_query_that_does_not_see_it(backend):
+    tensors, options = inputs(20, 24, 7)
+    with torch.no_grad():
+        tensors[2][:, :, 3, 4] = float('inf')
+    (grad,) = torch.autograd.grad(contmix(*tensors, **options, backend=backend)[..., 12:].sum(), tensors[0])
+    # Windows of 7 x 7 around column 12 begin at column 9.
+    assert grad[..., 12:].isfinite().all()
+
+
+def projected(height, width, kernel_size, dtype=torch.float64, memory_format=torch.contiguous_format):
+    """What the operators take: the regions already projected to taps."""
+    (query, key, value, weight, *rest), options = inputs(height, width, kernel_size, dtype=dtype)
+    kernel = key.detach().reshape(2, 2, 3, -1) @ weight.detach().t() * options['scale']
+    query, value = (t.detach().contiguous(memory_format=memory_format) for t in (query, value))
+    return [t.detach().requires_grad_() for t in (query, kernel, value, *rest)]
+
+
+@pytest.mark.parametrize('size', [(8, 9, 5), (14, 20, 7)], ids=str)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('backend', FUSED)
+def test_operator_keeps_the_rules_of_torch_library(backend, memory_format, size):
+    for dtype in (torch.float64, torch.float32):
+        args = projected(*size, dtype=dtype, memory_format=memory_format)
+        torch.library.opcheck(getattr(torch.ops.overlock, f'contmix_{backend}').default, args)
+        out = OPERATORS[backend](*args)
+        lse = torch.zeros(2, 2, 2, *size[:2], dtype=dtype)
+        grad_args = [torch.randn_like(out), lse, *(t.detach() for t in args)]
+        torch.library.opcheck(getattr(torch.ops.overlock, f'contmix_{backend}_backward').default, grad_args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['auto', *FUSED])
+def test_compiled_graph_is_whole_and_one_for_every_size(backend):
+    torch._dynamo.reset()
+    _, options = inputs(14, 20, 7)
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend('aot_eager')(graph, example_inputs)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=keep)
+    def run(*tensors):
+        return contmix(*tensors, **options, backend=backend)
+
+    for size in ((14, 20, 7), (15, 9, 7), (30, 31, 7)):
+        tensors, _ = inputs(*size)
+        out, truth = run(*tensors), contmix(*tensors, **options, backend='reference')
+        assert_relative(out.detach(), truth.detach(), TOLERANCES[torch.float64])
+        gradients = (torch.autograd.grad(o.square().sum(), tensors) for o in (out, truth))
+        for ours, expected in zip(*gradients, strict=True):
+            assert_relative(ours, expected, TOLERANCES[torch.float64])
+    assert len(graphs) == 1
+    assert f'overlock.contmix_{choose(tensors[2], (3, 7)) if backend == "auto" else backend}' in graphs[0]
+
+
+@pytest.mark.slow
+def test_exported_program_needs_no_operator_of_ours_and_takes_other_sizes():
+    class Mix(torch.nn.Module):
+        def forward(self, *tensors):
+            return contmix(*tensors, **options)
+
+    tensors, options = inputs(14, 20, 7)
+    height, width = (torch.export.Dim(name, min=7, max=64) for name in ('height', 'width'))
+    free = {2: height, 3: width}
+    program = torch.export.export(
+        Mix(), tuple(t.detach() for t in tensors), dynamic_shapes=((free, None, free, None, None, None, None),)
+    )
+    assert 'overlock' not in str(program.graph)
+    for size in ((14, 20, 7), (7, 33, 7), (13, 8, 7)):
+        other, _ = inputs(*size)
+        other = [t.detach() for t in other]
+        expected = contmix(*other, **options, backend='reference')
+        assert_relative(program.module()(*other), expected, TOLERANCES[torch.float64])
+
+
+@pytest.mark.skipif(explain()['compiled'] != 'available', reason='compiled: ' + explain()['compiled'])
+def test_auto_takes_the_compiled_backend_where_it_can():
+    value = torch.zeros(1, 8, 20, 20)
+    assert choose(value, (5, 13)) == 'compiled'
+    assert choose(value, (5, 17)) == 'eager'
+    assert choose(value.to('meta'), (5, 13)) == 'eager'
+
+
+def test_auto_runs_without_options_and_explain_names_every_backend():
+    tensors, options = inputs(8, 8, 5)
+    assert_relative(
+        contmix(*tensors, **options).detach(),
+        contmix(*tensors, **options, backend='reference').detach(),
+        TOLERANCES[torch.float64],
+    )
+    reasons = explain()
+    assert reasons['reference'] == reasons['eager'] == 'available'
+    assert set(reasons) == {'reference', 'eager', 'compiled', 'triton', 'natten'}
+
+
+def test_unknown_backend_names_the_known_ones():
+    tensors, options = inputs(8, 8, 5)
+    with pytest.raises(ValueError, match="'auto' or one of reference, eager, compiled, triton, natten, got 'cuda'"):
+        contmix(*tensors, **options, backend='cuda')
+
+
+def test_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
+    from overlock.ops.contmix import natten
+
+    monkeypatch.setattr(natten, 'verify', lambda: (False, 'natten is not installed'))
+    tensors, options = inputs(8, 8, 5)
+    with pytest.raises(RuntimeError, match="'natten' was asked for but cannot run here: natten is not installed"):
+        contmix(*tensors, **options, backend='natten')
+
+
+@pytest.mark.parametrize(
+    ('backend', 'device', 'kernel_size', 'message'),
+    [
+        ('compiled', 'meta', 5, 'it runs on the CPU and the maps are on meta'),
+        ('compiled', 'cpu', 17, r'it has kernels of 3, .*, 15 and kernel_sizes are \(3, 17\)'),
+        ('triton', 'cpu', 5, 'it runs on CUDA devices and the maps are on cpu'),
+    ],
+)
+def test_backend_that_cannot_take_the_inputs_says_why(backend, device, kernel_size, message, monkeypatch):
+    from overlock.ops.contmix import compiled, triton
+
+    for module in (compiled, triton):
+        monkeypatch.setattr(module, 'verify', lambda: (True, ''))
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    tensors, options = inputs(20, 20, kernel_size)
+    with pytest.raises(RuntimeError, match=f'{backend!r} was asked for but cannot take these inputs: {message}'):
+        contmix(*(t.detach().to(device) for t in tensors), **options, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(kernel_sizes=(3, 9)), 'at least 9 pixels high and wide, got 8x8'),
+        (dict(kernel_sizes=(3, 4)), r'must be odd, got \(3, 4\)'),
+        (dict(num_groups=5), 'multiple of 2 x 5 groups'),
+        (dict(kernel_sizes=(5, 5)), r'weight must have shape \(50, 49\), got \(34, 49\)'),
+        (dict(num_groups=3), r'rpb must have shape \(3, 5, 5\), got \(2, 5, 5\)'),
+    ],
+)
+def test_wrong_shapes_are_one_clear_sentence(change, message):
+    tensors, options = inputs(8, 8, 5)
+    with pytest.raises(ValueError, match=message):
+        contmix(*tensors, **{**options, **change})

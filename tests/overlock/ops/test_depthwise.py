@@ -1,0 +1,91 @@
+"""The depthwise convolution equals PyTorch's, gradients included."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from overlock.ops import depthwise_conv2d
+from tests.testing import TOLERANCES, assert_relative
+
+
+@pytest.mark.parametrize('size', [(20, 31), (11, 11), (3, 30), (1, 1), (64, 5)], ids=str)
+@pytest.mark.parametrize('kernel_size', [7, 11, 17])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_output_and_gradients_equal_pytorch(size, kernel_size, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64).contiguous(memory_format=memory_format)
+    weight = torch.randn(3, 1, kernel_size, kernel_size, generator=generator, dtype=torch.float64)
+    bias = torch.randn(3, generator=generator, dtype=torch.float64)
+    tensors = [t.requires_grad_() for t in (x, weight, bias)]
+    actual = depthwise_conv2d(*tensors)
+    expected = F.conv2d(*tensors, padding=kernel_size // 2, groups=3)
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float64])
+    gradients = (torch.autograd.grad(out, tensors, grad) for out in (actual, expected))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[torch.float64])
+
+
+def test_gradients_are_those_of_finite_differences():
+    x, weight = (torch.randn(1, 1, *size, dtype=torch.float64, requires_grad=True) for size in ((6, 4), (11, 11)))
+    assert torch.autograd.gradcheck(depthwise_conv2d, (x, weight))
+
+
+@pytest.mark.parametrize(('kernel_size', 'dilation'), [(3, 7), (9, 2), (7, 2), (3, 2), (5, 1)])
+@pytest.mark.parametrize('size', [(48, 64), (5, 30)], ids=str)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bfloat16_gradients_of_dilated_kernels_are_near_those_of_float32(kernel_size, dilation, size, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        torch.randn(2, 56, *size, generator=generator).bfloat16().contiguous(memory_format=memory_format)
+        for _ in range(2)
+    )
+    weight = torch.randn(56, 1, kernel_size, kernel_size, generator=generator).bfloat16()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        tensors = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        y = (
+            depthwise_conv2d(*tensors, dilation=dilation)
+            if dtype == torch.bfloat16
+            else F.conv2d(*tensors, padding=kernel_size // 2 * dilation, dilation=dilation, groups=56)
+        )
+        gradients.append(torch.autograd.grad(y, tensors, grad.to(dtype)))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[torch.bfloat16])
+
+
+def test_gradients_keep_the_dtype_of_a_bfloat16_weight():
+    x = torch.randn(1, 2, 12, 12, dtype=torch.bfloat16)
+    weight = torch.randn(2, 1, 13, 13, dtype=torch.bfloat16, requires_grad=True)
+    depthwise_conv2d(x, weight).sum().backward()
+    expected = torch.autograd.grad(
+        F.conv2d(x.double(), wide := weight.detach().double().requires_grad_(), padding=6, groups=2).sum(), wide
+    )[0]
+    assert weight.grad.dtype == torch.bfloat16
+    assert_relative(weight.grad, expected, TOLERANCES[torch.bfloat16])
+
+
+def test_weight_gradient_keeps_the_rules_of_torch_library():
+    x, grad = (torch.randn(2, 3, 20, 14, dtype=torch.float64) for _ in range(2))
+    for kernel_size, dilation in ((13, 1), (3, 2)):
+        torch.library.opcheck(torch.ops.overlock.depthwise_weight_gradient.default, (x, grad, kernel_size, dilation))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('kernel_size', 'dilation', 'dtype'), [(13, 1, torch.float64), (7, 2, torch.bfloat16)], ids=str
+)
+def test_compiled_gradients_are_our_own_too(kernel_size, dilation, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        torch.randn(2, 8, 20, 24, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight = torch.randn(8, 1, kernel_size, kernel_size, generator=generator).to(dtype)
+    tensors = [t.requires_grad_() for t in (x, weight)]
+    gradients = []
+    for function in (torch.compile(depthwise_conv2d, fullgraph=True), depthwise_conv2d):
+        y = function(*tensors, dilation=dilation)
+        gradients.append(torch.autograd.grad(y, tensors, grad))
+    for ours, truth in zip(*gradients, strict=True):
+        assert_relative(ours, truth, TOLERANCES[dtype])

@@ -1,0 +1,118 @@
+"""Shared by tests: tiny networks, tolerances, deterministic weights, comparisons."""
+
+import copy
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from overlock import OverLoCK, OverLoCKBackbone
+from overlock.layers import DilatedReparamConv
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(__file__).parent / 'data'
+
+# Relative to the largest magnitude; a looser entry needs a reason beside it.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def assert_relative(actual, expected, tolerance: float) -> None:
+    """Checks that the largest deviation is within `tolerance` of the largest expected magnitude."""
+    actual, expected = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in (actual, expected))
+    assert actual.shape == expected.shape
+    deviation = (actual - expected).abs().max().item()
+    assert deviation <= tolerance * expected.abs().max().item(), f'deviates by {deviation:.2e}'
+
+
+def published_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """A float64 state dict that depends on names and shapes alone, as the golden values were computed with."""
+    return {name: torch.from_numpy(np.asarray(_fill(name, tuple(shape)))) for name, shape in shapes.items()}
+
+
+def _fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name.endswith('num_batches_tracked'):
+        return np.zeros(shape, np.int64)
+    noise = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(shape)
+    if name.endswith('running_mean'):
+        return 0.1 * noise
+    if name.endswith('running_var'):
+        return 1 + 0.1 * np.abs(noise)
+    if len(shape) == 3:  # relative position bias
+        return 0.5 * noise
+    if len(shape) == 4 and shape[1:] == (1, 1, 1):  # affine of a channel
+        return 0.5 + 0.1 * noise
+    if len(shape) == 4 and shape[0] == 1:  # GRN
+        return 0.2 * noise
+    if len(shape) == 4:
+        return noise / np.sqrt(np.prod(shape[1:]))
+    return 1 + 0.1 * noise if name.endswith('weight') else 0.1 * noise
+
+
+def image(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """A standard-normal image (batch, 3, height, width), float64."""
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal((batch, 3, height, width)))
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives every parameter and statistic of a model values that no folding could get right by accident."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            if tensor.ndim > 1 and tensor[0].numel() > 1:
+                noise = (noise - 0.5) * 2 / tensor[0].numel() ** 0.5
+            elif name.endswith(('weight', 'running_var')):
+                noise = noise + 0.5
+            else:
+                noise = noise - 0.5
+            tensor.copy_(noise)
+    return model
+
+
+# A network of the same kind, small enough to build in milliseconds.
+TINY = dict(
+    embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1), focus_groups=(2, 4)
+)
+
+# Relative to the largest magnitude.
+FOLDED = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+MODELS = {
+    'classifier': lambda arch=TINY, **kwargs: OverLoCK(arch, **kwargs),
+    'classifier without aux head': lambda arch=TINY, **kwargs: OverLoCK(arch, aux_head=False, **kwargs),
+    'detection': lambda arch=TINY, **kwargs: OverLoCKBackbone(arch, **kwargs),
+    'segmentation': lambda arch=TINY, **kwargs: OverLoCKBackbone(arch, overview_residual=False, **kwargs),
+    **{
+        f'outputs {indices}': lambda arch=TINY, indices=indices, **kwargs: OverLoCKBackbone(
+            arch, out_indices=indices, **kwargs
+        )
+        for indices in ((0,), (1,), (2,), (3,), (0, 2))
+    },
+}
+
+
+@torch.no_grad()
+def assert_same(actual, expected, x, tolerance=None):
+    """Checks that two models give the same on `x`, both the way they are."""
+    actual, expected = actual(x), expected(x)
+    if isinstance(actual, torch.Tensor):
+        actual, expected = [actual], [expected]
+    for ours, truth in zip(actual, expected, strict=True):
+        assert ours.dtype == truth.dtype == x.dtype
+        assert_relative(ours, truth, tolerance or FOLDED[x.dtype])
+
+
+def in_form(model, form):
+    """The state dict of a copy of a training-form model in another form."""
+    model = copy.deepcopy(model)
+    if form == 'folded':
+        return model.switch_to_deploy().state_dict()
+    for module in model.modules():
+        if form == 'merged' and isinstance(module, DilatedReparamConv):
+            module.switch_to_deploy()
+    return model.state_dict()
+
+
+def same(state, other):
+    return list(state) == list(other) and all(torch.equal(value, other[name]) for name, value in state.items())

@@ -1,0 +1,54 @@
+"""Documents agree with the registry of published weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from overlock.checkpoint import WEIGHTS
+from tools.update_tables import fill_in, parameters, readme_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_documents_are_those_of_the_registry(tmp_path):
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'update_tables.py', '--check'], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, ''), result.stdout + result.stderr
+
+
+def test_index_lists_every_file_with_its_result_and_configuration():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text(encoding='utf-8'))
+    models = {model['Name']: model for model in index['Models']}
+    assert list(models) == list(WEIGHTS)
+    assert models['mask_rcnn_overlock_s_3x_coco']['Results'][0]['Metrics'] == {'box AP': 51.0, 'mask AP': 45.0}
+    for model in models.values():
+        assert model['Weights'].startswith('https://')
+        if 'Config' in model:
+            assert (ROOT / model['Config']).is_file()
+
+
+def test_parameters_are_those_of_the_published_state_dicts(shapes):
+    buffers = ('running_mean', 'running_var', 'num_batches_tracked')
+    for kind, form in (('cls', 'training'), ('cls_reparam', 'merged')):
+        total = 0
+        for name, shape in shapes[kind]['xt'].items():
+            size = 1
+            for length in shape:
+                size *= length
+            total += 0 if name.endswith(buffers) else size
+        assert parameters('xt', form) == total
+
+
+@pytest.mark.slow
+def test_tables_replace_what_stands_between_the_comments():
+    document = 'a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\nc\n'
+    filled = fill_in(document, {'x': '| 1 |\n', 'y': '| 2 |\n'})
+    assert filled == 'a\n<!-- table: x -->\n| 1 |\n<!-- end -->\nb\n<!-- table: y -->\n| 2 |\n<!-- end -->\nc\n'
+    with pytest.raises(ValueError, match='one place for the table z, got 0'):
+        fill_in(document, {'z': ''})
+    assert all(table.startswith('| weights |') for table in readme_tables().values())
