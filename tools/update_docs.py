@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the README's tables of weights, and model-index.yml, from overlock.checkpoint.WEIGHTS."""
+"""Write what documents take from the code: tables of weights, model-index.yml, and the figures of the architecture."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from overlock import ARCHS, OverLoCK  # noqa: E402
 from overlock.checkpoint import WEIGHTS, Weights  # noqa: E402
 from overlock.utils.files import whole_file  # noqa: E402
+from tools.figures import network_figure, package_figure  # noqa: E402
 
 _RESULTS = {
     'classification': ('Image Classification', 'ImageNet-1K', {'top1': 'Top 1 Accuracy'}),
@@ -72,9 +73,12 @@ def _entry(name: str, weights: Weights) -> dict[str, Any]:
     return entry
 
 
-def readme_tables() -> dict[str, str]:
-    """The README's tables, as Markdown, by their names in its comments."""
-    return {'classification': _markdown(_classification()), 'dense': _markdown(_dense())}
+def parts() -> dict[str, dict[str, str]]:
+    """Return the generated parts of each document, by the names in its comments."""
+    return {
+        'README.md': {'table: classification': _markdown(_classification()), 'table: dense': _markdown(_dense())},
+        'docs/architecture.md': {'figure: packages': package_figure(), 'figure: network': network_figure()},
+    }
 
 
 def _classification() -> Iterator[Sequence[str]]:
@@ -109,19 +113,19 @@ def _markdown(rows: Iterator[Sequence[str]]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def fill_in(document: str, tables: dict[str, str]) -> str:
-    """Puts tables between the comments `<!-- table: NAME -->` and `<!-- end -->` of a Markdown document.
+def fill_in(document: str, parts: dict[str, str]) -> str:
+    """Put each part between the comments `<!-- NAME -->` and `<!-- end -->` of a Markdown document.
 
     Raises:
-        ValueError: If the document has no place for one of them.
+        ValueError: The document has no place, or more than one, for a part.
     """
-    for name, table in tables.items():
-        opening = f'<!-- table: {name} -->\n'
+    for name, part in parts.items():
+        opening = f'<!-- {name} -->\n'
         document, places = re.subn(
-            rf'{opening}.*?(?=<!-- end -->)', lambda _, new=opening + table: new, document, flags=re.DOTALL
+            rf'{opening}.*?(?=<!-- end -->)', lambda _, new=opening + part: new, document, flags=re.DOTALL
         )
         if places != 1:
-            raise ValueError(f'expected one place for the table {name}, got {places}')
+            raise ValueError(f'expected one place for {name}, got {places}')
     return document
 
 
@@ -129,11 +133,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--check', action='store_true', help='write nothing; the exit code is 1 if something is stale')
     check = parser.parse_args().check
-    readme = ROOT / 'README.md'
-    contents = {
-        readme: fill_in(readme.read_text(encoding='utf-8'), readme_tables()),
-        ROOT / 'model-index.yml': yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120),
-    }
+    contents = {ROOT / name: fill_in((ROOT / name).read_text(encoding='utf-8'), new) for name, new in parts().items()}
+    index = yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120)
+    contents[ROOT / 'model-index.yml'] = index
     stale = [
         path for path, content in contents.items() if not path.is_file() or path.read_text(encoding='utf-8') != content
     ]

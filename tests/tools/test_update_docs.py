@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from overlock.checkpoint import WEIGHTS
-from tools.update_tables import fill_in, parameters, readme_tables
+from tools.update_docs import fill_in, parameters, parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_documents_are_those_of_the_registry(tmp_path):
     result = subprocess.run(
-        [sys.executable, ROOT / 'tools' / 'update_tables.py', '--check'], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / 'tools' / 'update_docs.py', '--check'], cwd=tmp_path, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (0, ''), result.stdout + result.stderr
 
@@ -44,11 +44,17 @@ def test_parameters_are_those_of_the_published_state_dicts(shapes):
         assert parameters('xt', form) == total
 
 
-@pytest.mark.slow
-def test_tables_replace_what_stands_between_the_comments():
+def test_parts_replace_what_stands_between_the_comments():
     document = 'a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\nc\n'
-    filled = fill_in(document, {'x': '| 1 |\n', 'y': '| 2 |\n'})
+    filled = fill_in(document, {'table: x': '| 1 |\n', 'table: y': '| 2 |\n'})
     assert filled == 'a\n<!-- table: x -->\n| 1 |\n<!-- end -->\nb\n<!-- table: y -->\n| 2 |\n<!-- end -->\nc\n'
-    with pytest.raises(ValueError, match='one place for the table z, got 0'):
+    with pytest.raises(ValueError, match='one place for z, got 0'):
         fill_in(document, {'z': ''})
-    assert all(table.startswith('| weights |') for table in readme_tables().values())
+
+
+def test_figures_show_shapes_and_only_arrows_that_point_down():
+    readme, architecture = parts().values()
+    assert all(table.startswith('| weights |') for table in readme.values())
+    assert 'focus_net.stage4<br>' in architecture['figure: network']
+    assert 'overlock_checkpoint --> overlock_models' in architecture['figure: packages']
+    assert 'overlock_models --> overlock_checkpoint' not in architecture['figure: packages']
