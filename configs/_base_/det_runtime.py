@@ -18,6 +18,9 @@ env_cfg = dict(
     dist_cfg=dict(backend='nccl'),
 )
 
+# Several processes train with every BatchNorm synchronized, as the authors do; without a launcher nothing changes.
+sync_bn = 'torch'
+
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)

@@ -17,6 +17,7 @@ class Preprocessing:
         crop_pct: Side of the centre crop over the short side of the resized image; None where the whole image is kept.
         interpolation: Of the resize.
         size_divisor: What both sides become multiples of: detectors pad for it, segmenters resize.
+        divisor_interpolation: Interpolation of the resize to multiples of `size_divisor`; None where images are padded.
         mean: Of the channels.
         std: Of the channels.
     """
@@ -25,6 +26,7 @@ class Preprocessing:
     crop_pct: float | None = None
     interpolation: str = 'bilinear'
     size_divisor: int = 1
+    divisor_interpolation: str | None = None
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -99,7 +101,7 @@ WEIGHTS: dict[str, Weights] = {
             'segmentation',
             'training',
             {'miou': miou},
-            Preprocessing((512, 2048), size_divisor=32),
+            Preprocessing((512, 2048), size_divisor=32, divisor_interpolation='bicubic'),
             f'upernet_overlock_{arch}_160k',
         )
         for arch, miou in _UPERNET.items()

@@ -1,5 +1,6 @@
 """The data pipelines of the configurations on images from disk."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -42,9 +43,9 @@ def test_coco_1x_trains_at_one_scale(coco):
     assert shapes == {(3, 800, 1333), (3, 1333, 800)}
 
 
-@pytest.mark.parametrize('name', ['mask_rcnn_overlock_xt_3x', 'cascade_overlock_xt_3x'])
-def test_coco_3x_draws_both_detr_branches(name, load_config):
-    pipeline = load_config(name).train_pipeline
+@pytest.mark.parametrize('name', ['mask_rcnn_overlock_xt_3x', 'cascade_overlock_xt_1x', 'cascade_overlock_xt_3x'])
+def test_multi_scale_training_draws_both_detr_branches(name, load_config):
+    pipeline = load_config(name).train_dataloader.dataset.pipeline
     choice = next(step for step in pipeline if step.type == 'RandomChoice')
     plain, cropped = choice.transforms
     assert [step.type for step in plain] == ['RandomChoiceResize']
@@ -57,7 +58,7 @@ def test_coco_3x_draws_both_detr_branches(name, load_config):
     assert cropped[1].allow_negative_crop
 
 
-def test_coco_3x_trains_at_many_scales(coco):
+def test_coco_trains_at_many_scales(coco):
     np.random.seed(0)
     dataset = coco('cascade_overlock_xt_3x', 'train')
     seen = set()
@@ -127,13 +128,17 @@ def test_ade_trains_on_crops_of_512(ade, load_config):
     assert smaller, 'no draw went below the crop size, so padding was not tested'
 
 
-def test_ade_tests_on_multiples_of_32(ade):
+def test_ade_tests_on_multiples_of_32(ade, ade_root):
     packed = ade('test')[0]
     sample = packed['data_samples']
     # 300 x 401 becomes 512 x 684 with its ratio kept, then 512 x 704.
     assert packed['inputs'].shape == (3, 512, 704)
     assert sample.ori_shape == (300, 401)
     assert sample.gt_sem_seg.data.shape == (1, 300, 401)
+    # The first resize is bilinear, the second bicubic.
+    image = cv2.imread(str(ade_root / 'images/validation/scene.jpg'))
+    image = cv2.resize(cv2.resize(image, (684, 512)), (704, 512), interpolation=cv2.INTER_CUBIC)
+    assert np.array_equal(packed['inputs'].permute(1, 2, 0), image)
     # The image is stretched, not padded: its last column is image.
     assert packed['inputs'][:, :, -20:].float().std() > 1
     # Label 0 of the files is no class.
@@ -154,6 +159,7 @@ def test_segmentation_tta_gives_six_scales_and_both_flips(ade, load_config):
     cfg = load_config('upernet_overlock_xt_160k')
     packed = ade('test', cfg.tta_pipeline)[0]
     assert len(packed['inputs']) == 12
+    assert cfg.tta_pipeline[1].transforms[1] == [step for step in cfg.test_pipeline if step.type == 'ResizeToMultiple']
     assert all(size % 32 == 0 for view in packed['inputs'] for size in view.shape[1:])
     assert {view.shape[1] for view in packed['inputs']} == {256, 384, 512, 640, 768, 896}
     assert sum(bool(sample.flip) for sample in packed['data_samples']) == 6

@@ -127,6 +127,7 @@ def test_published_weights_expect_the_images_of_their_configuration(name, load_c
     )
     stretched = steps.get('ResizeToMultiple')
     assert (stretched.size_divisor if stretched else preprocessor.pad_size_divisor) == images.size_divisor
+    assert (stretched.interpolation if stretched else None) == images.divisor_interpolation
 
 
 @pytest.mark.parametrize('name', DETECTORS)
@@ -191,7 +192,7 @@ def test_runtime_saves_logs_and_picks_the_best(name, load_config):
     checkpoint = cfg.default_hooks.checkpoint
     by_epoch = name not in SEGMENTERS
     assert checkpoint.get('by_epoch', True) is cfg.log_processor.by_epoch is by_epoch
-    assert checkpoint.interval == cfg.train_cfg.val_interval == (1 if by_epoch else 16000)
+    assert checkpoint.interval == cfg.train_cfg.val_interval == (1 if by_epoch else 8000)
     assert checkpoint.save_best == ('coco/bbox_mAP' if by_epoch else 'mIoU')
     assert cfg.default_hooks.logger.interval == 50
     assert cfg.load_from is None and cfg.resume is False

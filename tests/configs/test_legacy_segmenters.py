@@ -55,10 +55,10 @@ def old_weights(arch: str) -> dict[str, Tensor]:
 
 
 def old_input(path, scale) -> Tensor:
-    """The test pipeline of mmseg 0.30, (1, 3, H, W): after the bounds, each side is stretched to a multiple of 32."""
+    """The test pipeline of mmseg 0.30, (1, 3, H, W): after the bounds, bicubic to multiples of 32."""
     image = legacy.rescaled(cv2.imread(str(path)), scale)
     height, width = (-(-side // 32) * 32 for side in image.shape[:2])
-    return legacy.normalised(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR))
+    return legacy.normalised(cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC))
 
 
 def resize(x: Tensor, size) -> Tensor:

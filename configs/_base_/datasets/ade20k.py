@@ -15,7 +15,7 @@ test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
     # As the authors test: stretched to multiples of 32; the preprocessor's `size_divisor` would pad with zeros.
-    dict(type='ResizeToMultiple', size_divisor=32),
+    dict(type='ResizeToMultiple', size_divisor=32, interpolation='bicubic'),
     # After both resizes: the truth is compared at its original size.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
@@ -29,7 +29,7 @@ tta_pipeline = [
                 dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
                 for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
             ],
-            [dict(type='ResizeToMultiple', size_divisor=32)],
+            [dict(type='ResizeToMultiple', size_divisor=32, interpolation='bicubic')],
             [
                 dict(type='RandomFlip', prob=0.0, direction='horizontal'),
                 dict(type='RandomFlip', prob=1.0, direction='horizontal'),

@@ -1,5 +1,5 @@
-# 160k iterations of AdamW, linear decay to zero.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
+# 160k iterations of AdamW, linear decay to zero, evaluated every 8000 iterations.
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=8000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -12,9 +12,10 @@ optim_wrapper = dict(
     ),
 )
 
+# Both factors multiply from iteration 0. They end at 1500 and 160000, as by mmcv 1.7: mmengine ends at `end` - 1.
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=160000),
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1501),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=160001),
 ]
 
 # The learning rate belongs to 8 GPUs x 2 images; `--auto-scale-lr` scales it for another total.

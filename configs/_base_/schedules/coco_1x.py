@@ -12,8 +12,9 @@ optim_wrapper = dict(
     ),
 )
 
+# Full rate at iteration 500, as by mmcv 1.7: mmengine reaches it at `end` - 1.
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=500),
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=501),
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
 ]
 
