@@ -1,14 +1,6 @@
-_base_ = [
-    '_base_/models/cascade_mask_rcnn_fpn.py',
-    '_base_/datasets/coco_3x.py',
-    '_base_/schedules/coco_1x.py',
-    '_base_/det_runtime.py',
-]
+_base_ = '_base_/cascade_1x.py'
 
 model = dict(
     backbone=dict(arch='b', drop_path_rate=0.6, init_cfg=dict(type='Pretrained', checkpoint='overlock_b_in1k')),
     neck=dict(in_channels=[80, 160, 528, 720]),
 )
-
-# Swin's Cascade recipe at either length: half of Mask R-CNN's 1x rate.
-optim_wrapper = dict(optimizer=dict(lr=1e-4))

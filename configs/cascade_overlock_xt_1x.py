@@ -1,9 +1,4 @@
-_base_ = [
-    '_base_/models/cascade_mask_rcnn_fpn.py',
-    '_base_/datasets/coco_3x.py',
-    '_base_/schedules/coco_1x.py',
-    '_base_/det_runtime.py',
-]
+_base_ = '_base_/cascade_1x.py'
 
 model = dict(
     backbone=dict(
@@ -14,6 +9,3 @@ model = dict(
     ),
     neck=dict(in_channels=[56, 112, 340, 420]),
 )
-
-# Swin's Cascade recipe at either length: half of Mask R-CNN's 1x rate.
-optim_wrapper = dict(optimizer=dict(lr=1e-4))

@@ -1,9 +1,4 @@
-_base_ = [
-    '_base_/models/upernet.py',
-    '_base_/datasets/ade20k.py',
-    '_base_/schedules/ade20k_160k.py',
-    '_base_/seg_runtime.py',
-]
+_base_ = '_base_/upernet_160k.py'
 
 model = dict(
     backbone=dict(
