@@ -1,4 +1,4 @@
-"""ImageNet classification with OverLoCK on timm's parts: training, validation and a demonstration."""
+"""ImageNet classification with OverLoCK on timm's parts: training and validation."""
 
 from imagenet_overlock.recipe import Recipe, load_recipe
 

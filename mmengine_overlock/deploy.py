@@ -14,11 +14,10 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from mmengine_overlock.config import load_config, nodes
-from mmengine_overlock.demo.scenes import draw_scene
 from overlock.checkpoint import find_file, load
 from overlock.checkpoint.convert import convert_file, largest_deviation
 from overlock.models.overlock import Trunk
@@ -173,8 +172,15 @@ def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> nn.Module
 
 
 def _draw(path: Path) -> Path:
-    """Draws a scene of shapes into a file."""
-    Image.fromarray(draw_scene(np.random.default_rng(0), 256, 0).image).save(path)
+    """Draw rectangles on a ground of smooth colors into a file."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((256, 256), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    for x, y, width, height, *color in rng.integers(
+        (0, 0, 24, 24, 0, 0, 0), (200, 200, 96, 96, 256, 256, 256), (6, 7)
+    ).tolist():
+        pen.rectangle((x, y, x + width, y + height), fill=tuple(color))
+    image.save(path)
     return path
 
 

@@ -14,8 +14,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 from mmengine.config import DictAction  # noqa: E402
 
-from mmengine_overlock.demo.pipeline import run_demo  # noqa: E402
-from mmengine_overlock.demo.shapes import draw  # noqa: E402
+from demo.detector import draw, run_demo  # noqa: E402
 from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 TARGET = 0.5
@@ -52,13 +51,9 @@ def main() -> int:
             flush=True,
         )
         outcome = run_demo(ROOT / 'configs/demo/cascade_overlock_xt_shapes.py', args.work_dir, args.cfg_options)
-    print(f'\nAverage precision on the held-out images (%):\n\n{outcome.table.to_markdown()}')
-    for what, path in outcome.files.items():
-        print(f'{what + ":":<13} {os.path.relpath(path)}')
-    steps = ', '.join(f'{step} {seconds:.0f} s' for step, seconds in outcome.seconds.items())
-    print(f'{"time:":<13} {sum(outcome.seconds.values()) / 60:.1f} min ({steps})')
-    reached = outcome.box_ap50 >= TARGET
-    print(f'{"box AP50:":<13} {outcome.box_ap50:.3f}, target {TARGET}: {"reached" if reached else "NOT REACHED"}')
+    reached = outcome.score >= TARGET
+    print(f'\n{outcome}')
+    print(f'{"box AP50:":<13} {outcome.score:.3f}, target {TARGET}: {"reached" if reached else "NOT REACHED"}')
     return 0 if reached else 1
 
 

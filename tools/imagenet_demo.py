@@ -12,8 +12,7 @@ sys.path.insert(0, str(ROOT))
 # Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from imagenet_overlock.demo import run_demo  # noqa: E402
-from imagenet_overlock.drawn import draw  # noqa: E402
+from demo.classifier import draw, run_demo  # noqa: E402
 from imagenet_overlock.options import add_recipe_options, recipe_options  # noqa: E402
 from imagenet_overlock.progress import log_to_terminal  # noqa: E402
 from overlock.utils.distributed import exit_on_user_error  # noqa: E402
@@ -43,14 +42,10 @@ def main() -> int:
             return 0
         log_to_terminal()
         outcome = run_demo(ROOT / 'configs/imagenet/demo.yaml', args.work_dir, options)
-    print(f'\nAccuracy on the {outcome.last.metrics.images} validation images (%):\n\n{outcome.to_markdown()}\n')
-    for what, path in outcome.files.items():
-        print(f'{what + ":":<18} {os.path.relpath(path)}')
-    steps = ', '.join(f'{step} {seconds:.0f} s' for step, seconds in outcome.seconds.items())
-    print(f'{"time:":<18} {sum(outcome.seconds.values()) / 60:.1f} min ({steps})')
-    top1 = outcome.last.metrics.top1
-    print(f'{"top-1:":<18} {top1:.1f}, target {TARGET}: {"reached" if top1 >= TARGET else "NOT REACHED"}')
-    return 0 if top1 >= TARGET else 1
+    reached = outcome.score >= TARGET
+    print(f'\n{outcome}')
+    print(f'{"top-1:":<18} {outcome.score:.1f}, target {TARGET}: {"reached" if reached else "NOT REACHED"}')
+    return 0 if reached else 1
 
 
 if __name__ == '__main__':

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from demo.classifier import draw
 from imagenet_overlock import Recipe
-from imagenet_overlock.drawn import draw
 from tests.imagenet_overlock import tiny
 
 TRAIN, VALIDATE = (tiny.ROOT / 'tools' / f'imagenet_{name}.py' for name in ('train', 'validate'))

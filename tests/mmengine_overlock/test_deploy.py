@@ -13,9 +13,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
+from demo.detector import draw
 from mmengine_overlock import deploy
 from mmengine_overlock.config import load_config
-from mmengine_overlock.demo.shapes import draw
 from mmengine_overlock.deploy import compare, deployed_config, predict, reparameterize
 from overlock.checkpoint import CheckpointError, to_published
 from overlock.checkpoint.convert import convert_file

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mmengine_overlock.demo.scenes import CLASSES, coverage
-from mmengine_overlock.demo.shapes import draw, is_drawn
+from demo.detector import draw
+from demo.drawing import SCENE_CLASSES as CLASSES
+from demo.drawing import silhouette
+from demo.outcome import is_drawn
 from overlock.utils.errors import UserError
 
 TRAIN, VAL, SIZE = 40, 12, 96
@@ -93,7 +95,7 @@ def test_files_of_others_are_not_replaced(tmp_path):
 
 
 def test_a_failed_drawing_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr('mmengine_overlock.demo.shapes._annotations', lambda scene: 1 / 0)
+    monkeypatch.setattr('demo.detector._annotations', lambda scene: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         draw(tmp_path / 'data', train=5, val=5, size=64)
     assert list(tmp_path.iterdir()) == []
@@ -115,7 +117,7 @@ def test_every_image_has_its_size_and_objects(root, coco, split):
 
 def test_boxes_and_areas_are_those_of_the_visible_mask(coco):
     for image_id in coco.imgs:
-        for annotation, mask in zip(*masks_of(coco, image_id)):
+        for annotation, mask in zip(*masks_of(coco, image_id), strict=True):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             extent = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
             assert annotation['bbox'] == extent
@@ -132,7 +134,7 @@ def test_semantic_map_agrees_with_the_masks(root, coco, split):
     for image_id, image in coco.imgs.items():
         annotations, masks = masks_of(coco, image_id)
         expected = np.zeros((SIZE, SIZE), np.uint8)
-        for annotation, mask in zip(annotations, masks):
+        for annotation, mask in zip(annotations, masks, strict=True):
             expected[mask] = annotation['category_id']
         stem = image['file_name'].removesuffix('.jpg')
         np.testing.assert_array_equal(
@@ -168,7 +170,7 @@ def test_colors_do_not_tell_the_class(root):
     colors = {category: [] for category in coco.getCatIds()}
     for image_id, image in coco.imgs.items():
         photo = np.asarray(Image.open(root / 'coco' / 'train2017' / image['file_name']), float)
-        for annotation, mask in zip(*masks_of(coco, image_id)):
+        for annotation, mask in zip(*masks_of(coco, image_id), strict=True):
             colors[annotation['category_id']].append(photo[mask].mean(0))
     means = np.stack([np.mean(values, 0) for values in colors.values()])
     spread = np.mean([np.std(values, 0).mean() for values in colors.values()])
@@ -188,7 +190,7 @@ def test_colors_do_not_tell_the_class(root):
 @pytest.mark.parametrize('turn', [0.0, 1.0])
 def test_shapes_have_their_geometric_area(name, area, turn):
     radius = 40
-    assert coverage(name, (64, 60), radius, turn, 128).sum() == pytest.approx(area * radius**2, rel=0.01)
+    assert silhouette(name, (64, 60), radius, turn, 128, 3).sum() / 9 == pytest.approx(area * radius**2, rel=0.01)
 
 
 def test_annotation_files_hold_no_path_and_no_date(root):

@@ -4,9 +4,10 @@ import hashlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from imagenet_overlock.drawn import CLASSES, contact_sheet, draw, draw_image
+from demo.classifier import draw
+from demo.drawing import IMAGE_CLASSES as CLASSES
+from demo.drawing import draw_image
 from imagenet_overlock.folder import check_folder
 from overlock.utils.errors import UserError
 
@@ -42,7 +43,7 @@ def test_a_complete_folder_is_kept_and_another_one_replaced(tmp_path):
 
 def test_other_files_are_not_overwritten(tmp_path):
     (tmp_path / 'mine.txt').write_text('')
-    with pytest.raises(UserError, match='holds other files than a drawn image folder'):
+    with pytest.raises(UserError, match='holds other files than a drawn data set'):
         draw(tmp_path)
     with pytest.raises(UserError, match='got train=0, val=40, size=96'):
         draw(tmp_path / 'new', train=0)
@@ -61,12 +62,3 @@ def test_mean_colours_do_not_tell_the_classes_apart():
         for value in values[15:]
     ]
     assert np.mean(hits) < 0.25
-
-
-def test_the_contact_sheet_has_a_row_for_each_class():
-    sheet = contact_sheet(columns=2, size=32)
-    assert sheet.size == (2 * 36 + 4, 10 * 36 + 4)
-    assert np.array_equal(
-        np.asarray(sheet)[4:36, 4:36], np.asarray(draw_image(CLASSES[0], 32, np.random.default_rng((0, 0, 0, 0))))
-    )
-    assert isinstance(sheet, Image.Image)

@@ -1,0 +1,1 @@
+"""Demonstrations on drawn images: a detector on scenes of shapes, a classifier on shapes and textures."""

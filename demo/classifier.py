@@ -1,0 +1,97 @@
+"""Draw an image folder of shapes and textures; train a classifier on it, and validate both heads and the average."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from demo.drawing import IMAGE_CLASSES, draw_image
+from demo.outcome import Outcome, clear_results, draw_once, markdown_table, timed
+from imagenet_overlock.checkpoints import LAST
+from imagenet_overlock.recipe import load_recipe
+from imagenet_overlock.train import train
+from imagenet_overlock.validate import Validation, validate
+from overlock.utils.errors import UserError
+
+
+def run_demo(
+    config: str | os.PathLike, work_dir: str | os.PathLike, options: Mapping[str, Any] | None = None
+) -> Outcome:
+    """Draw the images, train on them and validate.
+
+    Args:
+        config: Recipe with averaged weights.
+        work_dir: Folder for the images and all results; those of an earlier demonstration are replaced.
+        options: Settings over those of the recipe.
+
+    Returns:
+        The outcome; its score is the top-1 accuracy of the main head, of the last weights, in percent.
+
+    Raises:
+        UserError: If the folder holds a run that is not of a demonstration.
+    """
+    recipe = load_recipe(config, options)
+    work_dir = Path(work_dir)
+    run = work_dir / 'run'
+    files = {'checkpoint': run / LAST, 'figures of epochs': run / 'summary.csv', 'confusion': run / 'confusion.png'}
+    clear_results(work_dir, [run])
+    seconds: dict[str, float] = {}
+    with timed(seconds, 'drawing'):
+        data = draw(work_dir / 'data')
+    with timed(seconds, 'training'):
+        train(recipe, data, run)
+    with timed(seconds, 'validation'):
+        how = dict(checkpoint=str(run / LAST), aux=True, batch_size=50, workers=recipe.workers)
+        last = validate(data, **how)
+        average = validate(data, ema=True, confusion=files['confusion'], **how)
+    title = f'Accuracy on the {last.metrics.images} validation images (%)'
+    return Outcome(title, _table(last, average), last.metrics.top1, files, seconds)
+
+
+def _table(last: Validation, average: Validation) -> str:
+    """Return the figures of both kinds of weights beside those of chance."""
+    rows = [['weights', 'top-1, main head', 'top-1, auxiliary head', 'top-5, main head', 'loss']]
+    for name, metrics in (('last', last.metrics), ('averaged (EMA)', average.metrics)):
+        figures = (metrics.top1, metrics.aux_top1, metrics.top5)
+        rows.append([name, *(f'{figure:.1f}' for figure in figures), f'{metrics.loss:.3f}'])
+    chance = 100 / len(IMAGE_CLASSES)
+    rows.append(['chance', f'{chance:.1f}', f'{chance:.1f}', f'{5 * chance:.1f}', ''])
+    return markdown_table(rows)
+
+
+def draw(root: str | os.PathLike, train: int = 200, val: int = 40, size: int = 96, seed: int = 0) -> Path:
+    """Draw the image folder, `train/` and `val/`, unless it is there complete and with the same parameters.
+
+    Args:
+        root: Folder to write, see `draw_once`.
+        train: Training images of each class.
+        val: Validation images of each class.
+        size: Side of the images in pixels.
+        seed: Seed of the drawing.
+
+    Returns:
+        `root`, absolute.
+
+    Raises:
+        UserError: If a number is out of range, or `root` holds something else than a drawn data set.
+    """
+    if min(train, val) < 1 or size < 32:
+        raise UserError(
+            'The drawn image folder needs at least 1 image of each class in each split, and 32 pixels, got '
+            f'train={train}, val={val}, size={size}.'
+        )
+
+    def write(folder: Path) -> None:
+        for split, (name, count) in enumerate(dict(train=train, val=val).items()):
+            for label, kind in enumerate(IMAGE_CLASSES):
+                (folder / name / kind).mkdir(parents=True)
+                for index in range(count):
+                    # A generator for each image, so that it doesn't depend on how many there are.
+                    rng = np.random.default_rng((seed, split, label, index))
+                    draw_image(kind, size, rng).save(folder / name / kind / f'{index:04d}.png')
+
+    return draw_once(root, write, train=train, val=val, size=size, seed=seed)
