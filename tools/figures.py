@@ -24,6 +24,7 @@ PACKAGES = (
     'mmdet_overlock',
     'mmseg_overlock',
     'imagenet_overlock',
+    'demo',
     'tools',
 )
 # The way of the image: (from, to), by modules of the backbone. The overview goes two ways.

@@ -16,7 +16,7 @@ _LOCAL_SIZES = ('LOCAL_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_SIZE', 'SLURM_NTASKS_
 
 
 def local_rank() -> int:
-    """The rank of this process among those of a distributed run on this machine; 0 without one."""
+    """Return the rank of this process among those of a distributed run on this machine; 0 outside such a run."""
     return int(next((os.environ[name] for name in _LOCAL_RANKS if os.environ.get(name)), 0))
 
 
@@ -24,21 +24,21 @@ def check_gpus() -> None:
     """Check that each process on this machine has a CUDA device of its own.
 
     Raises:
-        UserError: There are more processes than devices; it is raised in all of them, so that the first can tell it.
+        UserError: There are more processes than devices. Every process raises it, so that the first can report it.
     """
     processes = int(next((os.environ[name] for name in _LOCAL_SIZES if os.environ.get(name)), local_rank() + 1))
     if processes > torch.cuda.device_count():
         raise UserError(
             f'There are {processes} processes on this machine, but each sees {torch.cuda.device_count()} '
-            'GPUs; start no more processes than GPUs.'
+            'GPUs; start at most one process for each GPU.'
         )
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the process with code 2 and one sentence, without a traceback, for a mistake of the user.
+    """Turn a `UserError` into its sentence on stderr and exit code 2, without a traceback.
 
-    Of the processes of a distributed run only the first on each machine writes the sentence.
+    In a distributed run only the first process on each machine writes the sentence.
     """
     try:
         yield

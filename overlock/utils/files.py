@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from overlock.utils.errors import UserError
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file to write to, which takes the name `path` when the block ends, and never if it raises.
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a binary file for writing; it takes the name `path` when the block ends, and never if the block raises.
 
-    Folders above it are made.
+    Missing folders above it are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,19 +33,19 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def drafted(*paths: Path) -> Iterator[list[Path]]:
-    """Paths of the same names in a hidden folder beside; when the block ends the files there take their places.
+    """Give paths of the same names in a hidden folder beside `paths`; when the block ends, those files replace `paths`.
 
-    If it raises, they never do.
+    If the block raises, nothing is replaced.
 
     Raises:
-        UserError: If the folder cannot be written to.
+        UserError: The folder cannot be written to.
     """
     parent = paths[0].parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary = TemporaryDirectory(dir=parent, prefix=f'.{paths[0].stem}.')
     except OSError as error:
-        raise UserError(f'{paths[0]} cannot be written ({error}); give a name in a folder that can.') from error
+        raise UserError(f'{paths[0]} cannot be written ({error}); give a path in a writable folder.') from error
     with temporary as folder:
         drafts = [Path(folder, path.name) for path in paths]
         yield drafts

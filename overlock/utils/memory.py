@@ -1,4 +1,4 @@
-"""How the C library hands memory to PyTorch on CPUs."""
+"""Keep freed memory for the next tensors on CPUs."""
 
 import ctypes
 import platform
@@ -9,13 +9,13 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep the memory of freed tensors for the next ones, in this process from now on.
+    """Make glibc keep the memory of freed tensors for the next ones, from now on in this process.
 
-    By itself glibc asks the kernel for each tensor above 32 MiB anew, and the kernel zeroes it page by page: an
-    elementwise operation on a large map then waits for pages most of its time. jemalloc and tcmalloc do not need it.
+    By default glibc asks the kernel for every tensor above 32 MiB, and the kernel zeroes its pages one by one: most of the
+    time of an elementwise operation on a large map is spent waiting for pages. jemalloc and tcmalloc do not need this.
 
     Returns:
-        Whether it was done: only glibc knows these settings.
+        True on success; False where the C library is not glibc or refuses the settings.
     """
     if platform.libc_ver()[0] != 'glibc':
         return False
