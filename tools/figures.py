@@ -27,24 +27,25 @@ PACKAGES = (
     'demo',
     'tools',
 )
-# The way of the image: (from, to), by modules of the backbone. The overview goes two ways.
+# The way of the image, by modules of the backbone, its input and its outputs.
 FLOW = (
     ('image', 'base_net.stem'),
     ('base_net.stem', 'base_net.stage1'),
+    ('base_net.stage1', 'output 0'),
     ('base_net.stage1', 'base_net.stage2'),
-    ('base_net.stage2', 'base_net.stage3'),
-    ('base_net.stage3', 'overview_net.stage'),
-    ('overview_net.stage', 'focus_net.context_proj'),
-    ('base_net.stage3', 'focus_net.stage3'),
-    ('focus_net.context_proj', 'focus_net.stage3'),
-    ('focus_net.stage3', 'focus_net.stage4'),
-    ('focus_net.context_proj', 'focus_net.stage4'),
-    ('base_net.stage1', 'output_norms.out0'),
     ('base_net.stage2', 'output_norms.out1'),
-    ('focus_net.stage3', 'output_norms.out2'),
-    ('focus_net.stage4', 'output_norms.out3'),
+    ('output_norms.out1', 'output 1'),
+    ('output_norms.out1', 'base_net.stage3'),
+    ('base_net.stage3', 'overview_net.stage'),
+    ('base_net.stage3', 'focus_net.stage3'),
+    ('overview_net.stage', 'focus_net.context_proj'),
+    ('focus_net.context_proj', 'focus_net.stage3'),
+    ('focus_net.context_proj', 'focus_net.stage4'),
+    ('focus_net.stage3', 'output 2'),
+    ('focus_net.stage3', 'focus_net.stage4'),
     ('overview_net.stage', 'overview_proj'),
-    ('overview_proj', 'output_norms.out3'),
+    ('focus_net.stage4', 'output 3'),
+    ('overview_proj', 'output 3'),
 )
 
 
@@ -85,19 +86,17 @@ def network_figure(arch: str = 'xt', size: int = 512) -> str:
     shapes = {'image': f'3x{size}x{size}'}
     with torch.device('meta'):
         backbone = OverLoCKBackbone(arch).eval()
-        names = {name for edge in FLOW for name in edge} - {'image'}
+        names = {name for edge in FLOW for name in edge if hasattr(backbone, name.partition('.')[0])}
         for name in names:
             # Nobody calls a stage as a whole: its last block stands for it.
             module = backbone.get_submodule(name)
             module = module[-1] if isinstance(module, (nn.ModuleList, nn.Sequential)) else module
             module.register_forward_hook(lambda _, args, out, name=name: shapes.__setitem__(name, _shape(out)))
-        backbone(torch.zeros(1, 3, size, size))
-    missing = names - set(shapes)
-    if missing:
-        raise ValueError(f'the figure names modules that the backbone does not run: {", ".join(sorted(missing))}')
+        for index, out in enumerate(backbone(torch.zeros(1, 3, size, size))):
+            shapes[f'output {index}'] = _shape(out)
     lines = [f'    {_identifier(name)}["{name}<br>{shapes[name]}"]' for name in dict.fromkeys(sum(FLOW, ()))]
     lines += [f'    {_identifier(a)} --> {_identifier(b)}' for a, b in FLOW]
-    return _mermaid('flowchart LR', lines)
+    return _mermaid('flowchart TD', lines)
 
 
 def _shape(out: Tensor | tuple[Tensor, ...]) -> str:
@@ -106,7 +105,7 @@ def _shape(out: Tensor | tuple[Tensor, ...]) -> str:
 
 
 def _identifier(name: str) -> str:
-    return name.replace('.', '_')
+    return name.replace('.', '_').replace(' ', '_')
 
 
 def _mermaid(kind: str, lines: list[str]) -> str:
