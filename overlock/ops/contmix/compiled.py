@@ -58,11 +58,11 @@ def backward(
         strict=True,
     ):
         size, lanes = taps[0].shape[3:]
-        by_tap = F.pad(taps[0][..., :size].flatten(3).transpose(2, 3), (0, packed_query.shape[-1] - dims)).contiguous()
+        by_tap = _pad(taps[0][..., :size].flatten(3).transpose(2, 3), packed_query.shape[-1] - dims)
         # Channel after channel: what a row of taps sees of one of them is one load, past the map's end at most.
-        rows = F.pad(half.to(wide).flatten(2).unflatten(1, (groups, dims)), (0, lanes))
+        rows = _pad(half.to(wide).flatten(2).unflatten(1, (groups, dims)), lanes)
         grads = torch.ops.overlock_cpu.contmix_backward(
-            _pack(half_grad, groups, wide), half_lse, packed_query, taps[0], by_tap, rows, *taps[1:]
+            _pack(half_grad, groups, wide), half_lse.contiguous(), packed_query, taps[0], by_tap, rows, *taps[1:]
         )
         sums.append(grads[0])
         _unpack(grads[2], dims, to)
@@ -104,9 +104,15 @@ def _halves(
         taps, first = slice(first, first + size**2), first + size**2
         halves.append(
             (
-                F.pad(kernel[..., taps].to(dtype).unflatten(-1, (size, size)), (0, lanes - size)),
-                F.pad(bias[taps].to(dtype).view(size, size), (0, lanes - size), value=float('-inf')),
-                F.pad(rpb.to(dtype), (0, lanes - size)),
+                _pad(kernel[..., taps].to(dtype).unflatten(-1, (size, size)), lanes - size),
+                _pad(bias[taps].to(dtype).reshape(size, size), lanes - size, float('-inf')),
+                _pad(rpb.to(dtype), lanes - size),
             )
         )
     return halves
+
+
+def _pad(x: Tensor, count: int, value: float = 0) -> Tensor:
+    """Append `count` times `value` to the last axis; the result is contiguous."""
+    # F.pad keeps channels_last strides, and takes (B, G, 1, N) for channels_last where its strides allow that.
+    return F.pad(x, (0, count), value=value).contiguous()

@@ -32,7 +32,7 @@ using Vector = typename VectorType<T, N>::type;
 constexpr int LANES = 16;  // channels of a vector
 constexpr int CHUNK = 8;   // pixels whose share of the kernel's gradient is summed in registers
 
-constexpr int row_lanes(int kernel_size) { return kernel_size <= 8 ? 8 : 16; }
+constexpr int row_lanes(std::int64_t kernel_size) { return kernel_size <= 8 ? 8 : 16; }
 
 template <typename V, typename T>
 inline V load(const T* from) {
@@ -239,8 +239,30 @@ void backward_map(const Shape& shape, std::int64_t map, const T* grad, const T* 
   }
 }
 
-Shape shape_of(const Tensor& query, const Tensor& kernel) {
-  return {query.size(0), query.size(1), kernel.size(2), query.size(4), query.size(2), query.size(3)};
+// The loops read raw memory: refuses what is not laid out as the top of this file says.
+void check(const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef sizes) {
+  TORCH_CHECK(tensor.scalar_type() == dtype, "contmix: ", name, " must have dtype ", dtype, " like query, got ",
+              tensor.scalar_type());
+  TORCH_CHECK(tensor.sizes() == sizes, "contmix: ", name, " must have shape ", sizes, ", got ", tensor.sizes());
+  TORCH_CHECK(tensor.is_contiguous(), "contmix: ", name, " must be contiguous, got strides ", tensor.strides());
+  TORCH_CHECK(tensor.device().is_cpu(), "contmix: ", name, " must be on the CPU, got ", tensor.device());
+}
+
+// Checks the inputs that forward and backward have in common, and returns the sizes of the maps.
+Shape checked_shape(const Tensor& query, const Tensor& kernel, const Tensor& bias, const Tensor& rpb) {
+  TORCH_CHECK(query.dim() == 5, "contmix: query must be (B, G, H, W, D), got shape ", query.sizes());
+  TORCH_CHECK(kernel.dim() == 5, "contmix: kernel must be (B, G, d, K, P), got shape ", kernel.sizes());
+  const std::int64_t dims = kernel.size(2), size = kernel.size(3), lanes = row_lanes(size);
+  const Shape shape = {query.size(0), query.size(1), dims, (dims + LANES - 1) / LANES * LANES, query.size(2),
+                       query.size(3)};
+  TORCH_CHECK(std::min(shape.height, shape.width) >= size, "contmix: the map must be at least ", size,
+              " pixels high and wide, got ", shape.height, "x", shape.width);
+  const at::ScalarType dtype = query.scalar_type();
+  check("query", query, dtype, {shape.batch, shape.groups, shape.height, shape.width, shape.padded});
+  check("kernel", kernel, dtype, {shape.batch, shape.groups, dims, size, lanes});
+  check("bias", bias, dtype, {size, lanes});
+  check("rpb", rpb, dtype, {shape.groups, 2 * size - 1, size - 1 + lanes});
+  return shape;
 }
 
 // Calls `run` with the kernel size as a compile-time constant.
@@ -260,13 +282,14 @@ void with_kernel_size(std::int64_t kernel_size, const Run& run) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& kernel, const Tensor& value, const Tensor& bias,
                                    const Tensor& rpb) {
-  const Shape shape = shape_of(query, kernel);
+  const Shape shape = checked_shape(query, kernel, bias, rpb);
+  check("value", value, query.scalar_type(), query.sizes());
   Tensor out = at::empty_like(value);
   Tensor lse = at::empty({shape.batch, shape.groups, shape.height, shape.width}, query.options());
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "contmix_forward", [&] {
-    with_kernel_size(kernel.size(3), [&](auto size) {
+    with_kernel_size(kernel.size(3), [&](auto kernel_size) {
       at::parallel_for(0, shape.batch * shape.groups * shape.height, 1, [&](std::int64_t begin, std::int64_t end) {
-        forward_rows<scalar_t, decltype(size)::value>(
+        forward_rows<scalar_t, decltype(kernel_size)::value>(
             shape, query.const_data_ptr<scalar_t>(), kernel.const_data_ptr<scalar_t>(),
             value.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), rpb.const_data_ptr<scalar_t>(),
             out.mutable_data_ptr<scalar_t>(), lse.mutable_data_ptr<scalar_t>(), begin, end);
@@ -281,20 +304,26 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& kernel, co
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& lse, const Tensor& query, const Tensor& kernel, const Tensor& kernel_taps,
     const Tensor& value, const Tensor& bias, const Tensor& rpb) {
-  const Shape shape = shape_of(query, kernel);
-  const std::int64_t maps = shape.batch * shape.groups;
+  const auto shape = checked_shape(query, kernel, bias, rpb);
+  const auto [batch, groups, dims, padded, height, width] = shape;
+  const std::int64_t maps = batch * groups, size = kernel.size(3), lanes = kernel.size(4);
+  const at::ScalarType dtype = query.scalar_type();
+  check("grad", grad, dtype, query.sizes());
+  check("lse", lse, dtype, {batch, groups, height, width});
+  check("kernel_taps", kernel_taps, dtype, {batch, groups, size * size, padded});
+  check("value", value, dtype, {batch, groups, dims, height * width + lanes});
   Tensor grad_query = at::empty_like(query), grad_kernel = at::zeros_like(kernel), grad_value = at::zeros_like(grad);
-  Tensor grad_bias = at::zeros({shape.batch, shape.groups, bias.size(0), bias.size(1)}, bias.options());
-  Tensor grad_rpb = at::zeros({shape.batch, shape.groups, rpb.size(1), rpb.size(2)}, rpb.options());
+  Tensor grad_bias = at::zeros({batch, groups, size, lanes}, query.options());
+  Tensor grad_rpb = at::zeros({batch, groups, rpb.size(1), rpb.size(2)}, query.options());
   AT_DISPATCH_FLOATING_TYPES(query.scalar_type(), "contmix_backward", [&] {
     const Gradients<scalar_t> to = {
         grad_query.mutable_data_ptr<scalar_t>(), grad_kernel.mutable_data_ptr<scalar_t>(),
         grad_value.mutable_data_ptr<scalar_t>(), grad_bias.mutable_data_ptr<scalar_t>(),
         grad_rpb.mutable_data_ptr<scalar_t>()};
-    with_kernel_size(kernel.size(3), [&](auto size) {
+    with_kernel_size(size, [&](auto kernel_size) {
       at::parallel_for(0, maps, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t map = begin; map < end; ++map)
-          backward_map<scalar_t, decltype(size)::value>(
+          backward_map<scalar_t, decltype(kernel_size)::value>(
               shape, map, grad.const_data_ptr<scalar_t>(), lse.const_data_ptr<scalar_t>(),
               query.const_data_ptr<scalar_t>(), kernel.const_data_ptr<scalar_t>(),
               kernel_taps.const_data_ptr<scalar_t>(), value.const_data_ptr<scalar_t>(),

@@ -138,17 +138,76 @@ def test_any_width_of_groups_and_memory_format_gives_the_reference(backend, memo
         assert_relative(ours, truth, TOLERANCES[torch.float64])
 
 
-@pytest.mark.parametrize('backend', FUSED)
-def test_slices_of_larger_maps_are_read_by_their_strides(backend):
-    tensors, options = inputs(8, 9, 7)
-    tensors = [t.detach() for t in tensors]
-    wide = torch.full((2, 18, 10, 9), float('nan'), dtype=torch.float64)
-    wide[:, 2:8, 1:9], wide[:, 6:18, 1:9] = tensors[0], 0
-    value = torch.full((2, 30, 8, 18), float('nan'), dtype=torch.float64)
-    value[:, ::2, :, ::2][:, 1:13] = tensors[2]
-    views = [wide[:, 2:8, 1:9].clone(), tensors[1], value[:, ::2, :, ::2][:, 1:13], *tensors[3:]]
-    expected = contmix(views[0].contiguous(), views[1], tensors[2], *views[3:], **options, backend='reference')
-    assert_relative(contmix(*views, **options, backend=backend), expected, TOLERANCES[torch.float64])
+def sliced(tensor):
+    """A view of every other element of a larger tensor, whose other elements are NaN."""
+    larger = tensor.new_full([2 * length for length in tensor.shape], float('nan'))
+    view = larger[(slice(None, None, 2),) * tensor.ndim]
+    return view.copy_(tensor)
+
+
+LAYOUTS = {
+    'contiguous': lambda t: t.contiguous(),
+    'channels_last': lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+    'expanded': lambda t: t[..., :1].expand(t.shape),
+    'sliced': sliced,
+    'transposed': lambda t: t.mT.contiguous().mT if t.ndim > 1 else t.flip(0),
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize('dims', [1, 2])
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_strides_of_any_input_and_of_the_gradient_do_not_change_the_gradients(backend, dims, layout):
+    plain, options = inputs(8, 9, 5, dims=dims, groups=3, batch=2)
+    plain = [t.detach() for t in plain]
+    grad = torch.randn(plain[2].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for changed in (*([i] for i in range(8)), range(8)):
+        tensors = [layout(t) if i in changed else t for i, t in enumerate((*plain, grad))]
+        *tensors, incoming = (t.requires_grad_() for t in tensors)
+        outs = [contmix(*tensors, **options, backend=name) for name in (backend, 'reference')]
+        assert_relative(outs[0].detach(), outs[1].detach(), TOLERANCES[torch.float64])
+        gradients = (torch.autograd.grad(out, tensors, incoming.detach()) for out in outs)
+        for ours, truth in zip(*gradients, strict=True):
+            assert_relative(ours, truth, TOLERANCES[torch.float64])
+
+
+@pytest.fixture
+def cpp_calls(monkeypatch):
+    """The arguments of both C++ operators, as `compiled` calls them once."""
+    calls = {}
+
+    class Recorder:
+        def __getattr__(self, name):
+            return lambda *args: calls.setdefault(name, args) and getattr(operators, name)(*args)
+
+    operators = torch.ops.overlock_cpu
+    monkeypatch.setattr(torch.ops, 'overlock_cpu', Recorder())
+    tensors, options = inputs(8, 9, 5)
+    contmix(*tensors, **options, backend='compiled').sum().backward()
+    monkeypatch.undo()
+    return calls
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (sliced, 'contmix: .* must be contiguous'),
+        (lambda t: t.float(), 'contmix: .* must have dtype'),
+        (lambda t: t[..., :-1].contiguous(), 'contmix: .* must have shape'),
+        (lambda t: t[:-1].contiguous(), 'contmix: .* must have shape'),
+        (lambda t: t.unsqueeze(0), 'contmix: .* (must have|must be .*, got) shape'),
+    ],
+    ids=['strides', 'dtype', 'last axis', 'first axis', 'axes'],
+)
+@pytest.mark.skipif(explain()['compiled'] != 'available', reason='compiled: ' + explain()['compiled'])
+def test_cpp_operator_refuses_what_is_not_laid_out_as_it_reads(cpp_calls, change, message):
+    assert set(cpp_calls) == {'contmix_forward', 'contmix_backward'}
+    for name, args in cpp_calls.items():
+        operator = getattr(torch.ops.overlock_cpu, name)
+        operator(*args)
+        for i, tensor in enumerate(args):
+            with pytest.raises(RuntimeError, match=message):
+                operator(*args[:i], change(tensor), *args[i + 1 :])
 
 
 @pytest.mark.parametrize('backend', FUSED)
