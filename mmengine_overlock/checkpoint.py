@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mmengine.runner.checkpoint
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 
-from overlock.checkpoint.unpickling import UNREADABLE, LoggedValues, unreadable, weights_only
+from overlock.checkpoint.unpickling import LoggedValues, restored, safely
 from overlock.utils.errors import CheckpointError
 from overlock.utils.files import whole_file
+
+# Where this is set, a torch.load that does not say otherwise runs the code of a file.
+_TRUSTING = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 
 
 def _safely(loader: Callable) -> Callable:
@@ -24,14 +29,13 @@ def _safely(loader: Callable) -> Callable:
 
     @functools.wraps(loader)
     def load(filename: str, map_location: Any = None) -> Any:
-        try:
-            with weights_only():
-                checkpoint = loader(filename, map_location)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except UNREADABLE as error:
-            raise unreadable(filename, error) from error
-        return _with_history(checkpoint)
+        with safely(filename):
+            trusting = os.environ.pop(_TRUSTING, None)
+            try:
+                return _with_history(restored(loader(filename, map_location)))
+            finally:
+                if trusting is not None:
+                    os.environ[_TRUSTING] = trusting
 
     load.is_weights_only = True
     return load
@@ -62,6 +66,8 @@ def use_safe_files() -> None:
     for prefix, loader in list(CheckpointLoader._schemes.items()):
         if not hasattr(loader, 'is_weights_only'):
             CheckpointLoader.register_scheme(prefix, _safely(loader), force=True)
+    # Unlike torch.load, torch.hub takes any object by default.
+    mmengine.runner.checkpoint.load_url = functools.partial(torch.hub.load_state_dict_from_url, weights_only=True)
 
 
 def find_resumable(work_dir: str | Path) -> Path | None:

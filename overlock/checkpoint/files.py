@@ -14,7 +14,7 @@ from torch import Tensor
 
 from overlock.checkpoint.download import download
 from overlock.checkpoint.registry import WEIGHTS
-from overlock.checkpoint.unpickling import read_pickled, unreadable
+from overlock.checkpoint.unpickling import read_pickled, safely
 from overlock.utils.errors import CheckpointError
 
 WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
@@ -146,16 +146,7 @@ def _unwrap(content: Any, wrappers: tuple[str, ...]) -> Mapping | None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
+    with safely(path):
         from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(
-            f'{path} needs the package safetensors; install it with `pip install safetensors`'
-        ) from error
-    try:
+
         return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f'{path} is damaged: {error}') from error
-    except OSError as error:
-        raise unreadable(path, error) from error

@@ -10,7 +10,6 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, save_checkpoint
 
 from mmengine_overlock.checkpoint import find_resumable, use_safe_files
-from overlock.checkpoint.unpickling import weights_only
 from overlock.utils.errors import CheckpointError
 
 
@@ -128,13 +127,14 @@ def test_a_file_cannot_replace_the_functions_of_logs(tmp_path):
     assert HistoryBuffer._statistics_methods == before
 
 
-def test_safe_loading_leaves_no_trace_in_torch_or_the_environment(monkeypatch):
+def test_environment_that_trusts_every_file_is_kept_and_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    allowed, environment = list(torch.serialization.get_safe_globals()), dict(os.environ)
-    with weights_only():
-        assert len(torch.serialization.get_safe_globals()) > len(allowed)
-    assert set(torch.serialization.get_safe_globals()) == set(allowed)
-    assert dict(os.environ) == environment
+    path, trace = tmp_path / 'evil.pth', tmp_path / 'trace'
+    torch.save(dict(extra=Command(trace)), path)
+    environment = dict(os.environ)
+    with pytest.raises(CheckpointError, match='asks for the Python object'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert dict(os.environ) == environment and not trace.exists()
 
 
 @pytest.mark.parametrize('kept', [0.0, 0.01, 0.5, 0.99])

@@ -160,11 +160,8 @@ def test_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch
         torch.save({'a': torch.ones(1), 'meta': Malicious()}, tmp_path / 'new.pth', pickle_protocol=protocol)
         (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Malicious(), protocol=protocol))
         for name in ('new.pth', 'raw.pth'):
-            with pytest.raises(CheckpointError, match='asks for the Python object (posix|os).mkdir'):
+            with pytest.raises(CheckpointError, match='a protocol that cannot be read safely, expected 2 or 3; save'):
                 read_state_dict(tmp_path / name)
-        torch.save({'a': torch.ones(1)}, tmp_path / 'new.pth', pickle_protocol=protocol)
-        with pytest.raises(CheckpointError, match='a protocol that cannot be read safely, expected 2 or 3; save'):
-            read_state_dict(tmp_path / 'new.pth')
     assert not (tmp_path / 'ran').exists()
 
 
@@ -219,7 +216,7 @@ def test_safetensors_load_too(tmp_path):
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / 'w.safetensors')
     assert not load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'w.safetensors').new
     (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'w.safetensors').read_bytes()[:100])
-    with pytest.raises(CheckpointError, match='cut.safetensors is damaged'):
+    with pytest.raises(CheckpointError, match='cut.safetensors is not a whole'):
         read_state_dict(tmp_path / 'cut.safetensors')
 
 

@@ -1,0 +1,206 @@
+"""Pickles that NumPy and trainers write, and crafted ones that would crash the process or run code."""
+
+import pickle
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from overlock.checkpoint import CheckpointError
+from overlock.checkpoint.unpickling import read_pickled
+
+RECONSTRUCT, SCALAR = np.ndarray(0).__reduce__()[0], np.float64().__reduce__()[0]
+POINTER = b'AAAAAAAA'
+
+
+class Call:
+    """Pickles as a call, and as the state given to what the call returns."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def array(shape, dtype, data, fortran=False, kind=np.ndarray):
+    return Call(RECONSTRUCT, kind, (0,), b'b', state=(1, shape, dtype, fortran, data))
+
+
+def saved(value, folder):
+    torch.save({'value': value}, folder / 'a.pth')
+    return folder / 'a.pth'
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        np.arange(6.0).reshape(2, 3),
+        np.asfortranarray(np.arange(6, dtype='f4').reshape(2, 3)),
+        np.arange(6, dtype='>i2'),
+        np.array(2.5),
+        np.zeros((0, 3)),
+        np.zeros((3, 0), order='F'),
+        *(np.array([0, 1], dtype=code) for code in '?bBhHiIlLqQefdgFDG'),
+        np.float64(0.25),
+        np.int64(3),
+        np.bool_(True),
+        np.dtype('>f4').type(1.5),
+    ],
+    ids=lambda value: f'{np.asarray(value).dtype.str}{np.shape(value)}',
+)
+def test_numbers_of_numpy_load_as_they_were(value, tmp_path):
+    loaded = read_pickled(saved(value, tmp_path))['value']
+    assert type(loaded) is type(value) and loaded.dtype == value.dtype and loaded.shape == value.shape
+    assert loaded.tobytes() == value.tobytes() and loaded.strides == value.strides
+    if isinstance(value, np.ndarray):
+        assert loaded.flags.writeable and loaded.flags.owndata
+
+
+def test_arrays_are_found_in_every_container_and_stay_shared(tmp_path):
+    shared = [np.arange(3)]
+    shared.append(shared)
+    content = OrderedDict(a=(1, (shared, {'b': shared})), options=Namespace(mean=np.ones(2)), dtype=np.dtype('f4'))
+    loaded = read_pickled(saved(content, tmp_path))['value']
+    first, inner = loaded['a'][1]
+    assert first is inner['b'] and first[1] is first
+    assert first[0].tolist() == [0, 1, 2] and loaded['options'].mean.tolist() == [1, 1]
+    assert loaded['dtype'] == np.dtype('f4') and isinstance(loaded, OrderedDict)
+
+
+def test_containers_that_share_much_load_quickly(tmp_path):
+    value = (np.ones(1),)
+    for _ in range(60):
+        value = (value, value)
+    loaded = read_pickled(saved(value, tmp_path))['value']
+    assert loaded[0] is loaded[1]
+
+
+def test_state_of_a_dtype_beyond_its_byte_order_is_ignored(tmp_path):
+    fields = (3, '<', None, ('a',), {'a': (np.dtype('f8'), 0)}, 8, 8, 63)
+    loaded = read_pickled(saved(array((1,), Call(np.dtype, 'f8', False, True, state=fields), POINTER), tmp_path))
+    assert loaded['value'].dtype == np.dtype('f8') and loaded['value'].tobytes() == POINTER
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        np.array([None]),
+        array((1,), np.dtype('O'), POINTER),
+        array((1,), Call(np.dtype, 'O', False, True), POINTER),
+        array((1,), Call(np.dtype, 'f8,O', False, True, state=(3, '<')), POINTER),
+        array((1,), Call(np.dtype, 'f8', False, True, state=(3, 'O,')), POINTER),
+        np.array(['text']),
+        np.array([b'text']),
+        np.zeros(2, 'i4,f4'),
+        np.zeros(2, [('a', 'f8', (2, 2))]),
+        np.array(['2025-01-31'], 'M8[D]'),
+        Call(SCALAR, np.dtype('O'), POINTER),
+        np.str_('text'),
+        np.void(POINTER),
+    ],
+)
+def test_values_of_numpy_that_are_no_numbers_are_refused(value, tmp_path):
+    with pytest.raises(CheckpointError, match='a.pth (holds NumPy values of type .*; save it again|is not a whole)'):
+        read_pickled(saved(value, tmp_path))
+
+
+F8 = np.dtype('f8')
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        array((2,), F8, POINTER),
+        array((1,), F8, POINTER * 2),
+        array((2**40,), F8, POINTER),
+        # Both counts of bytes are 0 modulo 2 ** 64.
+        array((2**61, 8), F8, b''),
+        array((-(2**60),), F8, b''),
+        array((-1,), F8, POINTER),
+        array((-1, -1), F8, POINTER),
+        array((True,), F8, POINTER),
+        array((1.0,), F8, POINTER),
+        array((1,), F8, 'AAAAAAAA'),
+        array((1,), F8, bytearray(POINTER)),
+        array((1,), F8, [0.0]),
+        array((1,), F8, torch.zeros(1)),
+        Call(SCALAR, F8, POINTER * 2),
+        Call(SCALAR, F8, b''),
+    ],
+)
+def test_arrays_whose_bytes_do_not_fill_their_shape_are_refused(value, tmp_path):
+    with pytest.raises(CheckpointError, match='a.pth (holds a NumPy array whose bytes do not fill its shape.*; save)'):
+        read_pickled(saved(value, tmp_path))
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        Call(np.ndarray, (1,), 'O', POINTER),
+        Call(np.ndarray, (1,)),
+        Call(RECONSTRUCT, np.ndarray, (2**40,), b'd'),
+        Call(np.dtype, 'O'),
+        Call(bytes, 6 * 10**9),
+        array((0, 2**62, 2**62), F8, b''),
+        array((1,) * 100, F8, POINTER),
+        array((1,), np.int64(8), POINTER),
+        array([[1]], F8, POINTER),
+        array(None, F8, POINTER),
+        Call(SCALAR, F8),
+    ],
+)
+def test_calls_that_numpy_never_pickles_are_refused(value, tmp_path):
+    with pytest.raises(CheckpointError, match='a.pth (is not a whole PyTorch checkpoint|holds a NumPy array whose)'):
+        read_pickled(saved(value, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ('value', 'name'),
+    [
+        (array((1, 1), F8, POINTER, kind=np.matrix), 'numpy.matrix'),
+        (array((1,), F8, POINTER, kind=np.recarray), 'numpy.*recarray'),
+        (np.ma.ones(2), 'numpy.ma'),
+        (Call(np.frombuffer, POINTER), 'numpy.frombuffer'),
+        (Call(np.dtypes.ObjectDType), 'numpy.dtypes.ObjectDType'),
+        (Call(getattr, np.ndarray, 'tofile'), 'builtins.getattr'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_other_classes_and_functions_are_named_and_refused(value, name, tmp_path):
+    with pytest.raises(CheckpointError, match=f'a.pth asks for the Python object {name}'):
+        read_pickled(saved(value, tmp_path))
+
+
+def test_globals_that_a_user_allows_stay_allowed_except_those_of_numpy(tmp_path):
+    class Config:
+        pass
+
+    Config.__qualname__ = 'Config'
+    globals()['Config'] = Config
+    allowed = [Config, np.ndarray, RECONSTRUCT, (np.dtype, 'numpy.dtype')]
+    with torch.serialization.safe_globals(allowed):
+        assert type(read_pickled(saved(Config(), tmp_path))['value']) is Config
+        assert read_pickled(saved(np.ones(2), tmp_path))['value'].tolist() == [1, 1]
+        with pytest.raises(CheckpointError):
+            read_pickled(saved(Call(np.ndarray, (1,), 'O', POINTER), tmp_path))
+        assert set(torch.serialization.get_safe_globals()) >= set(allowed)
+
+
+@pytest.mark.slow
+def test_file_that_crashes_numpy_does_not_crash_the_reader(tmp_path):
+    path = tmp_path / 'crash.pth'
+    path.write_bytes(pickle.dumps(Call(np.ndarray, (1,), 'O', POINTER), protocol=2))
+    unsafe = 'import pickle, sys; pickle.load(open(sys.argv[1], "rb")).copy()'
+    safe = 'import sys; from overlock.checkpoint.unpickling import read_pickled; read_pickled(sys.argv[1]).copy()'
+    root = Path(__file__).parents[3]
+    crashed = subprocess.run([sys.executable, '-c', unsafe, path], cwd=root)
+    refused = subprocess.run([sys.executable, '-c', safe, path], cwd=root, capture_output=True, text=True)
+    assert crashed.returncode == -signal.SIGSEGV
+    assert refused.returncode == 1 and 'CheckpointError: ' in refused.stderr.splitlines()[-1]
