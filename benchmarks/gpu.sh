@@ -22,7 +22,7 @@ if "$python" -c 'import pytest' 2>/dev/null; then
     step "$python" -m pytest tests/overlock -q -k 'contmix or triton or cuda'
 fi
 # The fused operator's kernels against the budget of two images at detection size.
-step "$python" benchmarks/operator.py --device cuda --arch s --size 800x1344 --batch 2 --dtype bf16 --results "$results"
+step "$python" benchmarks/contmix.py --device cuda --arch s --size 800x1344 --batch 2 --dtype bf16 --results "$results"
 # The training step that counts, against the published pipeline on an unfold.
 step "$python" benchmarks/network.py --device cuda --arch s --mode train --size 800x1344 --batch 2 --dtype bf16 \
     --presets train benchmarks.presets:channels_last --beside --results "$results"

@@ -1,116 +1,112 @@
 #!/usr/bin/env python
-"""Time and memory of the whole network: every preset, and ConvNeXt-T and Swin-T beside it if asked for.
+"""Measure time and memory of the whole network in every preset, beside networks of timm if asked for.
 
-Each preset runs in a process of its own; they take turns. First each one's outputs, in training gradients too, are
-compared with those of `published` in float64: what deviates gets no speed.
+Each preset runs in a process of its own; they take turns. First its outputs, in training its gradients too, are
+compared with those of `published` in float64: a preset that deviates gets no speed.
 """
 
-import os
+import argparse
 import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-# This folder itself must not be on the path, where operator.py would hide Python's own module.
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:] = [os.path.dirname(HERE), *(path for path in sys.path if os.path.realpath(path) != HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from torch import Tensor
 
-from torch import Tensor  # noqa: E402
+from benchmarks.presets import BESIDE, FORWARD, TRAIN, NetworkCase
+from benchmarks.record import ARCHS, make_parser, show, size, write_result
+from benchmarks.rounds import Worker, compute_truth, deviation, is_timed, is_within, measure
 
-from benchmarks.common import add_run_options, duration, show, size, write_result  # noqa: E402
-from benchmarks.presets import BESIDE, FORWARD, TRAIN  # noqa: E402
-from benchmarks.rounds import Remote, deviation, may_be_timed, measure  # noqa: E402
-
-# Relative, in float32: of the outputs and gradients; or this many times what the published pipeline deviates by.
+# Relative, in float32, for outputs and gradients; or this many times what the published pipeline deviates by.
 TOLERANCE = 1e-5
 ALLOWANCE = 4
 # Relative, in bfloat16, on the weights of `presets.randomise`.
 BF16_TOLERANCES = {'output': 5e-2, 'gradient': 2e-1}
-# The most pixels on which a training step is checked: one in float64 takes the double of the memory.
+# The most pixels on which a training step is checked: in float64 it takes twice the memory.
 CHECK_PIXELS = 2 * 512 * 512
 
 
 class Gate:
     """Compares presets with the published pipeline in float64 on the same weights and images.
 
-    What runs in bfloat16 must pass in float32 too. The published pipeline itself is timed whatever it deviates by in
-    bfloat16: it is what it is.
+    A row in bfloat16 must pass in float32 too. The published pipeline itself is timed whatever it deviates by in
+    bfloat16.
 
     Args:
-        task: What is measured, but for the preset.
+        task: What is measured, without the preset.
         threads: Threads of a worker.
     """
 
     def __init__(self, task: dict[str, Any], threads: int | None) -> None:
         self.task, self.threads = task, threads
         self.change = {'size': check_size(task['size'], task['batch'], task['mode']), 'batch': task['batch']}
-        self.truth: dict[str, Tensor] = {}
-        self.own: dict[str, float] = {}
 
-    def __call__(self, name: str, worker: Remote, folder: Path) -> dict[str, Any] | None:
+    @cached_property
+    def truth(self) -> dict[str, Tensor]:
+        """Outputs and gradients in float64."""
+        return self._published('fp64')
+
+    @cached_property
+    def own(self) -> dict[str, float]:
+        """Deviation of the published pipeline in float32."""
+        return deviation(self._published('fp32'), self.truth)
+
+    def __call__(self, name: str, worker: Worker) -> dict[str, Any] | None:
         if name in BESIDE:
             return None
-        if not self.truth:
-            self.truth = self._published('fp64', folder)
-            self.own = deviation(self._published('fp32', folder), self.truth)
         limits = {'fp32': {kind: max(TOLERANCE, ALLOWANCE * own) for kind, own in self.own.items()}}
-        narrow = name.endswith('+bf16') or worker.task['dtype'] == 'bf16'
-        if narrow and name != 'published':
-            limits['bf16'] = {kind: BF16_TOLERANCES[kind] for kind in self.own}
-        found = {
-            dtype: deviation(worker.results(folder, {**self.change, 'dtype': dtype}), self.truth)
-            for dtype in ('fp32', *(['bf16'] if narrow else []))
-        }
-        passed = all(may_be_timed(found[dtype], limits[dtype]) for dtype in limits)
+        dtypes = ['fp32']
+        if name.endswith('+bf16') or worker.task['dtype'] == 'bf16':
+            dtypes.append('bf16')
+            if name != 'published':
+                limits['bf16'] = {kind: BF16_TOLERANCES[kind] for kind in self.own}
+        found = {dtype: deviation(worker.results(**self.change, dtype=dtype), self.truth) for dtype in dtypes}
+        passed = all(is_within(found[dtype], limits[dtype]) for dtype in limits)
         return {'passed': passed, 'deviation': found, 'limit': limits, 'size': list(self.change['size'])}
 
-    def _published(self, dtype: str, folder: Path) -> dict[str, Tensor]:
-        """Outputs and gradients of the published pipeline."""
-        task = {**self.task, 'preset': 'published', 'dtype': dtype}
-        with Remote('benchmarks.presets', task, self.threads) as worker:
-            worker.build()
-            return worker.results(folder, self.change)
+    def _published(self, dtype: str) -> dict[str, Tensor]:
+        task = {**self.task, **self.change, 'preset': 'published', 'dtype': dtype}
+        return compute_truth(NetworkCase, task, self.threads)
 
 
 def check_size(size: tuple[int, int], batch: int, mode: str) -> tuple[int, int]:
-    """The size that is measured, or in training one of the same shape with at most `CHECK_PIXELS` in the batch."""
+    """Return the measured size, or in training one of the same shape with at most `CHECK_PIXELS` in the batch."""
     pixels = batch * size[0] * size[1]
     if mode == 'forward' or pixels <= CHECK_PIXELS:
         return size
     shrink = (CHECK_PIXELS / pixels) ** 0.5
-    return tuple(max(32, int(side * shrink) // 32 * 32) for side in size)
+    height, width = (max(32, int(side * shrink) // 32 * 32) for side in size)
+    return height, width
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--arch', default='xt', choices=['xt', 't', 's', 'b'], help='variant (default: %(default)s)')
+    parser = make_parser(__doc__)
+    parser.add_argument('--arch', default='xt', choices=ARCHS, help='variant')
     parser.add_argument(
         '--mode',
         default='forward',
         choices=['forward', 'train'],
-        help='forward in evaluation, or forward and backward in training (default: %(default)s)',
+        help='forward in evaluation, or forward and backward in training',
     )
-    parser.add_argument('--size', type=size, default=(224, 224), metavar='HxW', help='of the images (default: 224x224)')
-    parser.add_argument('--batch', type=int, default=1, metavar='N', help='images (default: %(default)s)')
-    parser.add_argument(
-        '--dtype', default='fp32', choices=['fp32', 'bf16'], help='bf16 is autocast (default: %(default)s)'
-    )
+    parser.add_argument('--size', type=size, default=(224, 224), metavar='HxW', help='of the images')
+    parser.add_argument('--batch', type=int, default=1, metavar='N', help='images')
+    parser.add_argument('--dtype', default='fp32', choices=['fp32', 'bf16'], help='bf16 is autocast')
     parser.add_argument(
         '--network',
         default='auto',
         choices=['auto', 'backbone', 'classifier'],
-        help='auto: the classifier at 224x224, else the dense-prediction backbone',
+        help='auto is the classifier at 224x224, else the dense-prediction backbone',
     )
     parser.add_argument(
         '--presets',
         nargs='+',
         metavar='NAME',
-        help='what to measure beside `published`: train, deploy, compile or module:function; each may '
-        "end in '+bf16' (default: all that the mode has)",
+        help="rows beside 'published': train, deploy, compile or module:function; each may end in '+bf16'; None is "
+        'all that the mode has',
     )
-    parser.add_argument('--beside', action='store_true', help='ConvNeXt-T and Swin-T of timm in the same rounds')
-    add_run_options(parser)
+    parser.add_argument('--beside', action='store_true', help=f'measure {" and ".join(BESIDE)} of timm too')
     return parser.parse_args()
 
 
@@ -118,75 +114,27 @@ def main() -> int:
     args = parse_args()
     if args.network == 'auto':
         args.network = 'classifier' if args.size == (224, 224) else 'backbone'
-    names = dict.fromkeys(
-        ('published', *(args.presets or (TRAIN if args.mode == 'train' else FORWARD)), *(BESIDE if args.beside else ()))
-    )
-    common = {key: getattr(args, key) for key in ('arch', 'network', 'mode', 'size', 'batch', 'dtype', 'device')}
-    rows = measure(
-        'benchmarks.presets',
-        {name: {**common, 'preset': name} for name in names},
-        Gate(common, args.threads),
-        {args.mode: {}},
-        args.rounds,
-        args.turn_seconds,
-        args.threads,
-    )
-    finish(rows, args.mode, args.batch)
+    presets = args.presets or (TRAIN if args.mode == 'train' else FORWARD)
+    task = {key: getattr(args, key) for key in ('arch', 'network', 'mode', 'size', 'batch', 'dtype', 'device')}
+    tasks = {name: {**task, 'preset': name} for name in ('published', *presets, *(BESIDE if args.beside else ()))}
+    rows = measure(NetworkCase, tasks, Gate(task, args.threads), {args.mode: {}}, args)
+    compare(rows, args.mode, args.batch)
     what = f'network-{args.arch}-{args.mode}-{args.batch}x3x{args.size[0]}x{args.size[1]}-{args.dtype}'
-    path = write_result(args.results, what, args.device, vars(args), rows)
-    report(rows, what, args.mode, args.device)
+    path = write_result(what, args, rows)
+    show(what, rows)
     print(path)
-    return 0 if all('seconds' in row.get('modes', {}).get(args.mode, {}) for row in rows) else 1
+    return 0 if all(map(is_timed, rows)) else 1
 
 
-def finish(rows: list[dict[str, Any]], mode: str, batch: int) -> None:
-    """Adds images a second, and the ratio to `published` of time and memory."""
-    timed = {row['name']: row['modes'][mode] for row in rows if 'seconds' in row.get('modes', {}).get(mode, {})}
+def compare(rows: list[dict[str, Any]], mode: str, batch: int) -> None:
+    """Add images a second, and the ratios of time and memory to those of `published`, to the rows."""
+    timed = {row['name']: row['modes'][mode] for row in rows if is_timed(row)}
     base = timed.get('published')
     for result in timed.values():
         result['images_per_second'] = batch / result['seconds']['median']
         if base:
             result['speedup'] = base['seconds']['median'] / result['seconds']['median']
             result['memory_ratio'] = result['memory']['above_base'] / max(base['memory']['above_base'], 1)
-
-
-def report(rows: list[dict[str, Any]], what: str, mode: str, device: str) -> None:
-    """Prints a line a row."""
-    kind = 'allocator' if device.startswith('cuda') else 'process'
-    columns = (
-        'preset',
-        'deviation',
-        'median',
-        'quartiles',
-        'faster',
-        'images/s',
-        'memory above base',
-        'of published',
-        f'peak of {kind}',
-    )
-    show(what, columns, (_line(row, mode) for row in rows))
-
-
-def _line(row: dict[str, Any], mode: str) -> list[str]:
-    check = row.get('check')
-    worst = 'not compared' if check is None else f'{max(max(v.values()) for v in check["deviation"].values()):.1e}'
-    if 'error' in row:
-        return [row['name'], worst if check else '', row['error']]
-    if check is not None and not check['passed']:
-        return [row['name'], worst, 'wrong: no speed']
-    result = row['modes'][mode]
-    seconds, memory = result['seconds'], result['memory']
-    return [
-        row['name'],
-        worst,
-        duration(seconds['median']),
-        f'{duration(seconds["q1"])} - {duration(seconds["q3"])}',
-        f'{result["speedup"]:.2f}x' if 'speedup' in result else '',
-        f'{result["images_per_second"]:.3g}',
-        f'{memory["above_base"] / 2**20:.0f} MiB',
-        f'{result["memory_ratio"]:.2f}x' if 'memory_ratio' in result else '',
-        f'{memory["peak"] / 2**20:.0f} MiB',
-    ]
 
 
 if __name__ == '__main__':

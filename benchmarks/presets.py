@@ -1,8 +1,9 @@
-"""The networks that benchmarks/network.py compares, each as a case for a worker."""
+"""The networks that benchmarks/network.py and growth.py measure, each as a `benchmarks.rounds.Case`."""
 
 import importlib
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,141 +12,123 @@ from torch import Tensor, nn
 from benchmarks.published import aggregation, published
 from overlock import OverLoCK, OverLoCKBackbone, keep_freed_memory
 
-DTYPES = {'fp32': torch.float32, 'fp64': torch.float64, 'bf16': torch.bfloat16}
 FORWARD = ('published', 'train', 'deploy', 'compile')
 # A merged model does not train: there `compile` compiles the training form.
 TRAIN = ('published', 'train', 'compile')
-# Names of timm, to stand beside ours; nothing to compare their outputs with.
+# Networks of timm in the same rounds; there is nothing to compare their outputs with.
 BESIDE = {'convnext_tiny': 'convnext_tiny', 'swin_tiny': 'swin_tiny_patch4_window7_224'}
 
 
+@dataclass
 class NetworkCase:
-    """One network, one mode, one shape.
+    """One network, one mode, one shape; see `benchmarks.rounds`.
 
-    Args:
-        preset: 'published', 'train', 'deploy', 'compile', a key of `BESIDE`, or 'module:function' with a function from
-            our model in the right mode to the network to run; with '+bf16' behind it, it runs in bfloat16.
+    Attributes:
+        preset: One of `FORWARD` or `TRAIN`, a key of `BESIDE`, or 'module:function' with a function from our model, in
+            the right mode, to the network to run; '+bf16' behind it runs it in bfloat16.
         arch: Variant of OverLoCK.
         network: 'backbone' or 'classifier'.
         mode: 'forward' (evaluation, no gradients) or 'train' (forward, mean of squares of the outputs, backward).
         size: Height and width of the images.
-        batch: Images.
+        batch: Number of images.
         dtype: 'fp32', 'fp64', or 'bf16' (autocast).
         device: 'cpu' or 'cuda'.
-    """
-
-    def __init__(
-        self,
-        preset: str,
-        arch: str,
-        network: str,
-        mode: str,
-        size: tuple[int, int],
-        batch: int,
-        dtype: str,
-        device: str,
-    ) -> None:
-        preset, _, suffix = preset.partition('+')
-        if suffix not in ('', 'bf16'):
-            raise ValueError(f"a preset may end in '+bf16', got '+{suffix}'")
-        self.device, self.mode, self.dtype = torch.device(device), mode, suffix or dtype
-        self.size, self.batch = tuple(size), batch
-        torch.manual_seed(0)
-        if preset in BESIDE:
-            self.model = beside(BESIDE[preset], network, self.size).to(self.device).train(mode == 'train')
-        else:
-            model = (OverLoCK if network == 'classifier' else OverLoCKBackbone)(arch)
-            randomise(model)
-            model = model.to(self.device, DTYPES['fp64' if dtype == 'fp64' else 'fp32']).train(mode == 'train')
-            self.model = prepare(model, preset)
-        self.images: dict[tuple, Tensor] = {}
-        self.image(self.size, batch)
-        self.facts = {'aggregation': aggregation(device).__name__} if preset == 'published' else {}
-
-    def run(
-        self, size: Iterable[int] | None = None, batch: int | None = None, dtype: str | None = None
-    ) -> dict[str, Tensor]:
-        """One iteration, of another shape or dtype if given: outputs, and in training gradients by name."""
-        self.clear()
-        image = self.image(tuple(size or self.size), batch or self.batch)
-        if self.mode == 'forward':
-            with torch.inference_mode(), self.autocast(dtype or self.dtype):
-                return outputs(self.model(image))
-        with self.autocast(dtype or self.dtype):
-            found = outputs(self.model(image))
-            loss = sum(
-                out.float().square().mean() if out.dtype != torch.float64 else out.square().mean()
-                for out in found.values()
-            )
-        loss.backward()
-        found = {name: out.detach() for name, out in found.items()}
-        # torch.compile puts the model behind `_orig_mod`.
-        return found | {
-            f'gradient {name.removeprefix("_orig_mod.")}': parameter.grad
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None
-        }
-
-    def autocast(self, dtype: str) -> AbstractContextManager:
-        """bfloat16 where the dtype says so."""
-        return torch.autocast(self.device.type, torch.bfloat16) if dtype == 'bf16' else nullcontext()
-
-    def image(self, size: tuple[int, int], batch: int) -> Tensor:
-        """The images of a shape, made once, the same for every preset."""
-        if (size, batch) not in self.images:
-            generator = torch.Generator().manual_seed(1)
-            dtype = next(self.model.parameters()).dtype
-            self.images = {(size, batch): torch.randn(batch, 3, *size, generator=generator).to(self.device, dtype)}
-        return self.images[size, batch]
-
-    def clear(self) -> None:
-        """Drops the gradients."""
-        self.model.zero_grad(set_to_none=True)
-
-
-build = NetworkCase
-
-
-def prepare(model: nn.Module, preset: str) -> nn.Module:
-    """Our model in the form of a preset.
 
     Raises:
         ValueError: If there is no such preset, or it does not train.
     """
-    device = next(model.parameters()).device
+
+    preset: str
+    arch: str
+    network: str
+    mode: str
+    size: tuple[int, int]
+    batch: int
+    dtype: str
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        preset, _, suffix = self.preset.partition('+')
+        if suffix not in ('', 'bf16'):
+            raise ValueError(f"a preset may end in '+bf16', got '+{suffix}'")
+        self.device, training = torch.device(self.device), self.mode == 'train'
+        wide = torch.float64 if self.dtype == 'fp64' else torch.float32
+        self.dtype = suffix or self.dtype
+        torch.manual_seed(0)
+        if preset in BESIDE:
+            self.model = beside(BESIDE[preset], self.network, self.size).to(self.device).train(training)
+        else:
+            model = (OverLoCK if self.network == 'classifier' else OverLoCKBackbone)(self.arch)
+            randomise(model)
+            self.model = prepare(model.to(self.device, wide).train(training), preset)
+        self.image = self._make_image(self.size, self.batch)
+        self.facts = {'aggregation': aggregation(self.device).__name__} if preset == 'published' else {}
+
+    def run(self, size: tuple[int, int] | None = None, batch: int = 1, dtype: str | None = None) -> dict[str, Tensor]:
+        """Run one iteration, on `batch` images of another size or in another dtype if given."""
+        image = self._make_image(size, batch) if size else self.image
+        narrow = (dtype or self.dtype) == 'bf16'
+        with torch.inference_mode(self.mode == 'forward'):
+            with torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext():
+                found = outputs(self.model(image))
+                if self.mode == 'forward':
+                    return found
+                wide = torch.promote_types(image.dtype, torch.float32)
+                loss = sum(out.to(wide).square().mean() for out in found.values())
+        parameters = dict(self.model.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        # torch.compile puts the model behind `_orig_mod`.
+        return {name: out.detach() for name, out in found.items()} | {
+            f'gradient {name.removeprefix("_orig_mod.")}': gradient
+            for name, gradient in zip(parameters, gradients, strict=True)
+            if gradient is not None
+        }
+
+    def _make_image(self, size: tuple[int, int], batch: int) -> Tensor:
+        """Return the images of a shape, the same for every preset."""
+        image = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+        return image.to(self.device, next(self.model.parameters()).dtype)
+
+
+def prepare(model: nn.Module, preset: str) -> nn.Module:
+    """Bring our model to the form of a preset.
+
+    Raises:
+        ValueError: If there is no such preset, or it does not train.
+    """
     if ':' in preset:
         module, _, function = preset.partition(':')
         return getattr(importlib.import_module(module), function)(model)
-    if preset not in (TRAIN if model.training else FORWARD):
-        raise ValueError(
-            f'preset must be one of {", ".join(TRAIN if model.training else FORWARD)} or '
-            f"'module:function', got {preset!r}"
-        )
+    names = TRAIN if model.training else FORWARD
+    if preset not in names:
+        raise ValueError(f"preset must be one of {', '.join(names)} or 'module:function', got {preset!r}")
     if preset == 'published':
-        return published(model, device)
-    if preset != 'train' and not model.training:
-        model.switch_to_deploy()
+        return published(model, next(model.parameters()).device)
+    if preset != 'train':
+        model = deploy(model)
     return torch.compile(model, dynamic=False) if preset == 'compile' else model
 
 
+def deploy(model: nn.Module) -> nn.Module:
+    """Return the model in the form of its mode: merged in evaluation, as it is in training."""
+    return model if model.training else model.switch_to_deploy()
+
+
 def channels_last(model: nn.Module) -> nn.Module:
-    """`train` or `deploy`, as the mode is, in this memory format; the preset 'benchmarks.presets:channels_last'."""
-    if not model.training:
-        model.switch_to_deploy()
+    """Set the memory format; the preset 'benchmarks.presets:channels_last'."""
+    model = deploy(model)
     model.memory_format = torch.channels_last
     return model.to(memory_format=torch.channels_last)
 
 
 def keep_memory(model: nn.Module) -> nn.Module:
-    """`train` or `deploy`, as the mode is, in a process that keeps freed memory; 'benchmarks.presets:keep_memory'."""
-    if not model.training:
-        model.switch_to_deploy()
+    """Keep freed memory in this process; the preset 'benchmarks.presets:keep_memory'."""
     keep_freed_memory()
-    return model
+    return deploy(model)
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
-    """`train` with `with_cp=True`; the preset 'benchmarks.presets:checkpointed'."""
+    """Set `with_cp=True`; the preset 'benchmarks.presets:checkpointed'."""
     for module in model.modules():
         if hasattr(module, 'with_cp'):
             module.with_cp = True
@@ -153,7 +136,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 
 def beside(name: str, network: str, size: tuple[int, int]) -> nn.Module:
-    """A network of timm with random weights: its four maps where ours is a backbone, else its classifier."""
+    """Return a network of timm with random weights: its four maps beside a backbone, else its classifier."""
     import timm
 
     options: dict[str, Any] = {'features_only': True} if network == 'backbone' else {}
@@ -163,7 +146,7 @@ def beside(name: str, network: str, size: tuple[int, int]) -> nn.Module:
 
 
 def outputs(found: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network's output by name."""
+    """Return the outputs of a network by name."""
     if isinstance(found, Tensor):
         found = [found]
     pairs = found.items() if isinstance(found, Mapping) else enumerate(found)
@@ -172,7 +155,7 @@ def outputs(found: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Parameters and statistics under which no part of the network is an identity, the same for every preset."""
+    """Set parameters and statistics under which no part of the network is an identity, the same for every preset."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Tensor, mean: float, std: float) -> None:

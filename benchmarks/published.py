@@ -1,7 +1,8 @@
-"""The published pipeline, rebuilt from our parts: what every speed is compared with.
+"""The published pipeline, rebuilt from our parts; every speed is compared with it.
 
-It computes step by step what the formulas say: ContMix with the map of affinities and all tap weights in memory and
-an index-built position bias, unmerged dilated branches, contiguous (NCHW) maps, PyTorch's own gradients.
+It computes what the formulas say, step by step: ContMix keeps the map of affinities and all tap weights in memory and
+looks up the position bias by index, dilated branches are not merged, maps are contiguous (NCHW) and gradients are
+PyTorch's own.
 """
 
 import copy
@@ -11,28 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.layers import (
-    GRN,
-    ChannelAffine,
-    ConvFFN,
-    ConvNorm,
-    DilatedReparamConv,
-    LayerNorm2d,
-    ResidualDWConv,
-    SqueezeExcite,
-)
-from overlock.models.blocks import DynamicBlock, StaticBlock
+from overlock.layers import GRN, ChannelAffine, ConvFFN, DilatedReparamConv, LayerNorm2d
+from overlock.models.blocks import NUM_REGIONS, DynamicBlock
 from overlock.ops.contmix import natten
-
-NUM_REGIONS = 7
 
 
 def published(model: nn.Module, device: torch.device | str = 'cpu') -> nn.Module:
-    """A copy of one of our models that runs the published pipeline on the same parameters and buffers.
+    """Return a copy of a model of ours that runs the published pipeline on the same parameters and buffers.
 
     Args:
-        model: `OverLoCK` or `OverLoCKBackbone`, not merged; it stays as it is.
-        device: Where the copy will run: natten aggregates on CPUs where it imports, an unfold elsewhere.
+        model: `OverLoCK` or `OverLoCKBackbone`, not merged; it is left as it is.
+        device: Where the copy will run; see `aggregation`.
 
     Raises:
         ValueError: If the model is merged for inference.
@@ -43,19 +33,16 @@ def published(model: nn.Module, device: torch.device | str = 'cpu') -> nn.Module
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     twin.memory_format = torch.contiguous_format
     for module in twin.modules():
-        form = FORMS.get(type(module))
-        if form is not None:
-            # The same attributes under another forward, for this instance alone.
-            module.__class__ = form
-    for block in twin.modules():
-        if isinstance(block, PublishedDynamicBlock):
-            block.aggregate = aggregation(device)
+        # The same attributes under another forward, for this instance alone.
+        module.__class__ = FORMS.get(type(module), type(module))
+        if isinstance(module, PublishedDynamicBlock):
+            module.aggregate = aggregation(device)
     return twin
 
 
 def aggregation(device: torch.device | str) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """natten's kernel where it can run, else the unfold that people fall back to."""
-    # The only wheel that a recent torch imports is the one built for CPUs.
+    """Return natten's kernel where it can run, else the unfold that people fall back to."""
+    # The only build that a recent torch imports is the one for CPUs.
     return aggregate_natten if torch.device(device).type == 'cpu' and natten.verify()[0] else aggregate_unfold
 
 
@@ -72,7 +59,10 @@ def contmix(
     scale: float,
     aggregate: Callable[[Tensor, Tensor, int], Tensor],
 ) -> Tensor:
-    """See `overlock.ops.contmix`; `aggregate` sums values under tap weights."""
+    """Compute ContMix in the published steps.
+
+    Arguments, shapes and result are those of `overlock.ops.contmix`; `aggregate` sums values under tap weights.
+    """
     batch, _, height, width = value.shape
     query = (query * scale).reshape(batch, num_groups, -1, height * width)
     key = key.reshape(batch, num_groups, query.shape[2], -1)
@@ -95,22 +85,31 @@ def contmix(
 
 
 def bias_index(height: int, width: int, kernel_size: int) -> Tensor:
-    """(H W, K^2), int64, on the CPU: where in the flat (2K-1) x (2K-1) bias each query finds each of its taps."""
+    """Return the index of each tap of each query in the flat (2K - 1) x (2K - 1) bias: (H W, K^2), on the CPU."""
     rows, cols = (_relative(length, kernel_size) for length in (height, width))
     index = rows[:, None, :, None] * (2 * kernel_size - 1) + cols[None, :, None, :]
     return index.reshape(height * width, kernel_size**2)
 
 
 def _relative(length: int, kernel_size: int) -> Tensor:
-    """(L, K): position of each tap minus that of the query, plus K - 1, on one axis."""
+    """Return the position of each tap minus that of its query, plus K - 1, on one axis: (L, K)."""
     query = torch.arange(length)[:, None]
     start = (query - kernel_size // 2).clamp(0, length - kernel_size)
     return start + torch.arange(kernel_size) - query + kernel_size - 1
 
 
 def aggregate_natten(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:
-    """Weights (B, G, H, W, K^2) and value (B, G, d, H, W) to (B, G, d, H, W), in value's dtype."""
-    # On CPUs natten knows float32 and float64 alone.
+    """Sum values under tap weights with natten.
+
+    Args:
+        weights: (B, G, H, W, K^2).
+        value: (B, G, d, H, W).
+        kernel_size: K.
+
+    Returns:
+        (B, G, d, H, W), in the dtype of `value`.
+    """
+    # On CPUs natten takes float32 and float64 only.
     wide = torch.promote_types(value.dtype, torch.float32)
     seen = value.permute(0, 1, 3, 4, 2).to(wide).contiguous()
     mixed = natten._na2d_av()(weights.to(wide).contiguous(), seen, kernel_size)
@@ -118,7 +117,7 @@ def aggregate_natten(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor
 
 
 def aggregate_unfold(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:
-    """The same by making every window: an unfold, whose border windows are replicated for the border queries."""
+    """Do the same with an unfold, whose border windows are replicated for the queries near the border."""
     batch, groups, dims, height, width = value.shape
     radius = kernel_size // 2
     windows = F.unfold(value.flatten(0, 1), kernel_size)
@@ -129,24 +128,9 @@ def aggregate_unfold(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor
 
 
 class PublishedDynamicBlock(DynamicBlock):
-    """The dynamic block; `aggregate` is set by `published`."""
+    """ContMix in its published steps; `published` sets `aggregate`."""
 
-    def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        if self.mix_prior:
-            context = self.context_scale(context) + self.prior_scale(prior)
-        y = self.dwconv1(torch.cat([x, context], dim=1))
-        y = self.ls1(y) + self.drop_path(self.mix(self.norm1(y)))
-        y = self.dwconv2(y)
-        y = self.ls2(y) + self.drop_path(self.ffn(self.norm2(y)))
-        if not self.split:
-            return y
-        return y.split([self.channels, y.shape[1] - self.channels], dim=1)
-
-    def mix(self, x: Tensor) -> Tensor:
-        value = self.fusion(x)
-        gate = self.gate(value)
-        y = self.dynamic_proj(self.dynamic_conv(x, value)) + self.local(value)
-        return self.proj(self.se(y) * gate)
+    aggregate: Callable[[Tensor, Tensor, int], Tensor]
 
     def dynamic_conv(self, x: Tensor, value: Tensor) -> Tensor:
         size = value.shape[2:]
@@ -172,50 +156,25 @@ class PublishedDynamicBlock(DynamicBlock):
         return F.adaptive_avg_pool2d(out, size) if short < large else out
 
 
-class PublishedStaticBlock(StaticBlock):
-    """The static block."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(x)
-        y = self.se(self.bn(self.dilated(self.norm(x))))
-        shortcut = self.ls(x) if isinstance(self.ls, ChannelAffine) else x
-        return shortcut + self.drop_path(self.ffn(y))
-
-
 class PublishedConvFFN(ConvFFN):
-    """The feed-forward."""
+    """The feed-forward with every map kept for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.grn(self.dwconv(self.act(self.fc1(x)))))
 
 
-class PublishedConvNorm(ConvNorm):
-    """Convolution, BatchNorm, activation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
-
-
-class PublishedResidualDWConv(ResidualDWConv):
-    """A depthwise 3x3 convolution, then a sum."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + F.conv2d(x, self.weight, self.bias, padding=1, groups=self.groups)
-
-
 class PublishedDilatedConv(DilatedReparamConv):
-    """Unmerged: each branch by its own convolution and BatchNorm, summed one by one."""
+    """Unmerged: a convolution and a BatchNorm for each branch, summed one by one, with PyTorch's gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn(F.conv2d(x, self.conv.weight, padding=self.conv.padding, groups=self.conv.groups))
+        y = self.bn(self.conv(x))
         for branch in self.branches.values():
-            conv = branch.conv
-            y = y + branch.bn(F.conv2d(x, conv.weight, None, 1, conv.padding, conv.dilation, conv.groups))
+            y = y + branch(x)
         return y
 
 
 class PublishedLayerNorm(LayerNorm2d):
-    """Two permutes, each with a copy."""
+    """Two permutations, each with a copy."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.permute(0, 2, 3, 1).contiguous()
@@ -224,19 +183,12 @@ class PublishedLayerNorm(LayerNorm2d):
 
 
 class PublishedGRN(GRN):
-    """The formula as it stands."""
+    """The formula, step by step."""
 
     def forward(self, x: Tensor) -> Tensor:
         response = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
         response = response / (response.mean(dim=1, keepdim=True) + 1e-6)
         return (self.gamma * response + 1) * x + self.beta
-
-
-class PublishedSqueezeExcite(SqueezeExcite):
-    """Pool, two 1x1 convolutions, sigmoid."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(self.act(self.fc1(F.adaptive_avg_pool2d(x, 1)))).sigmoid()
 
 
 class PublishedChannelAffine(ChannelAffine):
@@ -247,18 +199,15 @@ class PublishedChannelAffine(ChannelAffine):
         return y if addend is None else y + addend
 
 
+# Our other layers already compute what the authors' do, in the same steps.
 FORMS = {
-    form.__mro__[1]: form
+    form.__base__: form
     for form in (
         PublishedDynamicBlock,
-        PublishedStaticBlock,
         PublishedConvFFN,
-        PublishedConvNorm,
-        PublishedResidualDWConv,
         PublishedDilatedConv,
         PublishedLayerNorm,
         PublishedGRN,
-        PublishedSqueezeExcite,
         PublishedChannelAffine,
     )
 }

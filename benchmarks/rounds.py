@@ -1,106 +1,193 @@
-"""Workers that take turns: each row of a benchmark in a process of its own, checked first, then timed in rounds."""
+"""Run each row of a benchmark in a process of its own: check it first, then time all of them in turns.
 
-import json
+A row measures a case, an object with `device`, `facts` (recorded with the row) and `run(**change)`, which runs one
+iteration and returns outputs named 'output...' and gradients named 'gradient...'. `change` is what differs from how the
+case was built.
+"""
+
+import argparse
+import ctypes
+import gc
+import io
+import multiprocessing
 import os
-import subprocess
+import re
+import resource
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import summary
-
-# A gradient is compared relative to its norm, but at least to this share of the largest norm of all: that of a bias
-# before a BatchNorm is zero but for rounding.
+CONTEXT = multiprocessing.get_context('spawn')
+# A gradient is compared relative to its norm, or to this share of the largest norm where that is more: the gradient of
+# a bias before a BatchNorm is zero but for rounding.
 GRADIENT_FLOOR = 1e-2
+PROFILED_ITERATIONS = 20
 
 
 class WorkerError(RuntimeError):
-    """What a worker could not do."""
+    """A worker process failed or died."""
 
 
-class Remote:
-    """A worker process and the line to it.
+class Host:
+    """Holds the case of a worker process and measures it."""
+
+    def build(self, make: Callable[..., Any], task: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+        """Build the case and take the memory in use after that as the base."""
+        if threads:
+            torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = True
+        self.case = make(**task)
+        self.cuda = self.case.device.type == 'cuda'
+        self._settle()
+        self.base = self._memory()
+        return {'threads': torch.get_num_threads(), 'facts': self.case.facts}
+
+    def check(self, change: Mapping[str, Any]) -> bytes:
+        """Return the outputs and gradients of one iteration without TF32, saved by `torch.save`."""
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            results = {name: tensor.detach().cpu() for name, tensor in self.case.run(**change).items()}
+        buffer = io.BytesIO()
+        torch.save(results, buffer)
+        return buffer.getvalue()
+
+    def memory(self, change: Mapping[str, Any]) -> dict[str, int]:
+        """Return the peak of an iteration after the first, in bytes: of the process, or of the allocator on a GPU."""
+        self.case.run(**change)
+        self._settle()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == 'linux':
+            # Sets the high-water mark back to what is resident now.
+            Path('/proc/self/clear_refs').write_text('5')
+        before = self._memory()
+        self.case.run(**change)
+        self._synchronize()
+        peak = self._memory(peak=True)
+        self._settle()
+        return {'base': self.base, 'peak': peak, 'above_base': peak - self.base, 'iteration': peak - before}
+
+    def turn(self, seconds: float, change: Mapping[str, Any]) -> list[float]:
+        """Return the seconds of each iteration; at least one runs, and others until `seconds` have passed."""
+        if self.cuda:
+            # The turn before this one ended by giving back all cached memory.
+            self.case.run(**change)
+        times: list[float] = []
+        while sum(times) < seconds or not times:
+            self._synchronize()
+            start = time.perf_counter()
+            self.case.run(**change)
+            self._synchronize()
+            times.append(time.perf_counter() - start)
+        # The heap stays as it is on a CPU: giving it back would cost the next turn page faults.
+        self._settle(trim=False)
+        return times
+
+    def kernels(self, change: Mapping[str, Any]) -> float:
+        """Return the seconds that GPU kernels take in an iteration, without the gaps between them."""
+        self.case.run(**change)
+        self._synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(PROFILED_ITERATIONS):
+                self.case.run(**change)
+            self._synchronize()
+        events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(event.self_device_time_total for event in events) * 1e-6 / PROFILED_ITERATIONS
+
+    def _synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _settle(self, trim: bool = True) -> None:
+        """Give free memory back, so that a worker that waits leaves room for the others."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        elif trim and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'):  # glibc alone has it
+            libc.malloc_trim(0)
+
+    def _memory(self, peak: bool = False) -> int:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        if sys.platform != 'linux':
+            # Only the peak since the start is known, on macOS in bytes.
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        field = 'VmHWM' if peak else 'VmRSS'
+        return int(re.findall(rf'{field}:\s*(\d+)', Path('/proc/self/status').read_text())[0]) * 1024
+
+
+# The one of this process.
+HOST = Host()
+
+
+def answer(method: str, *arguments: Any) -> Any:
+    """Call a method of this process's host."""
+    try:
+        return getattr(HOST, method)(*arguments)
+    except Exception as error:  # not all that a backend may raise can be sent to another process
+        traceback.print_exc()
+        raise WorkerError(f'{type(error).__name__}: {error}'.splitlines()[0]) from None
+
+
+class Worker:
+    """A process with a case of its own; leaving its `with` block ends it.
 
     Args:
-        module: Module with `build`.
-        task: Its arguments.
-        threads: Threads of the process, or None for PyTorch's choice.
+        make: Builds the case in that process.
+        task: Keyword arguments of `make`.
+        threads: Threads of the process; None leaves the number to PyTorch.
     """
 
-    def __init__(self, module: str, task: Mapping[str, Any], threads: int | None = None) -> None:
-        # OpenMP's threads would spin while another worker has its turn.
-        env = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ}
-        if threads:
-            env['OMP_NUM_THREADS'] = str(threads)
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name('worker.py'))],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.module, self.task = module, dict(task)
+    def __init__(self, make: Callable[..., Any], task: Mapping[str, Any], threads: int | None) -> None:
+        self.make, self.task, self.threads = make, dict(task), threads
+        self.pool = ProcessPoolExecutor(1, mp_context=CONTEXT)
 
-    def __enter__(self) -> 'Remote':
+    def __enter__(self) -> 'Worker':
         return self
 
     def __exit__(self, *error: object) -> None:
-        if error[0] is not None:
-            self.process.kill()
-        self.close()
+        self.pool.shutdown()
 
-    def close(self) -> None:
-        """Ends the process: by itself where it waits for a request, by force where it does not end soon."""
-        try:
-            self.process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-
-    def build(self) -> dict[str, Any]:
-        """Makes the case there."""
-        return self.ask('build', module=self.module, task=self.task)
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a request and waits for its reply.
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the `Host` in the process and return its result.
 
         Raises:
-            WorkerError: If the worker could not do it, or is gone.
+            WorkerError: If the call raised or the process died.
         """
         try:
-            self.process.stdin.write(json.dumps({'do': do, **arguments}) + '\n')
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ''
-        if not line:
-            status = self.process.wait()
-            why = ' (killed, most often for memory)' if status == -9 else ''
-            raise WorkerError(f'the worker ended with status {status}{why}')
-        reply = json.loads(line)
-        if 'error' in reply:
-            raise WorkerError(reply['error'])
-        return reply
+            return self.pool.submit(answer, method, *arguments).result()
+        except BrokenProcessPool:
+            raise WorkerError('the worker process died, most often for lack of memory') from None
 
-    def results(self, folder: Path, change: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Outputs and gradients of one iteration."""
-        file = folder / f'{id(self)}.pt'
-        self.ask('check', file=str(file), change=dict(change))
-        found = torch.load(file)
-        file.unlink()
-        return found
+    def build(self) -> dict[str, Any]:
+        """Build the case and return what the row records about the process."""
+        return self.ask('build', self.make, self.task, self.threads)
+
+    def results(self, **change: Any) -> dict[str, Tensor]:
+        """Return the outputs and gradients of one iteration."""
+        return torch.load(io.BytesIO(self.ask('check', change)))
+
+
+def compute_truth(make: Callable[..., Any], task: Mapping[str, Any], threads: int | None) -> dict[str, Tensor]:
+    """Return the outputs and gradients of a case that is compared with others and not timed."""
+    with Worker(make, task, threads) as worker:
+        worker.build()
+        return worker.results()
 
 
 def deviation(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
-    """The worst deviation of an output, by its largest element, and of a gradient, by its Euclidean norm; relative.
+    """Return the worst relative deviation of an output and of a gradient.
 
-    A tensor that is missing, of another shape or not finite deviates infinitely.
+    An output deviates by its largest element, a gradient by its Euclidean norm. A tensor that is missing, of another
+    shape or not finite deviates infinitely.
     """
     found = {}
     for kind, order, floor in (('output', float('inf'), 0.0), ('gradient', 2.0, GRADIENT_FLOOR)):
@@ -120,87 +207,84 @@ def _distance(actual: Tensor | None, expected: Tensor, order: float) -> float:
     return torch.linalg.vector_norm(actual.to(expected.dtype) - expected, order).item()
 
 
-def may_be_timed(found: Mapping[str, float], limits: Mapping[str, float]) -> bool:
-    """The gate: whether every deviation is known and within its limit."""
+def is_within(found: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    """Return whether every deviation is known and within its limit."""
     return bool(limits) and all(found.get(kind, float('inf')) <= limit for kind, limit in limits.items())
 
 
 def measure(
-    module: str,
+    make: Callable[..., Any],
     tasks: Mapping[str, Mapping[str, Any]],
-    gate: Callable[[str, Remote, Path], dict | None],
+    gate: Callable[[str, Worker], dict[str, Any] | None],
     modes: Mapping[str, Mapping[str, Any]],
-    rounds: int,
-    turn_seconds: float,
-    threads: int | None = None,
+    args: argparse.Namespace,
     kernels: bool = False,
-    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Checks every task, and then times those that passed, in turns.
+    """Check every task, then time in turns those that passed.
 
     Args:
-        module: Module whose `build(**task)` makes a case.
-        tasks: Arguments of `build` by the row's name.
-        gate: Given name, worker and a folder for files; returns {'passed': bool, ...}, or None for a row that
-            there is nothing to compare with.
-        modes: What is timed, by name: the changes for the case's `run`.
-        rounds: Turns of each row.
-        turn_seconds: Least length of a turn, in seconds.
-        threads: Threads of a worker.
-        kernels: Whether to ask for the time in GPU kernels too.
-        say: Called with a line about what happens now.
+        make: Builds a case in a worker.
+        tasks: Keyword arguments of `make` by the name of the row.
+        gate: Returns {'passed': bool, ...} for the name and the worker of a row; None if nothing can be compared.
+        modes: What is timed, by name, as changes of the case.
+        args: `rounds`, `turn_seconds` and `threads`; the options of `benchmarks.record.make_parser`.
+        kernels: Whether to measure the time in GPU kernels too.
 
     Returns:
-        A row for each task: 'name', 'task', 'check', and 'error' or for each mode {'seconds', 'memory', 'times'}.
+        A row for each task: 'name', 'task', 'threads', 'facts', 'check', and 'modes' with 'memory', 'times' and
+        'seconds' for each mode, or 'error'.
     """
+    # OpenMP's threads would otherwise spin while another worker has its turn.
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     rows = [{'name': name, 'task': dict(task)} for name, task in tasks.items()]
+    timed = []
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='overlock-benchmark-')))
-        timed = []
         for row in rows:
-            say(f'{row["name"]}: checking')
-            worker = stack.enter_context(Remote(module, row['task'], threads))
-            if _attempt(row, say, lambda row=row, worker=worker: _prepare(row, worker, gate, modes, folder)):
-                timed.append((row, worker))
-            else:
-                worker.close()
-        for turn in range(rounds):
-            say(f'round {turn + 1} of {rounds}')
+            print(f'{row["name"]}: checking')
+            with ExitStack() as unless_passed, _error_into(row):
+                worker = unless_passed.enter_context(Worker(make, row['task'], args.threads))
+                row |= worker.build()
+                row['check'] = gate(row['name'], worker)
+                if row['check'] is None or row['check']['passed']:
+                    row['modes'] = {
+                        mode: {'memory': worker.ask('memory', change), 'times': []} for mode, change in modes.items()
+                    }
+                    stack.enter_context(unless_passed.pop_all())
+                    timed.append((row, worker))
+        for turn in range(args.rounds):
+            print(f'round {turn + 1} of {args.rounds}')
             for row, worker in timed:
-                if 'error' not in row:
-                    _attempt(row, say, lambda row=row, worker=worker: _take_turn(row, worker, modes, turn_seconds))
-        for row, worker in timed:
-            if kernels and 'error' not in row:
-                _attempt(row, say, lambda row=row, worker=worker: row.update(kernel_seconds=worker.ask('kernels')))
-    for row in rows:
-        for result in row.get('modes', {}).values():
-            if 'error' not in row:
-                result['seconds'] = summary(result['times'])
+                with _error_into(row):
+                    for mode, change in modes.items():
+                        row['modes'][mode]['times'] += worker.ask('turn', args.turn_seconds, change)
+            timed = [(row, worker) for row, worker in timed if is_timed(row)]
+        for row, worker in timed if kernels else ():
+            with _error_into(row):
+                for mode, change in modes.items():
+                    row['modes'][mode]['kernel_seconds'] = worker.ask('kernels', change)
+    for row in filter(is_timed, rows):
+        for result in row['modes'].values():
+            result['seconds'] = summary(result['times'])
     return rows
 
 
-def _attempt(row: dict[str, Any], say: Callable[[str], None], work: Callable[[], bool | None]) -> bool:
-    """Whether `work` was done and did not answer no; a worker's error goes into the row."""
+@contextmanager
+def _error_into(row: dict[str, Any]) -> Iterator[None]:
+    """Record a worker's error in its row instead of raising it."""
     try:
-        return work() is not False
+        yield
     except WorkerError as error:
         row['error'] = str(error)
-        say(f'{row["name"]}: {error}')
-        return False
+        print(f'{row["name"]}: {error}')
 
 
-def _prepare(row: dict[str, Any], worker: Remote, gate: Callable, modes: Mapping, folder: Path) -> bool:
-    """Builds and checks, and measures the memory of what passed."""
-    row |= worker.build()
-    row['check'] = gate(row['name'], worker, folder)
-    if row['check'] is not None and not row['check']['passed']:
-        return False
-    row['modes'] = {
-        mode: {'memory': worker.ask('memory', change=dict(change)), 'times': []} for mode, change in modes.items()
-    }
-    return True
+def is_timed(row: Mapping[str, Any]) -> bool:
+    """Return whether a row was measured to the end."""
+    return 'modes' in row and 'error' not in row
 
 
-def _take_turn(row: dict[str, Any], worker: Remote, modes: Mapping, seconds: float) -> None:
-    for mode, change in modes.items():
-        row['modes'][mode]['times'] += worker.ask('turn', seconds=seconds, change=dict(change))['seconds']
+def summary(seconds: list[float]) -> dict[str, float | int]:
+    """Return the median, the quartiles and the number of times."""
+    levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    q1, median, q3 = torch.tensor(seconds, dtype=torch.float64).quantile(levels).tolist()
+    return {'median': median, 'q1': q1, 'q3': q3, 'count': len(seconds)}
