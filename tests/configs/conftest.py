@@ -1,4 +1,4 @@
-"""Small COCO and ADE20K data sets on disk, and the configurations by name."""
+"""Small COCO and ADE20K data sets on disk, and mmengine's scope, given back by every test."""
 
 import json
 from pathlib import Path
@@ -6,30 +6,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-
-
-@pytest.fixture(scope='session')
-def configs_dir() -> Path:
-    return CONFIGS
-
-
-@pytest.fixture
-def load_config():
-    """Parse one of the shipped configurations by its file name without suffix."""
-    return lambda name: Config.fromfile(CONFIGS / f'{name}.py')
+from tests.configs import testing
 
 
 @pytest.fixture(autouse=True)
 def keep_default_scope():
-    """Give the scope back that the test found: mmengine holds it for the whole process."""
-    before = DefaultScope.get_current_instance()
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
+    with testing.default_scope():
+        yield
 
 
 def _write_coco_split(root: Path, split: str, shapes: list[tuple[int, int]]) -> None:
@@ -62,7 +46,7 @@ def _write_coco_split(root: Path, split: str, shapes: list[tuple[int, int]]) -> 
 
 @pytest.fixture(scope='session')
 def coco_root(tmp_path_factory) -> Path:
-    """A COCO folder: two images (height x width: 120 x 200 and 150 x 90) in each split, two rectangles in each."""
+    """Write a COCO folder: in each split, images of 120 x 200 and 150 x 90 (height x width), two rectangles in each."""
     root = tmp_path_factory.mktemp('coco')
     for split in ('train2017', 'val2017'):
         _write_coco_split(root, split, [(120, 200), (150, 90)])
@@ -71,7 +55,7 @@ def coco_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def ade_root(tmp_path_factory) -> Path:
-    """An ADEChallengeData2016 folder: one image of 300 x 401 in each split, labels 0 (left third) and 1 to 3."""
+    """Write an ADEChallengeData2016 folder: in each split, one image of 300 x 401, labels 0 (left third) and 1 to 3."""
     root = tmp_path_factory.mktemp('ade')
     image = np.random.default_rng(0).integers(0, 256, (300, 401, 3), dtype=np.uint8)
     labels = np.zeros((300, 401), dtype=np.uint8)

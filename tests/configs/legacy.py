@@ -1,4 +1,4 @@
-"""Checkpoints as mmcv 1.7 wrote them, the models that `tools/test.py` makes of them, and mmcv 1.7's images."""
+"""Checkpoints as mmcv 1.7 wrote them, the models that `tools/test.py` builds from them, and mmcv 1.7's image steps."""
 
 import gzip
 import json
@@ -17,20 +17,20 @@ from torch.nn import functional as F
 
 from mmengine_overlock import run
 from overlock.models.names import to_published
+from tests.configs.testing import CONFIGS
 from tests.testing import DATA, published_weights
 
-ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = Path(os.environ.get('OVERLOCK_DATA', 'not set'))
 
 
 def backbone_weights(kind: str, arch: str) -> dict[str, Tensor]:
-    """The published backbone of kind 'det' or 'seg' below `backbone.`, float32."""
+    """Return the published backbone of kind 'det' or 'seg' below `backbone.`, float32."""
     shapes = json.loads(gzip.decompress((DATA / 'state_dicts.json.gz').read_bytes()))[kind][arch]
     return {f'backbone.{name}': _narrow(value) for name, value in published_weights(shapes).items()}
 
 
 def head_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Weights of heads by their old names and shapes; matrices are drawn as 1x1 convolutions are."""
+    """Return weights of heads by their old names and shapes; matrices are drawn like 1x1 convolutions."""
     drawn = {name: (*shape, 1, 1) if len(shape) == 2 else shape for name, shape in shapes.items()}
     return {name: _narrow(value).reshape(shapes[name]) for name, value in published_weights(drawn).items()}
 
@@ -40,7 +40,7 @@ def _narrow(value: Tensor) -> Tensor:
 
 
 def save(path: Path, weights: dict[str, Tensor], **meta) -> Path:
-    """Write what mmcv's runner wrote: text, numbers and names about the run, the weights, and AdamW's state."""
+    """Write a file like mmcv's runner: data about the run, the weights, and the state of AdamW."""
     meta = dict(
         meta,
         mmcv_version='1.7.1',
@@ -59,7 +59,7 @@ def save(path: Path, weights: dict[str, Tensor], **meta) -> Path:
 
 
 def load(name: str, checkpoint: Path, data_root: Path, work_dir: Path, scale: tuple[int, int]) -> TestLoop:
-    """Do what `tools/test.py` does before the first image; the loop has the images and the runner with the model."""
+    """Run `tools/test.py` up to the first image; return its loop, with the images and the runner with the model."""
     options = {
         'test_dataloader.num_workers': 0,
         'test_dataloader.persistent_workers': False,
@@ -68,25 +68,21 @@ def load(name: str, checkpoint: Path, data_root: Path, work_dir: Path, scale: tu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TestLoop, 'run', lambda loop: loop)
         return run.test(
-            ROOT / 'configs' / f'{name}.py',
-            str(checkpoint),
-            data_root=data_root,
-            work_dir=work_dir,
-            cfg_options=options,
+            CONFIGS / f'{name}.py', str(checkpoint), data_root=data_root, work_dir=work_dir, cfg_options=options
         )
 
 
 def assert_holds(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Checks that a model has the tensors of an old state dict, every one of them and no other."""
+    """Check that a model has exactly the tensors of an old state dict."""
     torch.testing.assert_close(to_published(model.state_dict(), 'backbone.'), weights, rtol=0, atol=0)
 
 
 def evaluate(name: str, checkpoint: Path, data_root: Path, folder: Path, scale: tuple[int, int]) -> str:
-    """Run `tools/test.py` on two images; what it prints."""
+    """Run `tools/test.py` on two images; return what it prints."""
     command = [
         sys.executable,
-        ROOT / 'tools/test.py',
-        ROOT / f'configs/{name}.py',
+        CONFIGS.parent / 'tools/test.py',
+        CONFIGS / f'{name}.py',
         checkpoint,
         '--data-root',
         data_root,
@@ -109,19 +105,19 @@ def evaluate(name: str, checkpoint: Path, data_root: Path, folder: Path, scale: 
 
 
 def rescaled(image: np.ndarray, scale: tuple[int, int]) -> np.ndarray:
-    """`Resize(keep_ratio=True)`: the largest size within the two bounds of the sides, rounded half up."""
+    """Apply `Resize(keep_ratio=True)`: the largest size within the two bounds of the sides, rounded half up."""
     height, width = image.shape[:2]
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
     return cv2.resize(image, (int(width * factor + 0.5), int(height * factor + 0.5)), interpolation=cv2.INTER_LINEAR)
 
 
-def normalised(image: np.ndarray) -> Tensor:
-    """`Normalize(to_rgb=True)` and `ImageToTensor`, of a BGR image of bytes; (1, 3, H, W)."""
+def normalized(image: np.ndarray) -> Tensor:
+    """Apply `Normalize(to_rgb=True)` and `ImageToTensor` to a BGR image (H, W, 3), uint8; return (1, 3, H, W)."""
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     values = ((image[..., ::-1] - mean) * (1 / std)).astype(np.float32)
     return torch.from_numpy(values).permute(2, 0, 1)[None]
 
 
 def conv(weights: dict[str, Tensor], name: str, x: Tensor, padding: int = 0) -> Tensor:
-    """A convolution by the name of its module."""
+    """Apply a convolution by the name of its module."""
     return F.conv2d(x, weights[f'{name}.weight'], weights.get(f'{name}.bias'), padding=padding)

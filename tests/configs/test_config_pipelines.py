@@ -1,38 +1,43 @@
 """The data pipelines of the configurations on images from disk."""
 
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 
+from tests.configs.testing import load_config
+
 SHORT_SIDES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
 
 
-def build_dataset(cfg, split: str, data_root, pipeline=None):
+def build_dataset(name: str, split: str, root, pipeline=None):
     """Build the dataset of a data loader with its root moved, and its pipeline replaced if one is given."""
+    cfg = load_config(name)
     init_default_scope(cfg.default_scope)
-    dataset = cfg[f'{split}_dataloader'].dataset.copy()
-    dataset.data_root = str(data_root)
+    dataset = cfg[f'{split}_dataloader'].dataset
+    dataset.data_root = str(root)
     if pipeline is not None:
         dataset.pipeline = pipeline
     return DATASETS.build(dataset)
 
 
-@pytest.fixture
-def coco(load_config, coco_root):
-    def make(name: str, split: str, pipeline=None):
-        return build_dataset(load_config(name), split, coco_root, pipeline)
-
-    return make
+def build_preprocessor(name: str) -> torch.nn.Module:
+    cfg = load_config(name)
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model.data_preprocessor)
 
 
 @pytest.fixture
-def ade(load_config, ade_root):
-    def make(split: str, pipeline=None):
-        return build_dataset(load_config('upernet_overlock_xt_160k'), split, ade_root, pipeline)
+def coco(coco_root):
+    return partial(build_dataset, root=coco_root)
 
-    return make
+
+@pytest.fixture
+def ade(ade_root):
+    return partial(build_dataset, 'upernet_overlock_xt_160k', root=ade_root)
 
 
 def test_coco_1x_trains_at_one_scale(coco):
@@ -44,7 +49,7 @@ def test_coco_1x_trains_at_one_scale(coco):
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn_overlock_xt_3x', 'cascade_overlock_xt_1x', 'cascade_overlock_xt_3x'])
-def test_multi_scale_training_draws_both_detr_branches(name, load_config):
+def test_multi_scale_training_draws_both_detr_branches(name):
     pipeline = load_config(name).train_dataloader.dataset.pipeline
     choice = next(step for step in pipeline if step.type == 'RandomChoice')
     plain, cropped = choice.transforms
@@ -84,9 +89,9 @@ def test_coco_test_pipeline_keeps_the_truth_at_the_original_size(coco):
     assert {'img_id', 'img_path', 'scale_factor'} <= set(sample.metainfo)
 
 
-def test_coco_batch_is_padded_to_multiples_of_32(coco, load_config):
+def test_coco_batch_is_padded_to_multiples_of_32(coco):
     dataset = coco('mask_rcnn_overlock_xt_1x', 'train')
-    preprocessor = MODELS.build(load_config('mask_rcnn_overlock_xt_1x').model.data_preprocessor)
+    preprocessor = build_preprocessor('mask_rcnn_overlock_xt_1x')
     items = [dataset[0], dataset[1]]
     batch = preprocessor(
         dict(inputs=[item['inputs'] for item in items], data_samples=[item['data_samples'] for item in items]),
@@ -96,21 +101,18 @@ def test_coco_batch_is_padded_to_multiples_of_32(coco, load_config):
     assert all(sample.gt_instances.masks.masks.shape[1:] == (1344, 1344) for sample in batch['data_samples'])
 
 
-def test_preprocessor_turns_bgr_to_rgb_and_normalizes(load_config):
+def test_preprocessor_turns_bgr_to_rgb_and_normalizes():
+    # A BGR image of ImageNet's mean color becomes zero.
+    bgr = torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1).expand(3, 64, 64)
     for name in ('mask_rcnn_overlock_xt_1x', 'upernet_overlock_xt_160k'):
-        cfg = load_config(name)
-        init_default_scope(cfg.default_scope)
-        # A BGR image of ImageNet's mean color becomes zero.
-        bgr = torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1).expand(3, 64, 64)
-        preprocessor = MODELS.build(cfg.model.data_preprocessor)
-        out = preprocessor(dict(inputs=[bgr], data_samples=None), training=False)['inputs']
+        out = build_preprocessor(name)(dict(inputs=[bgr], data_samples=None), training=False)['inputs']
         torch.testing.assert_close(out, torch.zeros(1, 3, 64, 64))
 
 
-def test_ade_trains_on_crops_of_512(ade, load_config):
+def test_ade_trains_on_crops_of_512(ade):
     np.random.seed(0)
     dataset = ade('train')
-    preprocessor = MODELS.build(load_config('upernet_overlock_xt_160k').model.data_preprocessor)
+    preprocessor = build_preprocessor('upernet_overlock_xt_160k')
     smaller = 0
     for _ in range(8):
         packed = dataset[0]
@@ -146,18 +148,18 @@ def test_ade_tests_on_multiples_of_32(ade, ade_root):
     assert set(sample.gt_sem_seg.data[:, :, 134:].unique().tolist()) == {0, 1, 2}
 
 
-def test_detection_tta_gives_both_flips(coco, load_config):
+def test_detection_tta_gives_both_flips(coco):
     cfg = load_config('cascade_overlock_xt_3x')
-    packed = coco('cascade_overlock_xt_3x', 'test', cfg.tta_pipeline)[0]
+    packed = coco('cascade_overlock_xt_3x', 'test', pipeline=cfg.tta_pipeline)[0]
     assert [sample.flip for sample in packed['data_samples']] == [False, True]
     plain, flipped = packed['inputs']
     assert plain.shape == (3, 800, 1333)
     torch.testing.assert_close(flipped, plain.flip(-1))
 
 
-def test_segmentation_tta_gives_six_scales_and_both_flips(ade, load_config):
+def test_segmentation_tta_gives_six_scales_and_both_flips(ade):
     cfg = load_config('upernet_overlock_xt_160k')
-    packed = ade('test', cfg.tta_pipeline)[0]
+    packed = ade('test', pipeline=cfg.tta_pipeline)[0]
     assert len(packed['inputs']) == 12
     assert cfg.tta_pipeline[1].transforms[1] == [step for step in cfg.test_pipeline if step.type == 'ResizeToMultiple']
     assert all(size % 32 == 0 for view in packed['inputs'] for size in view.shape[1:])
@@ -167,7 +169,7 @@ def test_segmentation_tta_gives_six_scales_and_both_flips(ade, load_config):
 
 @pytest.mark.parametrize('name', ['mask_rcnn_overlock_xt_1x', 'cascade_overlock_xt_3x'])
 @pytest.mark.parametrize('split', ['val', 'test'])
-def test_coco_is_scored_by_box_and_mask_for_each_class(name, split, load_config, coco_root):
+def test_coco_is_scored_by_box_and_mask_for_each_class(name, split, coco_root):
     cfg = load_config(name)
     evaluator, dataset = cfg[f'{split}_evaluator'], cfg[f'{split}_dataloader'].dataset
     assert evaluator.metric == ['bbox', 'segm']
@@ -178,6 +180,6 @@ def test_coco_is_scored_by_box_and_mask_for_each_class(name, split, load_config,
     METRICS.build(evaluator)
 
 
-def test_ade_is_scored_by_miou(load_config):
+def test_ade_is_scored_by_miou():
     cfg = load_config('upernet_overlock_xt_160k')
     assert cfg.val_evaluator == cfg.test_evaluator == dict(type='IoUMetric', iou_metrics=['mIoU'])

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.registry import PARAM_SCHEDULERS
 from torch import Tensor
 
 from overlock.checkpoint import to_published
+from tests.configs.testing import VARIANTS, build_meta, load_config
 
-VARIANTS = ('xt', 't', 's', 'b')
 # The learning rate of each head, epochs, and the epochs after which the rate falls.
 COCO = {
     '1x': (dict(mask_rcnn=2e-4, cascade=1e-4), 12, (8, 11)),
@@ -38,7 +38,7 @@ def warm_up(iterations: Tensor, length: int, ratio: float) -> Tensor:
 @pytest.mark.parametrize('arch', VARIANTS)
 @pytest.mark.parametrize('schedule', ['1x', '3x'])
 @pytest.mark.parametrize('head', ['mask_rcnn', 'cascade'])
-def test_coco_optimizer_and_length_follow_the_table(head, schedule, arch, load_config):
+def test_coco_optimizer_and_length_follow_the_table(head, schedule, arch):
     cfg, (rates, epochs, _) = load_config(f'{head}_overlock_{arch}_{schedule}'), COCO[schedule]
     assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=rates[head], betas=(0.9, 0.999), weight_decay=0.05)
     assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('EpochBasedTrainLoop', epochs)
@@ -46,7 +46,7 @@ def test_coco_optimizer_and_length_follow_the_table(head, schedule, arch, load_c
 
 @pytest.mark.parametrize('schedule', ['1x', '3x'])
 @pytest.mark.parametrize('head', ['mask_rcnn', 'cascade'])
-def test_coco_learning_rate_follows_the_authors_formula(head, schedule, load_config):
+def test_coco_learning_rate_follows_the_authors_formula(head, schedule):
     (rates, epochs, milestones), epoch = COCO[schedule], 600
     iterations = torch.arange(epochs * epoch, dtype=torch.float64)
     decades = sum((iterations >= milestone * epoch).double() for milestone in milestones)
@@ -56,13 +56,13 @@ def test_coco_learning_rate_follows_the_authors_formula(head, schedule, load_con
 
 
 @pytest.mark.parametrize('arch', VARIANTS)
-def test_ade_optimizer_and_length_follow_the_table(arch, load_config):
+def test_ade_optimizer_and_length_follow_the_table(arch):
     cfg = load_config(f'upernet_overlock_{arch}_160k')
     assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01)
     assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == ('IterBasedTrainLoop', 160000)
 
 
-def test_ade_learning_rate_follows_the_authors_formula(load_config):
+def test_ade_learning_rate_follows_the_authors_formula():
     iterations = torch.arange(160000, dtype=torch.float64)
     expected = 6e-5 * (1 - iterations / 160000) * warm_up(iterations, 1500, 1e-6)
     actual = learning_rates(load_config('upernet_overlock_xt_160k'), len(iterations), epoch=1263)
@@ -91,12 +91,9 @@ def split_by_weight_decay(model, optim_wrapper) -> tuple[set, set]:
         ('upernet_overlock_xt_160k', ['out0', 'out1', 'out2', 'out3']),
     ],
 )
-def test_only_dynamic_and_output_layer_norms_are_exempt_from_weight_decay(name, outputs, load_config):
+def test_only_dynamic_and_output_layer_norms_are_exempt_from_weight_decay(name, outputs):
     cfg = load_config(name)
-    init_default_scope(cfg.default_scope)
-    cfg.model.backbone.pop('init_cfg')
-    model = MODELS.build(cfg.model)
-    exempt, decayed = split_by_weight_decay(model, cfg.optim_wrapper)
+    exempt, decayed = split_by_weight_decay(build_meta(cfg), cfg.optim_wrapper)
 
     # XT has 6 dynamic blocks at 1/16 and 2 at 1/32, each with two LayerNorms.
     blocks = [f'stage3.{index}' for index in range(6)] + [f'stage4.{index}' for index in range(2)]

@@ -1,82 +1,46 @@
 """Every configuration against a table typed from the published settings, then built, run forward and backward."""
 
 import ast
-import re
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.model.utils import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import PixelData
 
 from overlock.checkpoint import WEIGHTS
+from tests.configs.testing import (
+    ALL,
+    CHANNELS,
+    CONFIGS,
+    DETECTORS,
+    MODEL_NAMES,
+    RECIPES,
+    SEGMENTERS,
+    VARIANTS,
+    batch,
+    build_meta,
+    build_small,
+    load_config,
+    variant,
+)
 
-VARIANTS = ('xt', 't', 's', 'b')
-CHANNELS = {'xt': [56, 112, 340, 420], 't': [64, 128, 384, 640], 's': [64, 128, 448, 640], 'b': [80, 160, 528, 720]}
 DROP_PATH = {'coco': {'xt': 0.1, 't': 0.2, 's': 0.4, 'b': 0.6}, 'ade20k': {'xt': 0.1, 't': 0.2, 's': 0.3, 'b': 0.5}}
 
-DETECTORS = [
-    f'{head}_overlock_{arch}_{schedule}'
-    for head in ('mask_rcnn', 'cascade')
-    for arch in VARIANTS
-    for schedule in ('1x', '3x')
-]
-SEGMENTERS = [f'upernet_overlock_{arch}_160k' for arch in VARIANTS]
-ALL = DETECTORS + SEGMENTERS
 
-
-def variant(name: str) -> str:
-    return re.search(r'overlock_(xt|t|s|b)_', name).group(1)
-
-
-def build(cfg: Config):
-    """Build the model without its ImageNet weights, on one CPU process."""
-    init_default_scope(cfg.default_scope)
-    model_cfg = cfg.model.copy()
-    model_cfg.backbone = model_cfg.backbone.copy()
-    model_cfg.backbone.pop('init_cfg')
-    torch.manual_seed(0)
-    model = revert_sync_batchnorm(MODELS.build(model_cfg))
-    model.init_weights()
-    return model
-
-
-def detection_batch(height: int, width: int) -> dict:
-    from mmdet.testing import demo_mm_inputs
-
-    return demo_mm_inputs(
-        batch_size=2, image_shapes=(3, height, width), num_items=[2, 1], num_classes=80, with_mask=True
-    )
-
-
-def segmentation_batch(height: int, width: int) -> dict:
-    from mmseg.structures import SegDataSample
-
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for _ in range(2):
-        sample = SegDataSample(metainfo=dict(ori_shape=(height, width), img_shape=(height, width)))
-        sample.gt_sem_seg = PixelData(data=torch.randint(0, 150, (1, height, width), generator=generator))
-        samples.append(sample)
-    images = [torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8) for _ in range(2)]
-    return dict(inputs=images, data_samples=samples)
-
-
-def test_exactly_the_twenty_configurations_are_shipped(configs_dir):
-    assert {path.stem for path in configs_dir.glob('*.py')} == set(ALL)
+def test_exactly_the_twenty_configurations_are_shipped():
+    assert {path.stem for path in CONFIGS.glob('*.py')} == set(ALL)
     assert len(ALL) == 20
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_parses_from_any_folder_and_working_directory(name, configs_dir, tmp_path, monkeypatch):
+def test_parses_from_any_folder_and_working_directory(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    user_file = tmp_path / 'mine.py'
-    user_file.write_text(f"_base_ = r'{configs_dir / name}.py'\nwork_dir = 'here'\n")
-    cfg = Config.fromfile('mine.py')
-    assert cfg.model.backbone.type == 'OverLoCK'
-    # The runner writes the merged configuration to the work directory, from where it must parse again.
-    dumped = tmp_path / 'dumped.py'
+    (tmp_path / 'mine.py').write_text(f"_base_ = r'{CONFIGS / name}.py'\nwork_dir = 'here'\n")
+    assert Config.fromfile('mine.py').to_dict() == {**load_config(name).to_dict(), 'work_dir': 'here'}
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_parses_again_from_the_work_directory(name, tmp_path):
+    cfg, dumped = load_config(name), tmp_path / 'dumped.py'
     cfg.dump(dumped)
     assert Config.fromfile(dumped).to_dict() == cfg.to_dict()
 
@@ -94,14 +58,14 @@ def levels(path) -> int:
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_inherits_from_own_bases_over_at_most_three_levels(name, configs_dir):
-    path = configs_dir / f'{name}.py'
+def test_inherits_from_own_bases_over_at_most_three_levels(name):
+    path = CONFIGS / f'{name}.py'
     assert levels(path) <= 3
-    assert all(base.is_relative_to(configs_dir / '_base_') for base in bases(path))
+    assert all(base.is_relative_to(CONFIGS / '_base_') for base in bases(path))
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_backbone_matches_the_table(name, load_config):
+def test_backbone_matches_the_table(name):
     cfg, arch = load_config(name), variant(name)
     backbone = cfg.model.backbone
     assert backbone.arch == arch
@@ -114,7 +78,7 @@ def test_backbone_matches_the_table(name, load_config):
 
 
 @pytest.mark.parametrize('name', [name for name, weights in WEIGHTS.items() if weights.config])
-def test_published_weights_expect_the_images_of_their_configuration(name, load_config):
+def test_published_weights_expect_the_images_of_their_configuration(name):
     weights = WEIGHTS[name]
     cfg, images = load_config(weights.config), weights.preprocessing
     assert variant(weights.config) == weights.arch
@@ -131,7 +95,7 @@ def test_published_weights_expect_the_images_of_their_configuration(name, load_c
 
 
 @pytest.mark.parametrize('name', DETECTORS)
-def test_detector_matches_the_table(name, load_config):
+def test_detector_matches_the_table(name):
     cfg = load_config(name)
     assert cfg.default_scope == 'mmdet'
     assert cfg.custom_imports == dict(imports=['mmdet_overlock'], allow_failed_imports=False)
@@ -145,7 +109,7 @@ def test_detector_matches_the_table(name, load_config):
 
 
 @pytest.mark.parametrize('name', [name for name in DETECTORS if name.startswith('cascade')])
-def test_cascade_has_the_heads_of_swin_and_convnext(name, load_config):
+def test_cascade_has_the_heads_of_swin_and_convnext(name):
     model = load_config(name).model
     heads = model.roi_head.bbox_head
     assert [head.bbox_coder.target_stds for head in heads] == [
@@ -163,7 +127,7 @@ def test_cascade_has_the_heads_of_swin_and_convnext(name, load_config):
 
 
 @pytest.mark.parametrize('name', SEGMENTERS)
-def test_segmenter_matches_the_table(name, load_config):
+def test_segmenter_matches_the_table(name):
     cfg, channels = load_config(name), CHANNELS[variant(name)]
     assert cfg.default_scope == 'mmseg'
     assert cfg.custom_imports == dict(imports=['mmseg_overlock'], allow_failed_imports=False)
@@ -181,13 +145,15 @@ def test_segmenter_matches_the_table(name, load_config):
 
 
 @pytest.mark.parametrize('arch', VARIANTS)
-@pytest.mark.parametrize('head', ['mask_rcnn', 'cascade'])
-def test_schedules_share_one_model(head, arch, load_config):
-    assert load_config(f'{head}_overlock_{arch}_1x').model == load_config(f'{head}_overlock_{arch}_3x').model
+def test_schedules_share_one_model_and_detectors_one_backbone(arch):
+    mask_rcnn, cascade = (load_config(f'{head}_overlock_{arch}_1x').model for head in ('mask_rcnn', 'cascade'))
+    assert mask_rcnn == load_config(f'mask_rcnn_overlock_{arch}_3x').model
+    assert cascade == load_config(f'cascade_overlock_{arch}_3x').model
+    assert (cascade.backbone, cascade.neck) == (mask_rcnn.backbone, mask_rcnn.neck)
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_runtime_saves_logs_and_picks_the_best(name, load_config):
+def test_runtime_saves_logs_and_picks_the_best(name):
     cfg = load_config(name)
     checkpoint = cfg.default_hooks.checkpoint
     by_epoch = name not in SEGMENTERS
@@ -203,27 +169,34 @@ def test_runtime_saves_logs_and_picks_the_best(name, load_config):
         assert loader.persistent_workers and loader.num_workers > 0
 
 
-def shrink(cfg: Config) -> Config:
-    """Make a training step cheap on a CPU: fewer regions, crops padded to 64x64; the layers stay as they are."""
-    if cfg.default_scope == 'mmseg':
-        cfg.model.data_preprocessor.size = (64, 64)
-    else:
-        rcnn = cfg.model.train_cfg.rcnn
-        for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
-            stage.sampler.num = 16
-    return cfg
-
-
-def runnable(names: list[str]) -> list:
-    return [pytest.param(name, marks=pytest.mark.slow if variant(name) in ('s', 'b') else ()) for name in names]
-
-
-@pytest.mark.parametrize('name', runnable(ALL))
-def test_trains_one_step_with_a_gradient_for_every_parameter(name, load_config):
-    model = build(shrink(load_config(name))).train()
+@pytest.mark.parametrize('name', [name for name in MODEL_NAMES if not name.startswith('cascade')])
+def test_backbone_feeds_neck_and_heads(name):
+    cfg = load_config(name)
+    model, image = build_meta(cfg).eval(), torch.zeros(1, 3, 64, 96, device='meta')
     assert list(model.backbone.out_channels) == CHANNELS[variant(name)]
-    batch = segmentation_batch(64, 64) if name in SEGMENTERS else detection_batch(64, 96)
-    losses = model(**model.data_preprocessor(batch, training=True), mode='loss')
+    if name in DETECTORS:
+        sizes = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+        assert [x.shape for x in model.extract_feat(image)] == [(1, 256, *size) for size in sizes]
+    else:
+        maps = model.extract_feat(image)
+        assert model.decode_head(maps).shape == (1, 150, 16, 24)
+        assert model.auxiliary_head(maps).shape == (1, 150, 4, 6)
+
+
+@pytest.fixture(
+    scope='module',
+    params=[pytest.param(name, marks=() if variant(name) == 'xt' else pytest.mark.slow) for name in MODEL_NAMES],
+)
+def built(request):
+    """A configuration and its model; small settings, layers as they are."""
+    cfg = load_config(request.param)
+    return cfg, build_small(cfg)
+
+
+def test_trains_one_step_with_a_gradient_for_every_parameter(built):
+    cfg, model = built
+    width = 64 if cfg.default_scope == 'mmseg' else 96
+    losses = model.train()(**model.data_preprocessor(batch(cfg, 64, width), training=True), mode='loss')
     total, logged = model.parse_losses(losses)
     assert all(torch.isfinite(value).all() for value in logged.values()), logged
     assert total > 0
@@ -232,34 +205,21 @@ def test_trains_one_step_with_a_gradient_for_every_parameter(name, load_config):
     without = [key for key, parameter in model.named_parameters() if parameter.grad is None]
     assert not without
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.backbone.parameters())
+    model.zero_grad()
 
 
-@pytest.mark.parametrize('name', ['mask_rcnn_overlock_xt_1x', 'cascade_overlock_xt_3x'])
-def test_detector_predicts_boxes_and_masks_at_the_original_size(name, load_config):
-    cfg = load_config(name)
-    # Random weights score every class near 1/81, below the threshold that trained models are cut at.
-    cfg.model.test_cfg.rcnn.score_thr = 0.0
-    cfg.model.test_cfg.rpn.max_per_img = 20
-    model = build(cfg).eval()
-    batch = detection_batch(64, 96)
-    for sample in batch['data_samples']:
-        sample.set_metainfo(dict(ori_shape=(32, 48), scale_factor=(2.0, 2.0)))
+def test_predicts_at_the_original_size(built):
+    cfg, model = built
+    data = batch(cfg, 64, 96, ori_shape=(32, 48), scale_factor=(2.0, 2.0))
     with torch.no_grad():
-        results = model.test_step(batch)
+        results = model.eval().test_step(data)
+    assert len(results) == 2
     for result in results:
-        predictions = result.pred_instances
-        assert 0 < len(predictions) <= 100
-        assert predictions.masks.shape[1:] == (32, 48)
-        assert (predictions.bboxes[:, 2] <= 48).all() and (predictions.bboxes[:, 3] <= 32).all()
-
-
-def test_segmenter_predicts_at_the_original_size(load_config):
-    model = build(load_config('upernet_overlock_xt_160k')).eval()
-    batch = segmentation_batch(64, 96)
-    for sample in batch['data_samples']:
-        sample.set_metainfo(dict(ori_shape=(33, 47)))
-    with torch.no_grad():
-        results = model.test_step(batch)
-    assert all(result.pred_sem_seg.shape == (33, 47) for result in results)
-    assert all(result.seg_logits.shape == (33, 47) for result in results)
-    assert all(len(result.seg_logits.data) == 150 for result in results)
+        if cfg.default_scope == 'mmseg':
+            assert result.pred_sem_seg.shape == result.seg_logits.shape == (32, 48)
+            assert len(result.seg_logits.data) == 150
+        else:
+            predictions = result.pred_instances
+            assert 0 < len(predictions) <= 100
+            assert predictions.masks.shape[1:] == (32, 48)
+            assert (predictions.bboxes[:, 2] <= 48).all() and (predictions.bboxes[:, 3] <= 32).all()

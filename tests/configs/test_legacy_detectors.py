@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, DefaultScope, init_default_scope
+from mmengine.registry import DATASETS
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
@@ -22,9 +22,9 @@ from torchvision.ops import nms, roi_align
 from overlock.checkpoint import CheckpointError
 from tests.configs import legacy
 from tests.configs.legacy import conv
+from tests.configs.testing import CHANNELS, default_scope, load_config
 from tests.testing import TOLERANCES, assert_relative
 
-CHANNELS = {'xt': [56, 112, 340, 420], 't': [64, 128, 384, 640]}
 STRIDES = (4, 8, 16, 32, 64)
 # The two sides are scaled by slightly different factors, and are no multiples of 32 afterwards.
 SCALE = (299, 180)
@@ -32,7 +32,7 @@ FLOAT32 = TOLERANCES[torch.float32]
 
 
 def old_shapes(arch: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of Mask R-CNN's neck and heads in mmdet 2.28."""
+    """Return names and shapes of Mask R-CNN's neck and heads in mmdet 2.28."""
     bbox, mask = 'roi_head.bbox_head', 'roi_head.mask_head'
     weights = {
         **{f'neck.lateral_convs.{i}.conv': (256, channels, 1, 1) for i, channels in enumerate(CHANNELS[arch])},
@@ -64,11 +64,11 @@ def old_weights(arch: str) -> dict[str, Tensor]:
 
 
 def old_input(path, scale) -> SimpleNamespace:
-    """The test pipeline of mmdet 2.28: image (1, 3, H, W) and what it noted about it."""
+    """Apply the test pipeline of mmdet 2.28; return the image (1, 3, H, W) and its metadata."""
     image = cv2.imread(str(path))
     resized = legacy.rescaled(image, scale)
     (height, width), (old_height, old_width) = resized.shape[:2], image.shape[:2]
-    tensor = F.pad(legacy.normalised(resized), (0, -width % 32, 0, -height % 32))
+    tensor = F.pad(legacy.normalized(resized), (0, -width % 32, 0, -height % 32))
     factor = torch.tensor([width / old_width, height / old_height] * 2)
     return SimpleNamespace(image=tensor, shape=(height, width), ori_shape=(old_height, old_width), factor=factor)
 
@@ -87,31 +87,31 @@ def old_rpn(weights, maps):
 
 
 def old_anchors(size, stride) -> Tensor:
-    """Three anchors of area (8 strides)^2 around each multiple of the stride; (H x W x 3, 4)."""
+    """Return three anchors of area (8 strides)^2 around each multiple of the stride; (H x W x 3, 4)."""
     height, width = size
     boxes = [
         (-w / 2, -h / 2, w / 2, h / 2)
         for w, h in ((stride * 8 / math.sqrt(ratio), stride * 8 * math.sqrt(ratio)) for ratio in (0.5, 1, 2))
     ]
     y, x = np.mgrid[:height, :width] * stride
-    centres = np.stack([x, y, x, y], -1).reshape(-1, 1, 4)
-    return torch.tensor((centres + np.array(boxes)).reshape(-1, 4), dtype=torch.float32)
+    centers = np.stack([x, y, x, y], -1).reshape(-1, 1, 4)
+    return torch.tensor((centers + np.array(boxes)).reshape(-1, 4), dtype=torch.float32)
 
 
 def old_decode(boxes, deltas, stds, shape) -> Tensor:
-    """Boxes (N, 4) moved by deltas (N, 4), cut off at an image of `shape`."""
+    """Return boxes (N, 4) moved by deltas (N, 4) and clipped to an image of `shape`."""
     deltas = deltas * torch.tensor(stds)
     limit = abs(math.log(16 / 1000))
     sides = boxes[:, 2:] - boxes[:, :2]
-    centres = (boxes[:, :2] + boxes[:, 2:]) * 0.5 + sides * deltas[:, :2]
+    centers = (boxes[:, :2] + boxes[:, 2:]) * 0.5 + sides * deltas[:, :2]
     sides = sides * deltas[:, 2:].clamp(-limit, limit).exp()
     height, width = shape
-    corners = torch.cat([centres - sides * 0.5, centres + sides * 0.5], 1)
+    corners = torch.cat([centers - sides * 0.5, centers + sides * 0.5], 1)
     return torch.minimum(corners.clamp(min=0), torch.tensor([width, height, width, height]))
 
 
 def old_nms(boxes, scores, groups, threshold) -> Tensor:
-    """Boxes that are kept, by falling score; those of different groups are moved apart."""
+    """Return the indices of the kept boxes by falling score; boxes of different groups are moved apart."""
     return nms(boxes + (groups * (boxes.max() + 1))[:, None], scores, threshold)
 
 
@@ -133,7 +133,7 @@ def old_proposals(scores, deltas, shape) -> Tensor:
 
 
 def old_regions(maps, boxes, size) -> Tensor:
-    """RoIAlign on the level of each box: 56 pixels and less on stride 4, each doubling a level up."""
+    """Apply RoIAlign on the level of each box: boxes below 112 pixels on stride 4, a level up for each doubling."""
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     levels = (side / 56 + 1e-6).log2().floor().clamp(0, 3)
     regions = boxes.new_zeros(len(boxes), 256, size, size)
@@ -155,7 +155,7 @@ def old_bbox_head(weights, regions):
 
 
 def old_detections(boxes, logits, deltas, image):
-    """Boxes in the original image, scores and labels; the last of the 81 classes is the background."""
+    """Return boxes in the original image, scores and labels; the last of the 81 classes is the background."""
     boxes = old_decode(boxes.repeat_interleave(80, 0), deltas.reshape(-1, 4), (0.1, 0.1, 0.2, 0.2), image.shape)
     boxes, scores = boxes / image.factor, logits.softmax(1)[:, :80].flatten()
     labels = torch.arange(80).repeat(len(logits))
@@ -174,7 +174,7 @@ def old_mask_head(weights, regions) -> Tensor:
 
 
 def old_pasted(logits, boxes, labels, ori_shape) -> Tensor:
-    """Probabilities (N, H, W) of the masks of the labels, sampled at the centres of the original pixels."""
+    """Return probabilities (N, H, W) of the masks of the labels, sampled at the centers of the original pixels."""
     height, width = ori_shape
     probabilities = logits.sigmoid()[torch.arange(len(labels)), labels][:, None]
     corner, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
@@ -185,7 +185,7 @@ def old_pasted(logits, boxes, labels, ori_shape) -> Tensor:
 
 
 def old_detector(weights, maps, image):
-    """Boxes, scores, labels and mask probabilities from the four maps of the backbone."""
+    """Return boxes, scores, labels and mask probabilities from the four maps of the backbone."""
     maps = old_neck(weights, maps)
     boxes = old_proposals(*old_rpn(weights, maps), image.shape)[:, 1:]
     boxes, scores, labels = old_detections(boxes, *old_bbox_head(weights, old_regions(maps, boxes, 7)), image)
@@ -195,58 +195,48 @@ def old_detector(weights, maps, image):
 
 @pytest.fixture(scope='module', params=['xt', pytest.param('t', marks=pytest.mark.slow)])
 def old(request, coco_root, tmp_path_factory):
-    """An old file, what this project makes of it, and each step's results for the first image."""
-    scope = DefaultScope.get_current_instance()
+    """Return an old file, the model built from it, and each step's results for the first image; gradients are off."""
     folder, weights = tmp_path_factory.mktemp('old'), old_weights(request.param)
     name = f'mask_rcnn_overlock_{request.param}_1x'
     file = legacy.save(folder / 'maskrcnn.pth', weights, mmdet_version='2.28.2', epoch=12, CLASSES=('person',))
-    loop = legacy.load(name, file, coco_root, folder, SCALE)
-    model = loop.runner.model.eval()
-    with torch.no_grad():
+    with default_scope(), torch.no_grad():
+        loop = legacy.load(name, file, coco_root, folder, SCALE)
+        model = loop.runner.model.eval()
         batch = model.data_preprocessor(pseudo_collate([loop.dataloader.dataset[0]]))
         maps = model.backbone(batch['inputs'])
         features = model.neck(maps)
         scores, deltas = model.rpn_head(features)
         metas = [sample.metainfo for sample in batch['data_samples']]
         proposals = model.rpn_head.predict_by_feat(scores, deltas, batch_img_metas=metas)[0]
-    image = old_input(coco_root / 'val2017/000000000001.png', SCALE)
-    yield SimpleNamespace(
-        name=name,
-        weights=weights,
-        loop=loop,
-        model=model,
-        image=image,
-        metas=metas,
-        maps=maps,
-        features=features,
-        scores=scores,
-        deltas=deltas,
-        proposals=proposals,
-    )
-    if scope is not None:
-        init_default_scope(scope.scope_name)
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+        image = old_input(coco_root / 'val2017/000000000001.png', SCALE)
+        yield SimpleNamespace(
+            name=name,
+            weights=weights,
+            loop=loop,
+            model=model,
+            image=image,
+            metas=metas,
+            maps=maps,
+            features=features,
+            scores=scores,
+            deltas=deltas,
+            proposals=proposals,
+        )
 
 
 def test_the_model_has_every_tensor_of_the_file(old):
     legacy.assert_holds(old.model, old.weights)
 
 
-def test_a_file_without_one_tensor_of_a_head_is_refused(coco_root, tmp_path):
-    weights = old_weights('xt')
-    del weights['roi_head.mask_head.upsample.bias']
+def test_a_file_without_one_tensor_of_a_head_is_refused(old, tmp_path):
+    weights = {name: value for name, value in old.weights.items() if name != 'roi_head.mask_head.upsample.bias'}
     file = legacy.save(tmp_path / 'cut.pth', weights, mmdet_version='2.28.2')
     with pytest.raises(CheckpointError, match=r'1 tensors missing .*roi_head.mask_head.upsample.bias'):
-        legacy.load('mask_rcnn_overlock_xt_1x', file, coco_root, tmp_path, SCALE)
+        old.loop.runner.load_checkpoint(str(file))
 
 
 @pytest.mark.parametrize('scale', [SCALE, (1333, 800)])
-def test_images_are_prepared_as_before(old, scale, coco_root, load_config):
+def test_images_are_prepared_as_before(old, scale, coco_root):
     dataset = load_config(old.name).test_dataloader.dataset
     dataset.data_root = str(coco_root)
     dataset.pipeline[1].scale = scale
@@ -347,7 +337,7 @@ def coco_categories() -> list[dict]:
     return [dict(id=i, name=name) for i, name in zip(ids, CocoDataset.METAINFO['classes'], strict=True)]
 
 
-def test_classes_keep_their_names_their_order_and_their_categories(tmp_path, load_config):
+def test_classes_keep_their_names_their_order_and_their_categories(tmp_path):
     from mmdet.datasets import CocoDataset
     from mmdet.evaluation import CocoMetric
 
@@ -372,7 +362,7 @@ def test_classes_keep_their_names_their_order_and_their_categories(tmp_path, loa
 
 @pytest.fixture
 def photographs(tmp_path, coco_root):
-    """A COCO folder with all of COCO's categories: of photographs if there are any, else the small one."""
+    """Return a COCO folder with all of COCO's categories: photographs where there are any, else the small one."""
     if (legacy.PHOTOGRAPHS / 'coco_tiny').is_dir():
         return (legacy.PHOTOGRAPHS / 'coco_tiny').resolve()
     root = shutil.copytree(coco_root, tmp_path / 'coco')

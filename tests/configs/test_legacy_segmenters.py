@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, DefaultScope, init_default_scope
+from mmengine.registry import DATASETS
 from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.checkpoint import CheckpointError
 from tests.configs import legacy
 from tests.configs.legacy import conv
+from tests.configs.testing import CHANNELS, default_scope, load_config
 from tests.testing import TOLERANCES, assert_relative
 
-CHANNELS = {'xt': [56, 112, 340, 420], 't': [64, 128, 384, 640]}
 POOL_SCALES = (1, 2, 3, 6)
 # 300 x 401 becomes 135 x 180, then 160 x 192.
 SCALE = (200, 135)
@@ -28,7 +28,7 @@ FLOAT32 = TOLERANCES[torch.float32]
 
 
 def old_shapes(arch: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of UperNet's heads in mmseg 0.30."""
+    """Return names and shapes of UperNet's heads in mmseg 0.30."""
     *inner, last = CHANNELS[arch]
     normed = {
         **{f'decode_head.psp_modules.{i}.1': (512, last, 1, 1) for i in range(4)},
@@ -55,10 +55,10 @@ def old_weights(arch: str) -> dict[str, Tensor]:
 
 
 def old_input(path, scale) -> Tensor:
-    """The test pipeline of mmseg 0.30, (1, 3, H, W): after the bounds, bicubic to multiples of 32."""
+    """Apply the test pipeline of mmseg 0.30, bilinear to the scale and bicubic to multiples of 32; (1, 3, H, W)."""
     image = legacy.rescaled(cv2.imread(str(path)), scale)
     height, width = (-(-side // 32) * 32 for side in image.shape[:2])
-    return legacy.normalised(cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC))
+    return legacy.normalized(cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC))
 
 
 def resize(x: Tensor, size) -> Tensor:
@@ -66,13 +66,13 @@ def resize(x: Tensor, size) -> Tensor:
 
 
 def conv_module(weights, name, x, padding=0) -> Tensor:
-    """Convolution, BatchNorm by its running statistics, ReLU."""
+    """Apply a convolution, BatchNorm by its running statistics, and ReLU."""
     norm = [weights[f'{name}.bn.{kind}'] for kind in ('running_mean', 'running_var', 'weight', 'bias')]
     return F.relu(F.batch_norm(conv(weights, f'{name}.conv', x, padding), *norm, eps=1e-5))
 
 
 def old_decode_head(weights, maps) -> Tensor:
-    """UperNet: pyramid pooling of the last map, a top-down path, all levels joined at the finest."""
+    """Apply UperNet: pyramid pooling of the last map, a top-down path, all levels joined at the finest."""
 
     def module(name, x, padding=0):
         return conv_module(weights, f'decode_head.{name}', x, padding)
@@ -96,13 +96,13 @@ def old_auxiliary_head(weights, maps) -> Tensor:
 
 
 def old_segmentation(logits, input_shape, ori_shape) -> tuple[Tensor, Tensor]:
-    """Logits (150, H, W) at the original size, by way of the input's, and the classes of the largest probability."""
+    """Return logits (150, H, W), resized to the input's and then the original size, and the most probable classes."""
     logits = resize(resize(logits, input_shape), ori_shape)
     return logits[0], logits.softmax(1).argmax(1)[0]
 
 
 def old_mean_iou(predicted, labels) -> float:
-    """In per cent; label 0 counts nowhere, label n is class n - 1."""
+    """Return the mean IoU in percent; label 0 is ignored, label n is class n - 1."""
     labels = np.where(labels == 0, 255, labels.astype(int) - 1)
     predicted, labels = predicted[labels != 255], labels[labels != 255]
     counts = [np.bincount(x, minlength=150)[:150] for x in (predicted[predicted == labels], predicted, labels)]
@@ -112,8 +112,7 @@ def old_mean_iou(predicted, labels) -> float:
 
 @pytest.fixture(scope='module', params=['xt', pytest.param('t', marks=pytest.mark.slow)])
 def old(request, ade_root, tmp_path_factory):
-    """An old file, what this project makes of it, and the backbone's maps of the image."""
-    scope = DefaultScope.get_current_instance()
+    """Return an old file, the model built from it, and the backbone's maps of the image; gradients are off."""
     folder, weights = tmp_path_factory.mktemp('old'), old_weights(request.param)
     name, image = f'upernet_overlock_{request.param}_160k', ade_root / 'images/validation/scene.jpg'
     file = legacy.save(
@@ -124,34 +123,26 @@ def old(request, ade_root, tmp_path_factory):
         CLASSES=('wall', 'building'),
         PALETTE=[[120, 120, 120], [180, 120, 120]],
     )
-    loop = legacy.load(name, file, ade_root, folder, SCALE)
-    model = loop.runner.model.eval()
-    with torch.no_grad():
+    with default_scope(), torch.no_grad():
+        loop = legacy.load(name, file, ade_root, folder, SCALE)
+        model = loop.runner.model.eval()
         maps = model.backbone(old_input(image, SCALE))
-    yield SimpleNamespace(name=name, weights=weights, loop=loop, model=model, image=image, maps=maps)
-    if scope is not None:
-        init_default_scope(scope.scope_name)
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+        yield SimpleNamespace(name=name, weights=weights, loop=loop, model=model, image=image, maps=maps)
 
 
 def test_the_model_has_every_tensor_of_the_file(old):
     legacy.assert_holds(old.model, old.weights)
 
 
-def test_a_file_without_the_auxiliary_head_is_refused(ade_root, tmp_path):
-    weights = {name: value for name, value in old_weights('xt').items() if not name.startswith('auxiliary_head')}
+def test_a_file_without_the_auxiliary_head_is_refused(old, tmp_path):
+    weights = {name: value for name, value in old.weights.items() if not name.startswith('auxiliary_head')}
     file = legacy.save(tmp_path / 'cut.pth', weights, mmseg_version='0.30.0')
     with pytest.raises(CheckpointError, match=r'7 tensors missing .*auxiliary_head'):
-        legacy.load('upernet_overlock_xt_160k', file, ade_root, tmp_path, SCALE)
+        old.loop.runner.load_checkpoint(str(file))
 
 
 @pytest.mark.parametrize('scale', [SCALE, (2048, 512)])
-def test_images_are_prepared_as_before(old, scale, ade_root, load_config):
+def test_images_are_prepared_as_before(old, scale, ade_root):
     dataset = load_config(old.name).test_dataloader.dataset
     dataset.data_root = str(ade_root)
     dataset.pipeline[1].scale = scale
@@ -199,13 +190,13 @@ def test_the_truth_is_read_and_scored_as_before(old, ade_root):
     assert scores['mIoU'] == pytest.approx(old_mean_iou(predicted, labels), abs=0.005)
 
 
-def test_classes_and_colours_keep_their_order():
+def test_classes_and_colors_keep_their_order():
     from mmseg.datasets import ADE20KDataset
 
     classes, palette = (ADE20KDataset.METAINFO[key] for key in ('classes', 'palette'))
     # The checksums of mmseg 0.30's `ADE20KDataset.CLASSES` and `PALETTE`.
     assert (len(classes), zlib.crc32('\n'.join(classes).encode())) == (150, 1836027960)
-    assert zlib.crc32(bytes(value for colour in palette for value in colour)) == 3620555175
+    assert zlib.crc32(bytes(value for color in palette for value in color)) == 3620555175
 
 
 @pytest.mark.slow

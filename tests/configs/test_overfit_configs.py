@@ -6,6 +6,19 @@ import sys
 
 import pytest
 
+from tests.configs.testing import CONFIGS, build_meta, load_config
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn_overlock_xt_overfit', 'upernet_overlock_xt_overfit'])
+def test_builds_and_validates_on_its_training_images(name):
+    cfg = load_config(f'demo/{name}')
+    build_meta(cfg)
+    train, val = cfg.train_dataloader.dataset, cfg.val_dataloader.dataset
+    assert [val[key] for key in ('data_root', 'data_prefix')] == [train[key] for key in ('data_root', 'data_prefix')]
+    if cfg.default_scope == 'mmdet':
+        assert val.ann_file == train.ann_file
+        assert cfg.val_evaluator.ann_file == val.data_root + val.ann_file
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -15,11 +28,11 @@ import pytest
         ('upernet_overlock_xt_overfit', 'ade_root', 'mIoU'),
     ],
 )
-def test_trains_saves_and_scores_where_it_validates(name, data, metric, configs_dir, tmp_path, request):
+def test_trains_saves_and_scores_where_it_validates(name, data, metric, tmp_path, request):
     command = [
         sys.executable,
-        configs_dir.parent / 'tools/train.py',
-        configs_dir / f'demo/{name}.py',
+        CONFIGS.parent / 'tools/train.py',
+        CONFIGS / f'demo/{name}.py',
         '--data-root',
         request.getfixturevalue(data),
         '--work-dir',

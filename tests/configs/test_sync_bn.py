@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.logging import MMLogger
-from mmengine.registry import MODEL_WRAPPERS, MODELS, init_default_scope
+from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner, runner
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from mmengine_overlock import launch
+from tests.configs.testing import build_meta, load_config
 
 NAMES = ['mask_rcnn_overlock_xt_1x', 'cascade_overlock_xt_3x', 'upernet_overlock_xt_160k']
 
@@ -24,9 +25,7 @@ class Unwrapped:
 
 def wrapped(cfg, distributed: bool, monkeypatch) -> tuple[torch.nn.Module, list[str]]:
     """Return what mmengine's runner makes of a configuration's model on the meta device, and the model's own names."""
-    init_default_scope(cfg.default_scope)
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model)
+    model = build_meta(cfg)
     names = list(model.state_dict())
     monkeypatch.setattr(runner, 'get_device', lambda: 'meta')
     stub = SimpleNamespace(cfg=cfg, distributed=distributed, logger=MMLogger.get_current_instance())
@@ -34,7 +33,7 @@ def wrapped(cfg, distributed: bool, monkeypatch) -> tuple[torch.nn.Module, list[
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_distributed_training_synchronizes_every_batch_norm(name, load_config, monkeypatch):
+def test_distributed_training_synchronizes_every_batch_norm(name, monkeypatch):
     model, names = wrapped(load_config(name), True, monkeypatch)
     norms = [module for module in model.backbone.modules() if isinstance(module, _BatchNorm)]
     assert len(norms) > 100
@@ -46,7 +45,7 @@ def test_distributed_training_synchronizes_every_batch_norm(name, load_config, m
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_training_without_a_launcher_synchronizes_nothing(name, load_config, monkeypatch):
+def test_training_without_a_launcher_synchronizes_nothing(name, monkeypatch):
     model, names = wrapped(load_config(name), False, monkeypatch)
     assert any(isinstance(module, _BatchNorm) for module in model.backbone.modules())
     assert not any(isinstance(module, SyncBatchNorm) for module in model.modules())
@@ -54,7 +53,7 @@ def test_training_without_a_launcher_synchronizes_nothing(name, load_config, mon
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_on_cpus_nothing_is_synchronized_and_a_warning_says_so(name, load_config, monkeypatch):
+def test_on_cpus_nothing_is_synchronized_and_a_warning_says_so(name, monkeypatch):
     said = []
     monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
     monkeypatch.setattr(launch.distributed, 'is_initialized', lambda: True)
