@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +19,7 @@ MOST_IN_PICTURE = 50
 
 
 def confused_pairs(confusion: Tensor, classes: tuple[str, ...], count: int = 10) -> list[tuple[str, str, int]]:
-    """The pairs of different classes that are confused most often, as (class, taken for, images).
+    """Return the pairs of different classes that are confused most often, as (class, taken for, images).
 
     Args:
         confusion: (C, C), int64; how many images of class i are taken for class j.
@@ -30,7 +32,7 @@ def confused_pairs(confusion: Tensor, classes: tuple[str, ...], count: int = 10)
 
 
 def worst_classes(confusion: Tensor, classes: tuple[str, ...], count: int = 5) -> list[tuple[str, float]]:
-    """The classes with the lowest accuracy, as (class, percent); those without images are left out."""
+    """Return the classes with the lowest accuracy, as (class, percent); those without images are left out."""
     totals = confusion.sum(1)
     accuracy = 100 * confusion.diagonal() / totals.clamp(min=1)
     present = [i for i in accuracy.argsort(stable=True).tolist() if totals[i]]
@@ -38,10 +40,10 @@ def worst_classes(confusion: Tensor, classes: tuple[str, ...], count: int = 5) -
 
 
 def check_confusion_file(path: Path, classes: int) -> None:
-    """Checks, before any work, that the matrix can be written.
+    """Check, before any work, that the matrix can be written.
 
     Raises:
-        UserError: If the name ends in neither .csv nor .png, or there are too many classes for a picture.
+        UserError: If the name ends in neither .csv nor .png, or a picture cannot be drawn.
     """
     if path.suffix not in ('.csv', '.png'):
         raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {path}.')
@@ -58,49 +60,44 @@ def check_confusion_file(path: Path, classes: int) -> None:
 
 
 def write_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> None:
-    """Writes the matrix, rows the true classes, columns what they are taken for.
+    """Write the matrix: rows are the true classes, columns what they are taken for.
 
     Args:
         path: File ending in .csv, for the counts, or in .png, for a picture of the shares of each true class.
         confusion: (C, C), int64.
         classes: Names.
     """
-    if path.suffix == '.csv':
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator='\n')
-        table.writerow(['true class', *classes])
-        table.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
-        content = text.getvalue().encode()
+    if path.suffix == '.png':
+        with whole_file(path) as file:
+            _draw(confusion, classes).savefig(file, format='png', dpi=120)
     else:
-        content = _picture(confusion, classes)
+        counts = confusion.tolist()
+        write_csv(path, [['true class', *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))])
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
     with whole_file(path) as file:
-        file.write(content)
+        file.write(text.getvalue().encode())
 
 
-def _picture(confusion: Tensor, classes: tuple[str, ...]) -> bytes:
+def _draw(confusion: Tensor, classes: tuple[str, ...]) -> Any:
     # Not pyplot: it would choose a window system.
     from matplotlib.figure import Figure
 
     shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
     side = 2.5 + 0.42 * len(classes)
     figure = Figure((side + 1, side), layout='constrained')
-    axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=100)
-    figure.colorbar(image, label='images of the true class (%)', shrink=0.8)
-    axes.set_xticks(range(len(classes)), [name.replace('_', ' ') for name in classes], rotation=90)
-    axes.set_yticks(range(len(classes)), [name.replace('_', ' ') for name in classes])
-    axes.set_xlabel('taken for')
-    axes.set_ylabel('true class')
+    axes = figure.add_subplot(xlabel='taken for', ylabel='true class')
+    figure.colorbar(
+        axes.imshow(shares, cmap='Blues', vmin=0, vmax=100), label='images of the true class (%)', shrink=0.8
+    )
+    names = [name.replace('_', ' ') for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
     for i, j in zip(*confusion.numpy().nonzero(), strict=True):
-        axes.text(
-            j,
-            i,
-            f'{shares[i, j]:.0f}',
-            ha='center',
-            va='center',
-            fontsize=8,
-            color='white' if shares[i, j] > 50 else 'black',
-        )
-    content = io.BytesIO()
-    figure.savefig(content, format='png', dpi=120)
-    return content.getvalue()
+        color = 'white' if shares[i, j] > 50 else 'black'
+        axes.text(j, i, f'{shares[i, j]:.0f}', ha='center', va='center', fontsize=8, color=color)
+    return figure

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from PIL import Image
-from timm.data import ImageDataset, Mixup, create_loader, create_transform, resolve_data_config
+from timm.data import ImageDataset, create_loader, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader
 from timm.utils import random_seed
 from torch import Tensor, nn
 
 from imagenet_overlock.distributed import World
-from imagenet_overlock.folder import Split
+from imagenet_overlock.folder import Split, decode
 from imagenet_overlock.recipe import Recipe
 from overlock.utils.errors import UserError
 
 
 class EveryImage(ImageDataset):
-    """timm's data set, which puts the next image in the place of one that cannot be decoded, without that."""
+    """timm's data set, but an image that cannot be decoded is an error: timm puts the next one in its place."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            file, target = self.reader[index]
-            with file:
-                image = Image.open(file).convert('RGB')
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f'The image {self.filename(index, absolute=True)} cannot be decoded ({error}); replace or remove it.'
-            ) from error
-        return self.transform(image), target
+        path, target = self.reader.samples[index]
+        return self.transform(decode(path)), target
 
 
 def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -> PrefetchLoader:
-    """Augmented batches of this process, already on its device; incomplete ones are dropped."""
-    config = resolve_data_config({'img_size': recipe.img_size}, model=model)
-    _check_augmentation(recipe.aa)
-    loader = create_loader(
+    """Return augmented batches of this process, already on its device; incomplete ones are dropped.
+
+    Raises:
+        UserError: If timm does not know the augmentation.
+    """
+    try:
+        create_transform(32, is_training=True, auto_augment=recipe.aa or None)
+    except (AssertionError, ValueError, IndexError, KeyError) as error:
+        raise UserError(
+            "The setting aa takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 "
+            f'or original, got {recipe.aa} ({error}).'
+        ) from error
+    loader = _loader(
         ImageDataset(str(split.root), class_map=_class_map(split.classes)),
-        config['input_size'],
+        resolve_data_config({'img_size': recipe.img_size}, model=model),
         recipe.batch_size,
+        recipe.workers,
+        world,
         is_training=True,
         re_prob=recipe.reprob,
         re_mode='pixel',
@@ -45,15 +50,7 @@ def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -
         hflip=recipe.hflip,
         color_jitter=recipe.color_jitter,
         auto_augment=recipe.aa or None,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        num_workers=recipe.workers,
         distributed=world.is_distributed,
-        pin_memory=world.device.type == 'cuda',
-        device=world.device,
-        # Workers that lived on would carry random states over from epoch to epoch, and no run could resume exactly.
-        persistent_workers=False,
     )
     if world.is_distributed:
         loader.sampler.seed = recipe.seed
@@ -70,7 +67,7 @@ def val_loader(
     crop_pct: float | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> PrefetchLoader:
-    """Batches of this process's share of a split, on its device: every image is in one share, once.
+    """Return batches of this process's share of a split, on its device: every image is in one share, once.
 
     Args:
         split: What to validate on.
@@ -79,7 +76,7 @@ def val_loader(
         batch_size: Images of a batch.
         workers: Processes that read images.
         img_size: Side of the images in pixels; None for that of the model.
-        crop_pct: Side of the centre crop over that of the resized image; None for that of the model, and for 1.0
+        crop_pct: Side of the center crop over that of the resized image; None for that of the model, and for 1.0
             where `img_size` is above the model's.
         classes: Names of the model's classes, by index; None for those of the split.
     """
@@ -89,42 +86,28 @@ def val_loader(
     dataset = EveryImage(str(split.root), class_map=_class_map(classes or split.classes))
     # timm's sampler for several processes repeats images so that all have as many.
     dataset.reader.samples = dataset.reader.samples[world.rank :: world.size]
+    return _loader(dataset, config, batch_size, workers, world)
+
+
+def _loader(
+    dataset: ImageDataset, config: dict[str, Any], batch_size: int, workers: int, world: World, **options: Any
+) -> PrefetchLoader:
     return create_loader(
         dataset,
-        config['input_size'],
-        batch_size,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        crop_pct=config['crop_pct'],
+        batch_size=batch_size,
         num_workers=workers,
         pin_memory=world.device.type == 'cuda',
         device=world.device,
+        # Workers that lived on would carry random states over from epoch to epoch, and no run could resume exactly.
         persistent_workers=False,
+        **config,
+        **options,
     )
 
 
-def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    """Mixup and cutmix of batches, or None where the recipe has neither."""
-    if not recipe.mixes:
-        return None
-    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
-
-
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:
-    """Makes all that is random in an epoch of a process, workers included, depend on these numbers alone."""
+    """Make all that is random in an epoch of a process, workers included, depend on these numbers alone."""
     random_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0]))
-
-
-def _check_augmentation(name: str) -> None:
-    if name:
-        try:
-            create_transform(32, is_training=True, auto_augment=name)
-        except (AssertionError, ValueError, IndexError, KeyError) as error:
-            raise UserError(
-                f"The setting aa takes the name of one of timm's augmentations, such as "
-                f'rand-m9-mstd0.5-inc1, augmix-m3-w3 or original, got {name} ({error}).'
-            ) from error
 
 
 def _class_map(classes: tuple[str, ...]) -> dict[str, int]:

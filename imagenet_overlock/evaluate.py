@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from imagenet_overlock.distributed import World
 from imagenet_overlock.model import both_logits
 from overlock.utils.errors import UserError
 
+T = TypeVar('T')
+
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a validation came to.
+    """The figures of a validation.
 
     Attributes:
         images: Number of images.
@@ -42,14 +45,14 @@ class Metrics:
     images_per_second: float | None
 
     def scalars(self) -> dict[str, float]:
-        """The figures by name, without what the model has no head for."""
-        named = dict(loss=self.loss, top1=self.top1, top5=self.top5, aux_top1=self.aux_top1, aux_top5=self.aux_top5)
+        """Return the figures by name, without those of a head that is not there."""
+        named = {name: getattr(self, name) for name in ('loss', 'top1', 'top5', 'aux_top1', 'aux_top5')}
         return {name: value for name, value in named.items() if value is not None}
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world: World, amp: bool = False) -> Metrics:
-    """Evaluates this process's share of a split and sums up over all processes.
+    """Evaluate this process's share of a split and sum up over all processes.
 
     Args:
         model: Classifier; it is left in evaluation mode.
@@ -60,86 +63,58 @@ def evaluate(model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world
     Raises:
         UserError: If an image cannot be decoded; in all processes.
     """
-    model.eval()
-    classes = model.num_classes
-    heads = ('main', 'aux') if model.aux_head is not None else ('main',)
-    hits = {head: torch.zeros(2, dtype=torch.int64, device=world.device) for head in heads}
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=world.device)
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    timer = _Timer(world.device)
-    for images, targets in tqdm(
-        _shared(batches, world),
-        'validation',
-        leave=False,
-        unit='batch',
-        dynamic_ncols=True,
-        total=len(batches),
-        disable=not (world.is_first and sys.stderr.isatty()),
-    ):
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
-            logits = both_logits(model, images)
-        loss += F.cross_entropy(logits['main'].float(), targets, reduction='none').double().sum()
-        ranked = {head: first_classes(logits[head]) for head in heads}
-        for head in heads:
-            hits[head] += count_hits(ranked[head], targets)
-        confusion += torch.bincount(targets * classes + ranked['main'][:, 0], minlength=len(confusion))
-        timer.count(len(targets))
-    rate = world.sum(torch.tensor(timer.rate(), dtype=torch.float64, device=world.device)).item()
-    world.sum(confusion)
-    world.sum(loss)
-    total = int(confusion.sum())
-    percent = {head: (100 * world.sum(hits[head]).double() / max(total, 1)).tolist() for head in heads}
+    sums, rate = world.together(lambda: _count(model.eval(), batches, world, amp))
+    sums = {name: world.sum(value).double().cpu() for name, value in sums.items()}
+    images = max(int(sums['confusion'].sum()), 1)
+    percent = {head: (100 * sums[head] / images).tolist() for head in ('main', 'aux') if head in sums}
     return Metrics(
-        total,
-        loss.item() / max(total, 1),
+        int(sums['confusion'].sum()),
+        sums['loss'].item() / images,
         *percent['main'],
         *percent.get('aux', (None, None)),
-        confusion.view(classes, classes).cpu(),
-        rate or None,
+        sums['confusion'].long(),
+        sum(world.gather(rate)) or None,
     )
 
 
-def first_classes(logits: Tensor) -> Tensor:
-    """The five classes, or all where there are fewer, with the highest of the logits (B, C): (B, 5), int64."""
-    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+def _count(
+    model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world: World, amp: bool
+) -> tuple[dict[str, Tensor], float]:
+    """Return sums over the images of this process, and its images per second."""
+    classes = model.num_classes
+    heads = ('main', 'aux') if model.aux_head is not None else ('main',)
+    sums = {head: torch.zeros(2, dtype=torch.int64, device=world.device) for head in heads}
+    sums['confusion'] = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
+    sums['loss'] = torch.zeros((), dtype=torch.float64, device=world.device)
+    timed, start = 0, None
+    shown = world.is_first and sys.stderr.isatty()
+    for images, targets in tqdm(_plain_errors(batches), 'validation', len(batches), leave=False, disable=not shown):
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
+            logits = both_logits(model, images)
+        for head in heads:
+            sums[head] += count_hits(logits[head], targets)
+        pairs = targets * classes + logits['main'].argmax(1)
+        sums['confusion'] += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        sums['loss'] += F.cross_entropy(logits['main'].float(), targets, reduction='none').double().sum()
+        # `item` waits for the device. The first batch, which waits for data and kernels, is not timed.
+        if start is None:
+            sums['loss'].item()
+            start = time.perf_counter()
+        else:
+            timed += len(targets)
+    sums['loss'].item()
+    return sums, timed / (time.perf_counter() - start) if timed else 0.0
 
 
-def count_hits(ranked: Tensor, targets: Tensor) -> Tensor:
-    """How many targets (B,) are first, and anywhere, among the classes (B, 5): (2,), int64."""
-    found = ranked == targets[:, None]
-    return torch.stack([found[:, 0].sum(), found.sum()])
-
-
-def _shared(batches: Collection[tuple[Tensor, Tensor]], world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches; a UserError that ends those of one process ends all."""
-    sentence = ''
+def _plain_errors(batches: Iterable[T]) -> Iterator[T]:
+    """Yield the batches; a UserError of a loader's worker loses the traceback that stands before the sentence."""
     try:
         yield from batches
     except UserError as error:
-        # A loader puts the traceback of its worker before the sentence.
-        sentence = str(error).strip().rpartition('\n')[2].removeprefix('overlock.utils.errors.UserError: ')
-    world.raise_together(sentence)
+        raise UserError(str(error).strip().rpartition('\n')[2].rpartition('UserError: ')[2]) from error
 
 
-class _Timer:
-    """Images per second, the first batch left out: it waits for the data and for kernels to be chosen."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.images = -1
-        self.start = 0.0
-
-    def count(self, images: int) -> None:
-        if self.images < 0:
-            self.images = 0
-            self.start = self._now()
-        else:
-            self.images += images
-
-    def rate(self) -> float:
-        return self.images / (self._now() - self.start) if self.images > 0 else 0.0
-
-    def _now(self) -> float:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+def count_hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Count the targets (B,) that are first, and among the first five, by their logits (B, C): (2,), int64."""
+    found = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    return torch.stack([found[:, 0].sum(), found.sum()])

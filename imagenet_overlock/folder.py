@@ -15,7 +15,6 @@ from overlock.utils.errors import UserError
 
 TRAIN = ('train',)
 VAL = ('val', 'validation')
-_LAYOUT = 'expected train/CLASS/*.jpg and val/CLASS/*.jpg below it'
 
 
 @dataclass(frozen=True)
@@ -33,114 +32,94 @@ class Split:
     images: int
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The two splits that a training run needs."""
-
-    train: Split
-    val: Split
-
-
-def check_folder(root: str | os.PathLike, batch: int = 1) -> ImageFolder:
-    """Checks an image folder for training.
+def check_folder(root: str | os.PathLike, batch: int = 1) -> tuple[Split, Split]:
+    """Check an image folder for training.
 
     Args:
         root: Folder with `train/` and `val/` or `validation/`.
-        batch: Images that an epoch must at least have.
+        batch: Images that an epoch must have at least.
+
+    Returns:
+        The splits to train and to validate on.
 
     Raises:
         UserError: If a split is missing or malformed, the classes differ between the splits, or there are too few
             images.
     """
-    root = _existing(root)
-    folder = ImageFolder(check_split(_split(root, TRAIN)), check_split(_split(root, VAL)))
-    only_train, only_val = (
-        set(a.classes) - set(b.classes) for a, b in ((folder.train, folder.val), (folder.val, folder.train))
-    )
-    if only_train or only_val:
+    train, val = (check_split(_find(Path(root).expanduser(), names)) for names in (TRAIN, VAL))
+    for split, other in ((train, val), (val, train)):
+        alone = sorted(set(split.classes) - set(other.classes), key=natural_key)
+        if alone:
+            raise UserError(
+                f'{split.root} and {other.root} must have the same classes, but {len(alone)} of the first are not in '
+                f'the second, such as {alone[0]}; add or remove them.'
+            )
+    if train.images < batch:
         raise UserError(
-            f'{folder.train.root} and {folder.val.root} must have the same classes, but '
-            f'{_some(only_train)} only in the first and {_some(only_val)} only in the second.'
+            f'{train.root} has {train.images} images, fewer than the {batch} of one update; lower --batch-size.'
         )
-    if folder.train.images < batch:
-        raise UserError(
-            f'{folder.train.root} has {folder.train.images} images, fewer than the {batch} of one update; '
-            'lower --batch-size.'
-        )
-    return folder
+    return train, val
 
 
 def check_validation_folder(root: str | os.PathLike) -> Split:
-    """Checks the split to validate on: `val/` or `validation/` of an image folder, or the folder itself.
+    """Check the split to validate on: `val/` or `validation/` of an image folder, or the folder itself.
 
     Raises:
         UserError: If it is missing or malformed.
     """
-    root = _existing(root)
-    found = [root / name for name in VAL if (root / name).is_dir()]
-    if not found and (root / TRAIN[0]).is_dir():
-        _split(root, VAL)
-    return check_split(found[0] if found else root)
+    root = Path(root).expanduser()
+    is_split = root.is_dir() and not any((root / name).is_dir() for name in TRAIN + VAL)
+    return check_split(root if is_split else _find(root, VAL))
 
 
 def check_split(root: Path) -> Split:
-    """Checks that a folder has classes, each of these images, and the first image of each can be decoded.
+    """Check that a folder has classes, each of them has images, and the first image of each can be decoded.
 
     Raises:
-        UserError: If that is not so.
+        UserError: If not.
     """
-    with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.')]
+    names = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith('.')]
     if not names:
         raise UserError(f'{root} has no folders of classes; expected {root}/CLASS/*.jpg.')
-    # Names that differ in leading zeros or capitals alone are equal to timm.
+    # The key alone is the same for names that differ in leading zeros or capitals.
     classes = sorted(names, key=lambda name: (natural_key(name), name))
-    # Latency of network storage, not computing, is what takes time here.
+    # On network storage most of the time is latency.
     with ThreadPoolExecutor(16) as pool:
         counts = list(pool.map(_check_class, [root / name for name in classes]))
     return Split(root, tuple(classes), sum(counts))
 
 
-def _existing(root: str | os.PathLike) -> Path:
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        trouble = 'is not a folder' if root.exists() else 'does not exist'
-        raise UserError(f'The image folder {root} {trouble}; {_LAYOUT}.')
-    return root
-
-
-def _split(root: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise UserError(f'The image folder {root} has no {" or ".join(f"{name}/" for name in names)}; {_LAYOUT}.')
+def _find(root: Path, names: tuple[str, ...]) -> Path:
+    """Return the folder of a split that goes by one of these names."""
+    found = next((root / name for name in names if (root / name).is_dir()), None)
+    if found is None:
+        trouble = f'has no {" or ".join(f"{name}/" for name in names)}'
+        if not root.is_dir():
+            trouble = 'is not a folder' if root.exists() else 'does not exist'
+        raise UserError(f'The image folder {root} {trouble}; expected train/CLASS/*.jpg and val/CLASS/*.jpg below it.')
+    return found
 
 
 def _check_class(folder: Path) -> int:
-    """The number of images of a class."""
+    """Return the number of images of a class."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if is_img_extension(Path(entry.name).suffix.lower())]
     if not names:
         nested = any(path.is_dir() for path in folder.iterdir())
-        raise UserError(
-            f'The class folder {folder} has no images (.jpg, .jpeg, .png)'
-            + (
-                ' but folders; images must lie in it directly.'
-                if nested
-                else '; fill it or remove it from both splits.'
-            )
-        )
-    first = folder / min(names, key=natural_key)
-    try:
-        with Image.open(first) as image:
-            image.convert('RGB')
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f'The image {first} cannot be decoded ({error}); replace or remove it.') from error
+        remedy = 'move those of its folders into it' if nested else 'fill it or remove it from both splits'
+        raise UserError(f'The class folder {folder} has no images (.jpg, .jpeg, .png); {remedy}.')
+    decode(folder / min(names, key=natural_key))
     return len(names)
 
 
-def _some(names: set[str]) -> str:
-    if not names:
-        return 'none is'
-    shown = sorted(names, key=natural_key)[:3]
-    return f'{", ".join(shown)}{", ..." if len(names) > 3 else ""} {"is" if len(names) == 1 else "are"}'
+def decode(path: str | os.PathLike) -> Image.Image:
+    """Read an image as RGB.
+
+    Raises:
+        UserError: If it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert('RGB')
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f'The image {path} cannot be decoded ({error}); replace or remove it.') from error

@@ -1,4 +1,4 @@
-"""Building classifiers, giving them weights, and the logits of both heads."""
+"""Build classifiers, load their weights, compute the logits of both heads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLASSIFIERS = ('head.fc', 'aux_head.fc')
 def create_model(
     name: str, num_classes: int, aux_head: bool, drop_path: float = 0.0, pretrained: bool = False
 ) -> nn.Module:
-    """A classifier of timm's registry.
+    """Build a classifier of timm's registry.
 
     Args:
         name: 'overlock_xt', 'overlock_t', 'overlock_s', 'overlock_b', or one of these with '_reparam'.
@@ -40,10 +40,10 @@ def create_model(
 
 
 def check_model(name: str) -> None:
-    """Checks that there is a model of this name.
+    """Check that there is a model of this name.
 
     Raises:
-        UserError: If there is not.
+        UserError: If not.
     """
     names = timm.list_models('overlock_*')
     if name not in names:
@@ -51,35 +51,26 @@ def check_model(name: str) -> None:
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Loads weights to train from; heads start anew where the file has other classes, or no auxiliary head.
+    """Load weights to train from; heads start anew where the file has other classes, or no auxiliary head.
 
     Raises:
         CheckpointError: If the weights are not of this model.
     """
-    given = from_published(state_dict)
-    own = model.state_dict()
-    new = [
-        name
-        for name in own
-        if name.startswith('aux_head.')
-        and name not in given
-        or name.startswith(_CLASSIFIERS)
-        and name in given
-        and given[name].shape != own[name].shape
+    given, own = from_published(state_dict), model.state_dict()
+    new = [name for name in own if name.startswith('aux_head.') and name not in given]
+    new += [
+        name for name in own if name.startswith(_CLASSIFIERS) and given.get(name, own[name]).shape != own[name].shape
     ]
     load_state_dict(model, {**given, **{name: own[name] for name in new}}, source)
     if new:
-        _logger.info(
-            '%s start anew: %s has them for other classes, or not at all.',
-            ', '.join(sorted({name.rpartition('.')[0] for name in new})),
-            source,
-        )
+        modules = ', '.join(sorted({name.rpartition('.')[0] for name in new}))
+        _logger.info('%s start anew: %s has them for other classes, or not at all.', modules, source)
 
 
 def load_for_validation(
     model_name: str, source: str | os.PathLike, num_classes: int, aux_head: bool, ema: bool
 ) -> nn.Module:
-    """A classifier with the weights of a file.
+    """Build a classifier with the weights of a file.
 
     Args:
         model_name: See `create_model`.
@@ -106,7 +97,7 @@ def load_for_validation(
 
 
 def both_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """`main` logits, and `aux` logits where the model has that head, in evaluation too.
+    """Return `main` logits, and `aux` logits where the model has that head, in evaluation too.
 
     Args:
         model: Classifier of `create_model`.

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from math import inf
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from overlock.utils.errors import UserError
 
+# By the annotation of a setting: its type, and how to call that.
+_KINDS = {
+    'int': (int, 'a whole number'),
+    'float': (float, 'a number'),
+    'float | None': (float, 'a number'),
+    'bool': (bool, 'true or false'),
+    'str': (str, 'text'),
+    'tuple[float, float]': (tuple, 'two numbers'),
+}
+
 
 def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flags: tuple[str, ...] = ()) -> Any:
-    """A field with what the command line and the checks need to know of it."""
+    """Return a field with what the command line and the checks need to know of it."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, flags=flags))
 
 
@@ -26,8 +36,8 @@ class Recipe:
     """How a classifier is trained; names are those of timm's training script where it has the setting.
 
     The published settings (total batch 2048, learning rate 2e-3) are met by 8 processes of 256 images: the learning
-    rate follows the total batch. What the paper does not tell is as in DeiT, whose settings it names, but
-    that no image is augmented several times in an epoch.
+    rate follows the total batch. Where the paper is silent the settings are DeiT's, which it names, but no image is
+    augmented several times in an epoch.
 
     Raises:
         UserError: If a setting is of the wrong type or out of range.
@@ -44,7 +54,7 @@ class Recipe:
     img_size: int = _setting(224, 'side of the images in pixels', 32)
     crop_pct: float | None = _setting(
         None,
-        "side of validation's centre crop over that of the resized image "
+        "side of validation's center crop over that of the resized image "
         '(default: that of the variant, 1.0 above its image size)',
         0.1,
         1,
@@ -69,7 +79,7 @@ class Recipe:
 
     scale: tuple[float, float] = _setting((0.08, 1.0), 'area of the random crop over that of the image', 0.001, 1)
     hflip: float = _setting(0.5, 'probability of a horizontal flip', 0, 1)
-    color_jitter: float = _setting(0.4, 'colour jitter, where --aa is empty', 0)
+    color_jitter: float = _setting(0.4, 'color jitter, where --aa is empty', 0)
     aa: str = _setting('rand-m9-mstd0.5-inc1', 'automatic augmentation, by the name that timm gives it')
     reprob: float = _setting(0.25, 'probability of random erasing', 0, 1)
     mixup: float = _setting(0.8, "alpha of mixup's beta distribution; 0 is off", 0)
@@ -84,11 +94,9 @@ class Recipe:
     log_interval: int = _setting(50, 'updates between two log lines', 1)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
         for item in fields(self):
-            value = _checked(item.name, getattr(self, item.name), hints[item.name], item.metadata)
             # The only way to set a field of a frozen dataclass.
-            object.__setattr__(self, item.name, value)
+            object.__setattr__(self, item.name, _checked(item, getattr(self, item.name)))
         if self.scale[0] > self.scale[1]:
             raise UserError(f'The setting scale takes the smaller number first, got {list(self.scale)}.')
         if self.warmup_epochs >= self.epochs:
@@ -112,16 +120,16 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0
 
     def total_batch(self, processes: int) -> int:
-        """Images in an update of so many processes."""
+        """Return the images in an update of so many processes."""
         return self.batch_size * self.grad_accum_steps * processes
 
     def learning_rate(self, processes: int) -> float:
-        """The highest learning rate of the schedule for so many processes."""
+        """Return the highest learning rate of the schedule for so many processes."""
         return self.lr_base * self.total_batch(processes) / self.lr_base_size if self.lr is None else self.lr
 
 
 def load_recipe(path: str | os.PathLike | None = None, options: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe.
+    """Read a recipe.
 
     Args:
         path: YAML file with settings over the defaults of `Recipe`; None for the defaults.
@@ -142,70 +150,84 @@ def load_recipe(path: str | os.PathLike | None = None, options: Mapping[str, Any
     return Recipe(**{**settings, **(options or {})})
 
 
-def check_settings(**values: Any) -> None:
-    """Checks single settings of a recipe, given by name; None is let through.
-
-    Raises:
-        UserError: If one is of the wrong type or out of range.
-    """
-    hints = get_type_hints(Recipe)
-    for item in fields(Recipe):
-        if values.get(item.name) is not None:
-            _checked(item.name, values[item.name], hints[item.name], item.metadata)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+        content = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
     except OSError as error:
         raise UserError(
             f'The recipe {path} cannot be read ({error.strerror}); give the path of a .yaml file, such as '
             'those in configs/imagenet/.'
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(f'The recipe {path} is not YAML: {reason}.') from error
-    if not isinstance(content or {}, dict):
+        raise UserError(f'The recipe {path} is not YAML: {" ".join(str(error).split())}.') from error
+    if not isinstance(content, dict):
         raise UserError(f'The recipe {path} must hold settings as `name: value`, got a {type(content).__name__}.')
-    return content or {}
+    return content
 
 
-def base_type(hint: Any) -> type:
-    """The type of a setting: `float` of `float | None`, `tuple` of `tuple[float, float]`."""
-    if isinstance(hint, types.UnionType):
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
-    return get_origin(hint) or hint
+def check_settings(**values: Any) -> None:
+    """Check single settings of a recipe, given by name; None is accepted.
+
+    Raises:
+        UserError: If one is of the wrong type or out of range.
+    """
+    for item in fields(Recipe):
+        if values.get(item.name) is not None:
+            _checked(item, values[item.name])
 
 
-_WANTED = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', tuple: 'two numbers'}
+def _checked(item: Field, value: Any) -> Any:
+    """Return the value of a setting in its type.
 
-
-def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
-    """The value in its type, or a UserError that names the setting."""
-    kind = base_type(hint)
-    if value is None and kind is not hint and isinstance(hint, types.UnionType):
+    Raises:
+        UserError: If it is of another type or out of range.
+    """
+    if value is None and item.default is None:
         return None
+    kind, wanted = _KINDS[item.type]
     try:
-        converted = _convert(value, kind)
+        value = tuple(_convert(part, float) for part in value) if kind is tuple else _convert(value, kind)
+        if kind is tuple and len(value) != 2:
+            raise TypeError
     except (TypeError, ValueError) as error:
-        raise UserError(f'The setting {name} must be {_WANTED[kind]}, got {value!r}.') from error
-    low, high = metadata['low'], metadata['high']
-    if kind in (int, float, tuple):
-        numbers = converted if kind is tuple else (converted,)
-        if not all(low <= number <= high and abs(number) < inf for number in numbers):
-            bounds = f'at least {low}' if high == inf else f'between {low} and {high}'
-            raise UserError(f'The setting {name} must be {bounds}, got {value}.')
-    return converted
+        raise UserError(f'The setting {item.name} must be {wanted}, got {value!r}.') from error
+    low, high = item.metadata['low'], item.metadata['high']
+    numbers = value if kind is tuple else (value,) if kind in (int, float) else ()
+    if not all(low <= number <= high and number < inf for number in numbers):
+        bounds = f'at least {low}' if high == inf else f'between {low} and {high}'
+        raise UserError(f'The setting {item.name} must be {bounds}, got {value}.')
+    return value
 
 
 def _convert(value: Any, kind: type) -> Any:
-    if kind is tuple:
-        first, second = value
-        return _convert(first, float), _convert(second, float)
     if kind is float and isinstance(value, str):
         # YAML 1.1 takes 1e-3, without a point, for text.
         return float(value)
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError
     return kind(value)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add an option for every setting of a recipe, or for those named; one that is not given leaves no attribute."""
+    group = parser.add_argument_group('settings', "over those of the recipe; --name for the recipe's `name`")
+    for item in fields(Recipe):
+        if names and item.name not in names:
+            continue
+        kind, _ = _KINDS[item.type]
+        default = item.default
+        if kind is bool:
+            how: dict[str, Any] = dict(action=argparse.BooleanOptionalAction)
+        elif kind is tuple:
+            how, default = dict(type=float, nargs=2, metavar=('LOW', 'HIGH')), ' '.join(map(str, default))
+        else:
+            how = dict(type=kind, metavar={int: 'N', float: 'X', str: 'NAME'}[kind])
+        shown = '' if kind is bool or default in (None, '') else f' (default: {default})'
+        flags = (*item.metadata['flags'], f'--{item.name.replace("_", "-")}')
+        group.add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, help=item.metadata['help'] + shown, **how)
+
+
+def recipe_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given, by name, and remove them from `args`."""
+    names = [item.name for item in fields(Recipe) if hasattr(args, item.name)]
+    return {name: vars(args).pop(name) for name in names}

@@ -1,24 +1,27 @@
-"""Training a classifier."""
+"""Train a classifier."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import os
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, random_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from imagenet_overlock.checkpoints import (
     BEST,
@@ -28,19 +31,30 @@ from imagenet_overlock.checkpoints import (
     read_checkpoint,
     settings,
     starting_weights,
-    write_checkpoint,
 )
-from imagenet_overlock.data import create_mixup, seed_epoch, train_loader, val_loader
+from imagenet_overlock.confusion import write_csv
+from imagenet_overlock.data import seed_epoch, train_loader, val_loader
 from imagenet_overlock.distributed import World, join_world
 from imagenet_overlock.evaluate import evaluate
-from imagenet_overlock.folder import ImageFolder, check_folder
+from imagenet_overlock.folder import Split, check_folder
 from imagenet_overlock.model import create_model, load_weights
-from imagenet_overlock.progress import EpochProgress, Eta, epoch_line
 from imagenet_overlock.recipe import Recipe
 from overlock.utils.errors import UserError
 from overlock.utils.files import whole_file
 
 _logger = logging.getLogger(__name__)
+# Figures in the log line of an epoch.
+_SHOWN = {
+    'train_loss': 'loss {:.3f}',
+    'train_loss_main': 'main {:.3f}',
+    'train_loss_aux': 'aux {:.3f}',
+    'val_loss': 'validation loss {:.3f}',
+    'val_top1': 'top-1 {:.2f}',
+    'val_top5': 'top-5 {:.2f}',
+    'val_aux_top1': 'aux top-1 {:.2f}',
+    'val_ema_top1': 'EMA top-1 {:.2f}',
+    'train_images_per_second': '{:.1f} images/s',
+}
 
 
 def train(
@@ -51,7 +65,7 @@ def train(
     device: str | None = None,
     tensorboard: bool = False,
 ) -> list[dict[str, float]]:
-    """Trains a classifier and validates it after each epoch.
+    """Train a classifier and validate it after each epoch.
 
     `output` receives `last.pth` (all that is needed to go on), `best.pth` (the weights of the best epoch, by the top-1
     accuracy of the averaged weights where there are such) and `summary.csv`.
@@ -72,18 +86,14 @@ def train(
     """
     output = Path(output)
     with join_world(device) as world:
-        batch = recipe.total_batch(world.size)
-        folder = world.once_per_machine(lambda: check_folder(data_dir, batch))
-        contents = [(split.classes, split.images) for split in (folder.train, folder.val)]
-        if any(other != contents for other in world.gather(contents)):
+        splits = world.together(lambda: check_folder(data_dir, recipe.total_batch(world.size)))
+        last = world.together(lambda: find_checkpoint(resume, output))
+        if len(set(world.gather((splits, last)))) > 1:
             raise UserError(
-                f'The machines of this run do not find the same classes and numbers of images in '
-                f'{data_dir}; give a folder that is the same for all.'
+                f'The machines of this run do not find the same images in {data_dir} and the same checkpoint in '
+                f'{output}; give folders that all of them share.'
             )
-        last = world.once_per_machine(lambda: find_checkpoint(resume, output))
-        if len(set(world.gather(last))) > 1:
-            raise UserError(f'Not every machine sees the same checkpoint in {output}; take a folder that all share.')
-        trainer = Trainer(recipe, folder, output, world, from_start=last is None)
+        trainer = Trainer(recipe, *splits, output, world, from_start=last is None)
         if last is not None:
             trainer.resume(last)
         return trainer.fit(_tensorboard_writer(output, world) if tensorboard else None)
@@ -94,7 +104,8 @@ class Trainer:
 
     Args:
         recipe: The settings.
-        folder: The images, checked.
+        train_split: Images to train on.
+        val_split: Images to validate on.
         output: Folder to write.
         world: The processes of the run.
         from_start: Whether to load the weights that the recipe starts from: a run that is resumed has its own.
@@ -104,21 +115,23 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, folder: ImageFolder, output: Path, world: World, from_start: bool = True
+        self, recipe: Recipe, train_split: Split, val_split: Split, output: Path, world: World, from_start: bool = True
     ) -> None:
-        classes = folder.train.classes
         if recipe.model.endswith('_reparam'):
             raise UserError(f'{recipe.model} is folded for inference; train {recipe.model.removesuffix("_reparam")}.')
-        self.recipe, self.classes, self.output, self.world = recipe, classes, output, world
+        self.recipe, self.classes, self.output, self.world = recipe, train_split.classes, output, world
         random_seed(recipe.seed)
-        self.model = _build(recipe, len(classes), world, from_start)
-        self.loader = train_loader(recipe, folder.train, world, self.model)
+        self.model = _build(recipe, len(self.classes), from_start).to(world.device)
+        self.loader = train_loader(recipe, train_split, world, self.model)
         self.val_loader = val_loader(
-            folder.val, world, self.model, recipe.batch_size, recipe.workers, recipe.img_size, recipe.crop_pct
+            val_split, world, self.model, recipe.batch_size, recipe.workers, recipe.img_size, recipe.crop_pct
         )
-        self.val_images = folder.val.images
-        self.mixup = create_mixup(recipe, len(classes))
-        self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(recipe.smoothing)
+        self.mixup, self.loss = None, LabelSmoothingCrossEntropy(recipe.smoothing)
+        if recipe.mixes:
+            self.mixup = Mixup(
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(self.classes)
+            )
+            self.loss = SoftTargetCrossEntropy()
         self.updates = len(self.loader) // recipe.grad_accum_steps
         self.optimizer = _create_optimizer(recipe, world, self.model)
         self.scheduler, _ = create_scheduler_v2(
@@ -140,9 +153,25 @@ class Trainer:
             )
         self.epoch = self.done = 0
         self.history: list[dict[str, float]] = []
+        _logger.info(
+            '%s, %.2f M parameters, %d classes, %d training and %d validation images at %dx%d; %d process(es) on %s, '
+            '%d images in an update, %d updates in an epoch, learning rate %.2e',
+            recipe.model,
+            sum(parameter.numel() for parameter in self.model.parameters()) / 1e6,
+            len(self.classes),
+            train_split.images,
+            val_split.images,
+            recipe.img_size,
+            recipe.img_size,
+            world.size,
+            world.device.type,
+            recipe.total_batch(world.size),
+            self.updates,
+            recipe.learning_rate(world.size),
+        )
 
     def resume(self, path: Path) -> None:
-        """Takes up the state of a checkpoint.
+        """Take up the state of a checkpoint.
 
         Raises:
             CheckpointError: If it is not of this model and these classes.
@@ -160,7 +189,7 @@ class Trainer:
         _logger.info('resumed from %s after epoch %d of %d', path, self.epoch, self.recipe.epochs)
 
     def fit(self, writer: Any = None) -> list[dict[str, float]]:
-        """Trains from the current epoch to the last.
+        """Train from the current epoch to the last.
 
         Args:
             writer: A SummaryWriter of TensorBoard.
@@ -171,21 +200,15 @@ class Trainer:
         Raises:
             UserError: If the loss is not finite.
         """
-        self._log_start()
-        left = self.recipe.epochs - self.epoch
-        eta = Eta(left * self.updates, left)
+        self.begin, self.first = time.perf_counter(), self.done
         while self.epoch < self.recipe.epochs:
             start = time.perf_counter()
-            row = {'epoch': self.epoch}
-            row |= {f'train_{name}': value for name, value in self._train_epoch(eta).items()}
-            row['lr'] = self._lr
-            begin = time.perf_counter()
-            row |= self._validate()
-            eta.add('validation', time.perf_counter() - begin)
+            row = {'epoch': self.epoch, **self._train_epoch(), 'lr': self._lr, **self._validate()}
             row['seconds'] = time.perf_counter() - start
             self.history.append(row)
             self._save()
-            _logger.info('%s', epoch_line(row, self.recipe.epochs, eta))
+            figures = [text.format(row[name]) for name, text in _SHOWN.items() if name in row]
+            _logger.info('%s: lr %.2e, %s, %s', self._title, row['lr'], ', '.join(figures), self._eta)
             if writer:
                 for name, value in row.items():
                     writer.add_scalar(name.replace('_', '/', 1), value, self.epoch + 1)
@@ -198,8 +221,18 @@ class Trainer:
         """The learning rate of the layers that have the highest."""
         return max(group['lr'] for group in self.optimizer.param_groups)
 
-    def _train_epoch(self, eta: Eta) -> dict[str, float]:
-        """Mean losses and the rate of an epoch."""
+    @property
+    def _title(self) -> str:
+        return f'epoch {self.epoch + 1}/{self.recipe.epochs}'
+
+    @property
+    def _eta(self) -> str:
+        """When the run ends, if it goes on at the pace so far."""
+        left = (self.recipe.epochs * self.updates - self.done) / (self.done - self.first)
+        return f'ETA {timedelta(seconds=round((time.perf_counter() - self.begin) * left))}'
+
+    def _train_epoch(self) -> dict[str, float]:
+        """Return the mean losses and the rate of an epoch."""
         recipe, world = self.recipe, self.world
         seed_epoch(recipe.seed, self.epoch, world.rank)
         if world.is_distributed:
@@ -207,27 +240,36 @@ class Trainer:
         self.parallel.train()
         batches = iter(self.loader)
         sums = recent = torch.zeros(3, dtype=torch.float64, device=world.device)
-        progress = EpochProgress(
-            f'epoch {self.epoch + 1}/{recipe.epochs}', self.updates, recipe.total_batch(world.size), eta, world.is_first
-        )
-        since = 0
-        for update in progress:
-            recent = recent + self._update(batches)
-            since += 1
-            if update % recipe.log_interval == 0 or update == self.updates:
-                mean = world.sum(recent.clone()) / world.size / since
-                self._check_finite(mean[0].item())
-                progress.tell(update, mean[0].item(), self._lr)
-                sums, recent, since = sums + mean * since, torch.zeros_like(recent), 0
+        start, since, on_terminal = time.perf_counter(), 0, sys.stderr.isatty()
+        with tqdm(
+            total=self.updates,
+            desc=self._title,
+            unit='update',
+            leave=False,
+            disable=not (world.is_first and on_terminal),
+        ) as bar:
+            for update in range(1, self.updates + 1):
+                recent = recent + self._update(batches)
+                since += 1
+                bar.update()
+                if update % recipe.log_interval == 0 or update == self.updates:
+                    mean = world.sum(recent.clone()) / world.size / since
+                    self._check_finite(mean[0].item())
+                    sums, recent, since = sums + mean * since, torch.zeros_like(recent), 0
+                    rate = update * recipe.total_batch(world.size) / (time.perf_counter() - start)
+                    status = f'loss {mean[0]:.3f}, lr {self._lr:.2e}, {rate:.1f} images/s, {self._eta}'
+                    bar.set_postfix_str(status)
+                    if not on_terminal:
+                        _logger.info('%s, update %d/%d: %s', self._title, update, self.updates, status)
         if world.is_distributed:
             for model in (self.model, *([self.ema.module] if self.ema else [])):
                 distribute_bn(model, world.size, reduce=True)
         loss, main, aux = (sums / self.updates).tolist()
-        heads = {'loss_main': main, 'loss_aux': aux} if recipe.aux_weight else {}
-        return {'loss': loss, **heads, 'images_per_second': progress.rate}
+        heads = {'train_loss_main': main, 'train_loss_aux': aux} if recipe.aux_weight else {}
+        return {'train_loss': loss, **heads, 'train_images_per_second': rate}
 
-    def _update(self, batches: Any) -> Tensor:
-        """One update; the losses of this process: total, main and auxiliary, (3,)."""
+    def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Do one update; return the losses of this process: total, main and auxiliary, (3,)."""
         recipe, world = self.recipe, self.world
         losses = torch.zeros(3, dtype=torch.float64, device=world.device)
         for step in range(recipe.grad_accum_steps):
@@ -238,7 +280,10 @@ class Trainer:
             with self.parallel.no_sync() if waits else nullcontext():
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.amp):
                     logits = self.parallel(images)
-                main, aux = self._head_losses(logits, targets)
+                if not isinstance(logits, dict):
+                    logits = {'main': logits}
+                main = self.loss(logits['main'].float(), targets)
+                aux = self.loss(logits['aux'].float(), targets) if 'aux' in logits else torch.zeros_like(main)
                 loss = main + recipe.aux_weight * aux
                 (loss / recipe.grad_accum_steps).backward()
             losses += torch.stack([loss, main, aux]).detach().double() / recipe.grad_accum_steps
@@ -252,24 +297,18 @@ class Trainer:
             self.ema.update(self.model)
         return losses
 
-    def _head_losses(self, logits: Tensor | dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(logits, dict):
-            return tuple(self.loss(logits[head].float(), targets) for head in ('main', 'aux'))
-        main = self.loss(logits.float(), targets)
-        return main, torch.zeros_like(main)
-
     def _validate(self) -> dict[str, float]:
-        """Figures of the weights, and of their average as `ema_*`."""
-        models = {'': self.model, **({'ema_': self.ema.module} if self.ema else {})}
+        """Return the figures of the weights as `val_*`, and of their average as `val_ema_*`."""
+        models = {'val_': self.model, **({'val_ema_': self.ema.module} if self.ema else {})}
         row = {}
         for prefix, model in models.items():
             metrics = evaluate(model, self.val_loader, self.world, self.recipe.amp)
-            row |= {f'val_{prefix}{name}': value for name, value in metrics.scalars().items()}
+            row |= {f'{prefix}{name}': value for name, value in metrics.scalars().items()}
         self._check_finite(row['val_loss'])
         return row
 
     def _check_finite(self, loss: float) -> None:
-        """All processes see the same loss, so all of them stop."""
+        """Stop the run if a loss, the same in all processes, is not finite."""
         if isfinite(loss):
             return
         last = self.output / LAST
@@ -297,52 +336,24 @@ class Trainer:
         if self.ema:
             content['state_dict_ema'] = self.ema.module.state_dict()
         if best is self.history[-1]:
-            write_checkpoint(self.output / BEST, content)
-        write_summary(self.output / 'summary.csv', self.history)
+            _write(self.output / BEST, content)
+        write_csv(self.output / 'summary.csv', [self.history[-1], *(row.values() for row in self.history)])
         # Last, so that a run that is cut off before it writes the others again.
-        write_checkpoint(self.output / LAST, {**content, 'optimizer': self.optimizer.state_dict()})
-
-    def _log_start(self) -> None:
-        recipe, world = self.recipe, self.world
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        _logger.info(
-            '%s, %.2f M parameters, %d classes, %d training and %d validation images at %dx%d; %d process%s on %s, '
-            '%d images in an update, %d updates in an epoch, learning rate %.2e',
-            recipe.model,
-            parameters / 1e6,
-            len(self.classes),
-            len(self.loader.dataset),
-            self.val_images,
-            recipe.img_size,
-            recipe.img_size,
-            world.size,
-            '' if world.size == 1 else 'es',
-            world.device.type,
-            recipe.total_batch(world.size),
-            self.updates,
-            recipe.learning_rate(world.size),
-        )
+        _write(self.output / LAST, {**content, 'optimizer': self.optimizer.state_dict()})
 
 
-def write_summary(path: Path, history: list[dict[str, float]]) -> None:
-    """Writes the figures of every epoch as a table, whole or not at all."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, fieldnames=list(history[-1]), lineterminator='\n')
-    table.writeheader()
-    table.writerows(history)
+def _write(path: Path, content: dict[str, Any]) -> None:
     with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+        torch.save(content, file)
 
 
-def _build(recipe: Recipe, num_classes: int, world: World, from_start: bool) -> nn.Module:
-    """The model on its device."""
-    model = create_model(
-        recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path, recipe.pretrained and from_start
-    )
+def _build(recipe: Recipe, num_classes: int, from_start: bool) -> nn.Module:
+    pretrained = recipe.pretrained and from_start
+    model = create_model(recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path, pretrained)
     if recipe.initial_checkpoint and from_start:
         load_weights(model, *starting_weights(recipe.initial_checkpoint))
     model.set_grad_checkpointing(recipe.grad_checkpointing)
-    return model.to(world.device)
+    return model
 
 
 def _create_optimizer(recipe: Recipe, world: World, model: nn.Module) -> torch.optim.Optimizer:

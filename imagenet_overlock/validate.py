@@ -1,4 +1,4 @@
-"""Validating a classifier on an image folder."""
+"""Validate a classifier on an image folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from overlock.utils.files import whole_file
 
 @dataclass(frozen=True)
 class Validation:
-    """What was validated, and how well it did.
+    """A validation and its figures.
 
     Attributes:
         model: Name of the model.
@@ -45,16 +45,10 @@ class Validation:
     metrics: Metrics
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--results` writes."""
-        return dict(
-            model=self.model,
-            weights=self.weights,
-            ema=self.ema,
-            img_size=self.img_size,
-            images=self.metrics.images,
-            **self.metrics.scalars(),
-            images_per_second=self.metrics.images_per_second,
-        )
+        """Return what `--results` writes."""
+        settings = {name: getattr(self, name) for name in ('model', 'weights', 'ema', 'img_size')}
+        speed = self.metrics.images_per_second
+        return {**settings, 'images': self.metrics.images, **self.metrics.scalars(), 'images_per_second': speed}
 
     def __str__(self) -> str:
         metrics = self.metrics
@@ -69,13 +63,9 @@ class Validation:
             lines.append(f'{metrics.images_per_second:.1f} images/s')
         pairs = confused_pairs(metrics.confusion, self.classes, 5)
         if pairs:
+            worst = worst_classes(metrics.confusion, self.classes)
             lines.append('most confused: ' + '; '.join(f'{a} for {b} {count}' for a, b, count in pairs))
-            lines.append(
-                'worst classes: '
-                + '; '.join(
-                    f'{name} {accuracy:.1f} %' for name, accuracy in worst_classes(metrics.confusion, self.classes)
-                )
-            )
+            lines.append('worst classes: ' + '; '.join(f'{name} {accuracy:.1f} %' for name, accuracy in worst))
         return '\n'.join(lines)
 
 
@@ -95,7 +85,7 @@ def validate(
     confusion: str | os.PathLike | None = None,
     results: str | os.PathLike | None = None,
 ) -> Validation:
-    """Validates a classifier; several processes share the images.
+    """Validate a classifier; several processes share the images.
 
     Args:
         data_dir: Image folder with a split `val/` or `validation/`, or such a split.
@@ -107,15 +97,12 @@ def validate(
         batch_size: Images of a batch, in each process.
         workers: Processes that read images, for each process.
         img_size: Side of the images in pixels; None for that of the training.
-        crop_pct: Side of the centre crop over that of the resized image; None for that of the variant, and for 1.0
+        crop_pct: Side of the center crop over that of the resized image; None for that of the variant, and for 1.0
             above its image size.
         amp: Whether to run in bfloat16 autocast.
         device: Device of torch; None for the GPU where there is one.
         confusion: File for the confusion matrix, ending in .csv or .png.
         results: JSON file for the figures.
-
-    Returns:
-        The figures.
 
     Raises:
         UserError: If data, weights or device cannot be used.
@@ -127,7 +114,7 @@ def validate(
             raise UserError(f'{name} takes the name of a file, got the folder {path}.')
     check_settings(batch_size=batch_size, workers=workers, img_size=img_size, crop_pct=crop_pct)
     with join_world(device) as world:
-        split = world.once_per_machine(lambda: check_validation_folder(data_dir))
+        split = world.together(lambda: check_validation_folder(data_dir))
         trained = training_facts(find_file(checkpoint)) if checkpoint else {}
         model = model or trained.get('arch')
         if model is None:
@@ -135,14 +122,15 @@ def validate(
         classes = _classes(trained, split, checkpoint)
         if confusion is not None:
             check_confusion_file(Path(confusion), len(classes))
-        source = checkpoint or _published(model)
+        source = os.fspath(checkpoint or _published(model))
         network = load_for_validation(model, source, len(classes), aux, ema).to(world.device)
-        trained_size = trained.get('args', {}).get('img_size', network.pretrained_cfg['input_size'][-1])
+        args = trained.get('args', {})
+        trained_size = args.get('img_size', network.pretrained_cfg['input_size'][-1])
         img_size = img_size or trained_size
         if crop_pct is None:
-            crop_pct = 1.0 if img_size > trained_size else trained.get('args', {}).get('crop_pct')
+            crop_pct = 1.0 if img_size > trained_size else args.get('crop_pct')
         loader = val_loader(split, world, network, batch_size, workers, img_size, crop_pct, classes)
-        found = Validation(model, os.fspath(source), ema, img_size, classes, evaluate(network, loader, world, amp))
+        found = Validation(model, source, ema, img_size, classes, evaluate(network, loader, world, amp))
         if world.is_first and confusion is not None:
             write_confusion(Path(confusion), found.metrics.confusion, classes)
         if world.is_first and results is not None:
@@ -152,20 +140,19 @@ def validate(
 
 
 def _published(model: str) -> str:
-    """The name of a model's published weights."""
+    """Return the name of a model's published weights."""
     check_model(model)
     url = timm.get_pretrained_cfg(model).url
     return next(name for name, weights in WEIGHTS.items() if weights.url == url)
 
 
 def _classes(trained: Mapping[str, Any], split: Split, source: str | None) -> tuple[str, ...]:
-    """Names of a model's classes: those that it was trained on, where the weights tell, else those of the folder."""
-    if 'classes' not in trained:
-        return split.classes
-    unknown = sorted(set(split.classes) - set(trained['classes']))
+    """Return the names of a model's classes: those that it was trained on if the weights tell, else the folder's."""
+    classes = tuple(trained.get('classes', split.classes))
+    unknown = sorted(set(split.classes) - set(classes))
     if unknown:
         raise UserError(
             f'{split.root} has the class {unknown[0]}, which {source} was not trained on; give a folder of '
             'the classes that it was trained on.'
         )
-    return tuple(trained['classes'])
+    return classes

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 from demo.classifier import draw, run_demo  # noqa: E402
-from imagenet_overlock.options import add_recipe_options, recipe_options  # noqa: E402
-from imagenet_overlock.progress import log_to_terminal  # noqa: E402
+from imagenet_overlock.distributed import log_to_terminal  # noqa: E402
+from imagenet_overlock.recipe import add_recipe_options, recipe_options  # noqa: E402
 from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 
 TARGET = 80

@@ -12,9 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from imagenet_overlock.options import add_recipe_options, recipe_options  # noqa: E402
-from imagenet_overlock.progress import log_to_terminal  # noqa: E402
-from imagenet_overlock.recipe import load_recipe  # noqa: E402
+from imagenet_overlock.distributed import log_to_terminal  # noqa: E402
+from imagenet_overlock.recipe import add_recipe_options, load_recipe, recipe_options  # noqa: E402
 from imagenet_overlock.train import train  # noqa: E402
 from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 

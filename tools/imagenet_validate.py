@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from imagenet_overlock.distributed import is_first_process  # noqa: E402
-from imagenet_overlock.progress import log_to_terminal  # noqa: E402
+from imagenet_overlock.distributed import is_first_process, log_to_terminal  # noqa: E402
 from imagenet_overlock.validate import validate  # noqa: E402
 from overlock.utils.distributed import exit_on_user_error  # noqa: E402
 

@@ -19,9 +19,9 @@ def digest(root):
 def test_the_same_parameters_give_the_same_balanced_folder(tmp_path):
     first = draw(tmp_path / 'first', train=2, val=1, size=32)
     assert digest(first) == digest(draw(tmp_path / 'second', train=2, val=1, size=32))
-    found = check_folder(first)
-    assert found.train.classes == CLASSES and len(CLASSES) == 10
-    assert (found.train.images, found.val.images) == (20, 10)
+    train, val = check_folder(first)
+    assert train.classes == CLASSES and len(CLASSES) == 10
+    assert (train.images, val.images) == (20, 10)
     for split, count in (('train', 2), ('val', 1)):
         assert {len(list((first / split / name).iterdir())) for name in CLASSES} == {count}
     assert len(set(digest(first).values())) == 30

@@ -21,14 +21,14 @@ def folder(tmp_path):
 
 
 def test_classes_are_in_the_order_of_timm(folder):
-    found = check_folder(folder)
-    assert found.train.classes == found.val.classes == ('n2', 'n10')
-    assert found.train.images == found.val.images == 4
+    train, val = check_folder(folder)
+    assert train.classes == val.classes == ('n2', 'n10')
+    assert train.images == val.images == 4
 
 
 def test_hidden_folders_are_no_classes(folder):
     (folder / 'train' / '.thumbnails').mkdir()
-    assert check_folder(folder).train.classes == ('n2', 'n10')
+    assert check_folder(folder)[0].classes == ('n2', 'n10')
 
 
 def test_validation_takes_the_root_either_split_name_or_the_split(folder):
@@ -36,7 +36,7 @@ def test_validation_takes_the_root_either_split_name_or_the_split(folder):
     assert check_validation_folder(folder / 'train').root == folder / 'train'
     (folder / 'val').rename(folder / 'validation')
     assert check_validation_folder(folder).root == folder / 'validation'
-    assert check_folder(folder).val.root == folder / 'validation'
+    assert check_folder(folder)[1].root == folder / 'validation'
 
 
 def break_root(root):
@@ -68,12 +68,12 @@ def drop_classes(root):
 
 def drop_one_class(root):
     shutil.rmtree(root / 'val' / 'n2')
-    return 'must have the same classes, but n2 is only in the first and none is only in the second.'
+    return f'{root}/train and {root}/val must have the same classes, but 1 of the first are not in the second, such as n2; '
 
 
 def rename_class(root):
     (root / 'val' / 'n2').rename(root / 'val' / 'n3')
-    return 'but n2 is only in the first and n3 is only in the second.'
+    return 'but 1 of the first are not in the second, such as n2; add or remove them.'
 
 
 def empty_class(root):
@@ -87,7 +87,7 @@ def nest_class(root):
     inner.mkdir()
     for path in (root / 'train' / 'n2').glob('*.JPEG'):
         path.rename(inner / path.name)
-    return 'has no images (.jpg, .jpeg, .png) but folders; images must lie in it directly.'
+    return 'has no images (.jpg, .jpeg, .png); move those of its folders into it.'
 
 
 def cut_off_image(root):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from imagenet_overlock import Recipe, load_recipe
-from imagenet_overlock.options import add_recipe_options, recipe_options
+from imagenet_overlock.recipe import add_recipe_options, recipe_options
 from overlock.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'imagenet'

@@ -68,7 +68,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(drawn, recipe, tmp
 
 
 def test_epochs_seeds_and_processes_draw_different_images(drawn, recipe):
-    split, model = check_folder(drawn).train, tiny.TimmOverLoCK(tiny.ARCH, num_classes=10)
+    split, model = check_folder(drawn)[0], tiny.TimmOverLoCK(tiny.ARCH, num_classes=10)
     draws = []
     for seed, epoch, rank in ((1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 1), (1, 0, 0)):
         seed_epoch(seed, epoch, rank)
@@ -321,7 +321,10 @@ def trained(drawn, tmp_path_factory):
 @pytest.mark.parametrize(
     ('settings', 'sentence'),
     [
-        (dict(model='overlock_xt'), 'is of overlock_tiny and cannot be resumed as overlock_xt; take the same --model.'),
+        (
+            dict(model='overlock_xt'),
+            'was trained with model = overlock_tiny and cannot be resumed with overlock_xt; take the same.',
+        ),
         (dict(aux_weight=0), 'was trained with aux_weight = 0.4 and cannot be resumed with 0.0'),
         (dict(layer_decay=0.7), 'was trained with layer_decay = None and cannot be resumed with 0.7'),
         (dict(opt='sgd'), 'was trained with opt = adamw and cannot be resumed with sgd'),
