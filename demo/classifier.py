@@ -29,7 +29,7 @@ def run_demo(
         options: Settings over those of the recipe.
 
     Returns:
-        The outcome; its score is the top-1 accuracy of the main head, of the last weights, in percent.
+        The outcome, judged by the top-1 accuracy of the main head and the last weights, in percent.
 
     Raises:
         UserError: If the folder holds a run that is not of a demonstration.
@@ -64,17 +64,7 @@ def _table(last: Validation, average: Validation) -> str:
 
 
 def draw(root: str | os.PathLike, train: int = 200, val: int = 40, size: int = 96, seed: int = 0) -> Path:
-    """Draw the image folder, `train/` and `val/`, unless it is there complete and with the same parameters.
-
-    Args:
-        root: Folder to write, see `draw_once`.
-        train: Training images of each class.
-        val: Validation images of each class.
-        size: Side of the images in pixels.
-        seed: Seed of the drawing.
-
-    Returns:
-        `root`, absolute.
+    """Draw `train/` and `val/` with so many images of `size` pixels of each class, unless they are there complete.
 
     Raises:
         UserError: If a number is out of range, or `root` holds something else than a drawn data set.

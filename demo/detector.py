@@ -43,7 +43,7 @@ def run_demo(config: str | Path, work_dir: str | Path, cfg_options: dict[str, An
         cfg_options: Settings by dotted name, over those of the configuration.
 
     Returns:
-        The outcome; its score is box AP50 over all classes, in [0, 1].
+        The outcome, judged by box AP50 over all classes, in [0, 1].
 
     Raises:
         UserError: If the folder holds files of the same names that are not of a demonstration.
@@ -83,21 +83,11 @@ def _options(step: str, cfg_options: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def draw(root: str | os.PathLike, train: int = 320, val: int = 48, size: int = 128, seed: int = 0) -> Path:
-    """Draw the data set, unless it is there complete and with the same parameters.
+    """Draw `train` and `val` square images of `size` pixels, unless they are there complete.
 
     The same scenes are written twice: `coco/` (`annotations/instances_{train,val}2017.json`, `train2017/`,
     `val2017/`; masks, boxes and areas of the visible parts) and `ade/` (`images/{training,validation}/`,
     `annotations/{training,validation}/`; 0 is background, c + 1 is `SCENE_CLASSES[c]`).
-
-    Args:
-        root: Folder to write, see `draw_once`.
-        train: Number of training images.
-        val: Number of held-out images.
-        size: Side of the square images in pixels, at least 64.
-        seed: Seed of the scenes.
-
-    Returns:
-        `root`, absolute.
 
     Raises:
         UserError: If a number is out of range, or `root` holds something else than a drawn data set.

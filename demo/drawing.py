@@ -44,18 +44,9 @@ class Scene:
 def silhouette(
     name: str, center: tuple[float, float], radius: float, turn: float, size: int, subpixels: int
 ) -> np.ndarray:
-    """Return which subpixels lie inside a shape.
+    """Return which subpixels of a square image lie inside a shape: (size * subpixels, size * subpixels), bool.
 
-    Args:
-        name: One of `SCENE_CLASSES`.
-        center: (x, y) in pixels.
-        radius: Distance of the corners from the center in pixels.
-        turn: Rotation in radians.
-        size: Side of the square canvas in pixels.
-        subpixels: Subpixels along the side of a pixel.
-
-    Returns:
-        (size * subpixels, size * subpixels), bool.
+    `center`, `radius` (of the corners) and `size` are in pixels, `turn` in radians.
     """
     steps = (np.arange(size * subpixels) + 0.5) / subpixels
     dx, dy = np.meshgrid(steps - center[0], steps - center[1])
@@ -81,12 +72,7 @@ def draw_scene(rng: np.random.Generator, size: int, first_label: int) -> Scene:
     """Draw a textured ground, then shapes from back to front.
 
     A shape that would hide too much of an earlier one is placed elsewhere, so that every shape stays visible enough to
-    be named. Colors say nothing about classes.
-
-    Args:
-        rng: Source of all randomness.
-        size: Side of the square image in pixels.
-        first_label: Class of the rear-most shape.
+    be named. Colors say nothing about classes; `first_label` is that of the rear-most shape.
     """
     image, colors = _ground(rng, size)
     owner = np.zeros((size, size), np.uint8)
@@ -176,13 +162,7 @@ def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def draw_image(name: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """Draw one image of a class in random colors, with shade, noise and blots that are on images of every class.
-
-    Args:
-        name: One of `IMAGE_CLASSES`.
-        size: Side in pixels.
-        rng: Source of all randomness.
-    """
+    """Draw an image of one of `IMAGE_CLASSES` in random colors, with shade, noise and blots as on every class."""
     fine = 2 * size
     drawing = _DRAWINGS[name](rng, fine)
     ground, color = _two_colors(rng)

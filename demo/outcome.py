@@ -22,15 +22,7 @@ _STAMP, _OLD_STAMP = 'drawn.json', 'shapes.json'
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a demonstration.
-
-    Attributes:
-        title: What the table shows.
-        table: Figures on the held-out images, in Markdown.
-        score: The figure that the demonstration is judged by.
-        files: Files that were left, by what they are.
-        seconds: Time of each step.
-    """
+    """The results of a demonstration: its figures as a Markdown table, and the one that it is judged by."""
 
     title: str
     table: str
@@ -66,12 +58,9 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_once(root: str | os.PathLike, write: Callable[[Path], None], **parameters: int) -> Path:
-    """Draw a data set into a folder, unless it is there complete and drawn with the same parameters.
+    """Let `write` draw a data set, unless `root` holds it complete and drawn with the same parameters.
 
-    Args:
-        root: Folder to write. It appears whole or not at all; a data set drawn with other parameters is replaced.
-        write: Draws into the folder that it is given.
-        **parameters: What the drawing depends on.
+    The folder appears whole or not at all; a data set drawn with other parameters is replaced.
 
     Returns:
         `root`, absolute.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,16 +29,12 @@ _CURVES = {
     'mask AP': ('coco/segm_mAP', 'tab:orange', '--'),
 }
 _COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#b13ad6', '#00a5a5', '#808000', '#9a6324')
-_ENLARGED = 4
 
 
 def average_precision(annotation_file: Path, boxes: Path, masks: Path) -> dict[str, dict[str, np.ndarray]]:
     """Measure COCO's average precision of boxes and masks, for all classes together and for each.
 
-    Args:
-        annotation_file: Ground truth in COCO format.
-        boxes: Predicted boxes in COCO's result format (`CocoMetric` writes them with `outfile_prefix`).
-        masks: Predicted masks in that format.
+    The files are in COCO's formats; `CocoMetric` writes predictions with `outfile_prefix`.
 
     Returns:
         The `MEASURES` of `rows[name][kind]` with name 'all' (first) or a class, kind 'box' or 'mask'; in [0, 1], and -1
@@ -72,17 +67,13 @@ def ap_table(rows: dict[str, dict[str, np.ndarray]]) -> str:
     return markdown_table(table)
 
 
-def plot_curves(log: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Plot the loss, and the average precision on the held-out images, over iterations.
-
-    Args:
-        log: The `scalars.json` of mmengine's `LocalVisBackend`, one JSON object a line.
-        path: PNG to write.
+def plot_curves(log: Path, path: Path) -> None:
+    """Plot loss and average precision over iterations, from the `scalars.json` of mmengine, into a PNG.
 
     Raises:
         ValueError: If nothing was logged.
     """
-    records = [json.loads(line) for line in Path(log).read_text().splitlines() if line.strip()]
+    records = [json.loads(line) for line in log.read_text().splitlines() if line.strip()]
     if not records:
         raise ValueError(f'expected logged values in {log}, found none: train first')
     figure = Figure(figsize=(11, 4), layout='constrained')
@@ -110,35 +101,21 @@ def _curve(records: Sequence[Mapping], key: str) -> np.ndarray:
 
 
 def draw_predictions(
-    annotation_file: str | os.PathLike,
-    image_folder: str | os.PathLike,
-    result_file: str | os.PathLike,
-    path: str | os.PathLike,
-    count: int = 6,
-    min_score: float = 0.5,
+    annotation_file: Path, image_folder: Path, result_file: Path, path: Path, count: int = 6, min_score: float = 0.5
 ) -> None:
-    """Draw the truth above and the predictions below, for the first images of a data set.
-
-    Args:
-        annotation_file: Ground truth in COCO format, masks as run-length codes.
-        image_folder: Folder of its images.
-        result_file: Predicted masks and boxes in COCO's result format.
-        path: PNG to write.
-        count: Number of images, from the first.
-        min_score: Lowest score that is drawn.
-    """
-    truth = json.loads(Path(annotation_file).read_text())
-    predictions = [p for p in json.loads(Path(result_file).read_text()) if p['score'] >= min_score]
+    """Draw the truth above and the predictions from `min_score` on below, for the first images, into a PNG."""
+    truth = json.loads(annotation_file.read_text())
+    predictions = [p for p in json.loads(result_file.read_text()) if p['score'] >= min_score]
     categories = {c['id']: (c['name'], _COLORS[i % len(_COLORS)]) for i, c in enumerate(truth['categories'])}
     images = truth['images'][:count]
 
     figure = Figure(figsize=(2.3 * len(images), 5.15), layout='constrained')
     grid = figure.subplots(2, len(images), squeeze=False)
     for column, image in enumerate(images):
-        photo = Image.open(Path(image_folder, image['file_name'])).convert('RGB')
+        photo = Image.open(image_folder / image['file_name']).convert('RGB')
         for axes, objects in zip(grid[:, column], (truth['annotations'], predictions), strict=True):
             width, height = photo.size
-            axes.imshow(_enlarge(photo), extent=(0, width, height, 0))
+            axes.imshow(photo, extent=(0, width, height, 0), interpolation='bicubic')
             axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
             axes.spines[:].set_visible(False)
             for item in sorted((o for o in objects if o['image_id'] == image['id']), key=lambda o: o.get('score', 1)):
@@ -154,9 +131,9 @@ def _draw_object(axes: Axes, item: dict, name: str, color: str) -> None:
     """Fill the mask, draw its edge and box, and write the score where there is one."""
     mask = coco_mask.decode(item['segmentation']).astype(np.float32)
     height, width = mask.shape
-    large, extent = _enlarge(Image.fromarray(mask)), dict(extent=(0, width, 0, height), origin='lower')
-    axes.contourf(large, levels=(0.5, 2), colors=[color], alpha=0.45, **extent)
-    axes.contour(large, levels=(0.5,), colors=[color], linewidths=1.6, **extent)
+    extent = (0, width, 0, height)
+    axes.contourf(mask, levels=(0.5, 2), colors=[color], alpha=0.45, extent=extent, origin='lower')
+    axes.contour(mask, levels=(0.5,), colors=[color], linewidths=1.6, extent=extent, origin='lower')
     x, y, box_width, box_height = item['bbox']
     axes.add_patch(Rectangle((x, y), box_width, box_height, fill=False, edgecolor='white', linewidth=1))
     # A label grows away from the nearer side, so that it stays inside the picture.
@@ -172,11 +149,6 @@ def _draw_object(axes: Axes, item: dict, name: str, color: str) -> None:
     ).set_in_layout(False)
 
 
-def _enlarge(image: Image.Image) -> np.ndarray:
-    size = (image.width * _ENLARGED, image.height * _ENLARGED)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-
-
-def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
-    with drafted(Path(path)) as (new,):
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    with drafted(path) as (new,):
         figure.savefig(new, format='png', dpi=dpi)

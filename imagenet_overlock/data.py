@@ -69,16 +69,9 @@ def val_loader(
 ) -> PrefetchLoader:
     """Return batches of this process's share of a split, on its device: every image is in one share, once.
 
-    Args:
-        split: What to validate on.
-        world: The processes among which images are dealt out.
-        model: Classifier of timm, whose `pretrained_cfg` gives the preprocessing.
-        batch_size: Images of a batch.
-        workers: Processes that read images.
-        img_size: Side of the images in pixels; None for that of the model.
-        crop_pct: Side of the center crop over that of the resized image; None for that of the model, and for 1.0
-            where `img_size` is above the model's.
-        classes: Names of the model's classes, by index; None for those of the split.
+    The model's `pretrained_cfg` gives the preprocessing where `img_size` (pixels) and `crop_pct` (side of the center
+    crop over that of the resized image) are None; images above the model's size are not cropped. `classes` are those of
+    the model by index, by default those of the split.
     """
     config = resolve_data_config({'img_size': img_size, 'crop_pct': crop_pct}, model=model)
     if crop_pct is None and config['input_size'][-1] > resolve_data_config({}, model=model)['input_size'][-1]:

@@ -51,8 +51,8 @@ def check_folder(root: str | os.PathLike, batch: int = 1) -> tuple[Split, Split]
         alone = sorted(set(split.classes) - set(other.classes), key=natural_key)
         if alone:
             raise UserError(
-                f'{split.root} and {other.root} must have the same classes, but {len(alone)} of the first are not in '
-                f'the second, such as {alone[0]}; add or remove them.'
+                f'{train.root} and {val.root} must have the same classes, but only {split.root} has '
+                f'{", ".join(alone[:3])}; add or remove what differs.'
             )
     if train.images < batch:
         raise UserError(

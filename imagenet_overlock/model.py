@@ -20,14 +20,7 @@ _CLASSIFIERS = ('head.fc', 'aux_head.fc')
 def create_model(
     name: str, num_classes: int, aux_head: bool, drop_path: float = 0.0, pretrained: bool = False
 ) -> nn.Module:
-    """Build a classifier of timm's registry.
-
-    Args:
-        name: 'overlock_xt', 'overlock_t', 'overlock_s', 'overlock_b', or one of these with '_reparam'.
-        num_classes: Classes.
-        aux_head: Whether to build the auxiliary head.
-        drop_path: Drop path rate of the last block.
-        pretrained: Whether to load the published weights, with new classifiers unless there are 1000 classes.
+    """Build a classifier of timm's registry; published weights get new classifiers unless there are 1000 classes.
 
     Raises:
         UserError: If there is no such model.
@@ -70,14 +63,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 def load_for_validation(
     model_name: str, source: str | os.PathLike, num_classes: int, aux_head: bool, ema: bool
 ) -> nn.Module:
-    """Build a classifier with the weights of a file.
-
-    Args:
-        model_name: See `create_model`.
-        source: A name of published weights, a path, or a URL.
-        num_classes: Classes of the image folder.
-        aux_head: Whether to build the auxiliary head.
-        ema: Whether to take the running average of the weights.
+    """Build a classifier with the weights, or their running average, of a published name, a path or a URL.
 
     Raises:
         CheckpointError: If the file is not of this model or has other classes.

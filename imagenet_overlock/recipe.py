@@ -165,17 +165,6 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_settings(**values: Any) -> None:
-    """Check single settings of a recipe, given by name; None is accepted.
-
-    Raises:
-        UserError: If one is of the wrong type or out of range.
-    """
-    for item in fields(Recipe):
-        if values.get(item.name) is not None:
-            _checked(item, values[item.name])
-
-
 def _checked(item: Field, value: Any) -> Any:
     """Return the value of a setting in its type.
 

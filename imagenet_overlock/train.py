@@ -23,15 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from imagenet_overlock.checkpoints import (
-    BEST,
-    LAST,
-    check_resumable,
-    find_checkpoint,
-    read_checkpoint,
-    settings,
-    starting_weights,
-)
+from imagenet_overlock import checkpoints
+from imagenet_overlock.checkpoints import LAST
 from imagenet_overlock.confusion import write_csv
 from imagenet_overlock.data import seed_epoch, train_loader, val_loader
 from imagenet_overlock.distributed import World, join_world
@@ -43,18 +36,6 @@ from overlock.utils.errors import UserError
 from overlock.utils.files import whole_file
 
 _logger = logging.getLogger(__name__)
-# Figures in the log line of an epoch.
-_SHOWN = {
-    'train_loss': 'loss {:.3f}',
-    'train_loss_main': 'main {:.3f}',
-    'train_loss_aux': 'aux {:.3f}',
-    'val_loss': 'validation loss {:.3f}',
-    'val_top1': 'top-1 {:.2f}',
-    'val_top5': 'top-5 {:.2f}',
-    'val_aux_top1': 'aux top-1 {:.2f}',
-    'val_ema_top1': 'EMA top-1 {:.2f}',
-    'train_images_per_second': '{:.1f} images/s',
-}
 
 
 def train(
@@ -87,7 +68,7 @@ def train(
     output = Path(output)
     with join_world(device) as world:
         splits = world.together(lambda: check_folder(data_dir, recipe.total_batch(world.size)))
-        last = world.together(lambda: find_checkpoint(resume, output))
+        last = world.together(lambda: checkpoints.find_checkpoint(resume, output))
         if len(set(world.gather((splits, last)))) > 1:
             raise UserError(
                 f'The machines of this run do not find the same images in {data_dir} and the same checkpoint in '
@@ -102,13 +83,7 @@ def train(
 class Trainer:
     """A training run: what it needs to go on, and its loop.
 
-    Args:
-        recipe: The settings.
-        train_split: Images to train on.
-        val_split: Images to validate on.
-        output: Folder to write.
-        world: The processes of the run.
-        from_start: Whether to load the weights that the recipe starts from: a run that is resumed has its own.
+    A run that is resumed has weights of its own: only one `from_start` loads those that the recipe starts from.
 
     Raises:
         UserError: If the settings do not fit each other or the images, or the weights cannot be used.
@@ -153,31 +128,18 @@ class Trainer:
             )
         self.epoch = self.done = 0
         self.history: list[dict[str, float]] = []
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         _logger.info(
-            '%s, %.2f M parameters, %d classes, %d training and %d validation images at %dx%d; %d process(es) on %s, '
-            '%d images in an update, %d updates in an epoch, learning rate %.2e',
-            recipe.model,
-            sum(parameter.numel() for parameter in self.model.parameters()) / 1e6,
-            len(self.classes),
-            train_split.images,
-            val_split.images,
-            recipe.img_size,
-            recipe.img_size,
-            world.size,
-            world.device.type,
-            recipe.total_batch(world.size),
-            self.updates,
-            recipe.learning_rate(world.size),
+            f'{recipe.model}, {parameters / 1e6:.2f} M parameters, {len(self.classes)} classes, {train_split.images} '
+            f'training and {val_split.images} validation images of {recipe.img_size} pixels; {world.size} process(es) '
+            f'on {world.device.type}, {recipe.total_batch(world.size)} images in an update, {self.updates} updates in '
+            f'an epoch, learning rate {recipe.learning_rate(world.size):.2e}'
         )
 
     def resume(self, path: Path) -> None:
-        """Take up the state of a checkpoint.
-
-        Raises:
-            CheckpointError: If it is not of this model and these classes.
-        """
-        content = read_checkpoint(path)
-        check_resumable(content, path, self.recipe, self.classes, self.world.size)
+        """Take up the state of a checkpoint, if it is of this model and these classes."""
+        content = checkpoints.read_checkpoint(path)
+        checkpoints.check_resumable(content, path, self.recipe, self.classes, self.world.size)
         self.model.load_state_dict(content['state_dict'])
         if self.ema:
             self.ema.module.load_state_dict(content['state_dict_ema'])
@@ -189,17 +151,7 @@ class Trainer:
         _logger.info('resumed from %s after epoch %d of %d', path, self.epoch, self.recipe.epochs)
 
     def fit(self, writer: Any = None) -> list[dict[str, float]]:
-        """Train from the current epoch to the last.
-
-        Args:
-            writer: A SummaryWriter of TensorBoard.
-
-        Returns:
-            The figures of every epoch.
-
-        Raises:
-            UserError: If the loss is not finite.
-        """
+        """Train from the current epoch to the last; return the figures of all, and write them for TensorBoard."""
         self.begin, self.first = time.perf_counter(), self.done
         while self.epoch < self.recipe.epochs:
             start = time.perf_counter()
@@ -207,8 +159,8 @@ class Trainer:
             row['seconds'] = time.perf_counter() - start
             self.history.append(row)
             self._save()
-            figures = [text.format(row[name]) for name, text in _SHOWN.items() if name in row]
-            _logger.info('%s: lr %.2e, %s, %s', self._title, row['lr'], ', '.join(figures), self._eta)
+            figures = ', '.join(f'{name} {value:.4g}' for name, value in row.items() if name != 'epoch')
+            _logger.info('%s: %s, %s', self._title, figures, self._eta)
             if writer:
                 for name, value in row.items():
                     writer.add_scalar(name.replace('_', '/', 1), value, self.epoch + 1)
@@ -328,7 +280,7 @@ class Trainer:
             arch=self.recipe.model,
             state_dict=self.model.state_dict(),
             classes=list(self.classes),
-            args=settings(self.recipe),
+            args=checkpoints.settings(self.recipe),
             processes=self.world.size,
             metric=best[metric],
             history=self.history,
@@ -336,7 +288,7 @@ class Trainer:
         if self.ema:
             content['state_dict_ema'] = self.ema.module.state_dict()
         if best is self.history[-1]:
-            _write(self.output / BEST, content)
+            _write(self.output / checkpoints.BEST, content)
         write_csv(self.output / 'summary.csv', [self.history[-1], *(row.values() for row in self.history)])
         # Last, so that a run that is cut off before it writes the others again.
         _write(self.output / LAST, {**content, 'optimizer': self.optimizer.state_dict()})
@@ -351,7 +303,7 @@ def _build(recipe: Recipe, num_classes: int, from_start: bool) -> nn.Module:
     pretrained = recipe.pretrained and from_start
     model = create_model(recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path, pretrained)
     if recipe.initial_checkpoint and from_start:
-        load_weights(model, *starting_weights(recipe.initial_checkpoint))
+        load_weights(model, *checkpoints.starting_weights(recipe.initial_checkpoint))
     model.set_grad_checkpointing(recipe.grad_checkpointing)
     return model
 

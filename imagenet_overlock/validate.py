@@ -18,7 +18,7 @@ from imagenet_overlock.distributed import join_world
 from imagenet_overlock.evaluate import Metrics, evaluate
 from imagenet_overlock.folder import Split, check_validation_folder
 from imagenet_overlock.model import check_model, load_for_validation
-from imagenet_overlock.recipe import check_settings
+from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import WEIGHTS, find_file
 from overlock.utils.errors import UserError
 from overlock.utils.files import whole_file
@@ -26,21 +26,13 @@ from overlock.utils.files import whole_file
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation and its figures.
-
-    Attributes:
-        model: Name of the model.
-        weights: Name or path of its weights.
-        ema: Whether these are the averaged ones.
-        img_size: Side of the images in pixels.
-        classes: Names of the classes, by index.
-        metrics: The figures.
-    """
+    """What was validated, at which side of the images in pixels, and the figures."""
 
     model: str
     weights: str
     ema: bool
     img_size: int
+    # By index.
     classes: tuple[str, ...]
     metrics: Metrics
 
@@ -112,7 +104,8 @@ def validate(
     for name, path in (('--confusion', confusion), ('--results', results)):
         if path is not None and Path(path).is_dir():
             raise UserError(f'{name} takes the name of a file, got the folder {path}.')
-    check_settings(batch_size=batch_size, workers=workers, img_size=img_size, crop_pct=crop_pct)
+    # The recipe checks what it shares with a validation.
+    Recipe(batch_size=batch_size, workers=workers, img_size=img_size or 224, crop_pct=crop_pct, mixup=0, cutmix=0)
     with join_world(device) as world:
         split = world.together(lambda: check_validation_folder(data_dir))
         trained = training_facts(find_file(checkpoint)) if checkpoint else {}

@@ -68,12 +68,12 @@ def drop_classes(root):
 
 def drop_one_class(root):
     shutil.rmtree(root / 'val' / 'n2')
-    return f'{root}/train and {root}/val must have the same classes, but 1 of the first are not in the second, such as n2; '
+    return f'{root}/train and {root}/val must have the same classes, but only {root}/train has n2; '
 
 
 def rename_class(root):
     (root / 'val' / 'n2').rename(root / 'val' / 'n3')
-    return 'but 1 of the first are not in the second, such as n2; add or remove them.'
+    return f'but only {root}/train has n2; add or remove what differs.'
 
 
 def empty_class(root):

@@ -73,7 +73,9 @@ def test_training_resuming_and_validating_from_the_command_line(two_classes, run
     command = [TRAIN, two_classes, *TINY, '-b', 2, '-j', 1, '--output', output]
     first = run_tool(*command)
     assert first.returncode == 0, first.stderr
-    assert 'epoch 2/2: lr ' in first.stderr and 'aux top-1 ' in first.stderr and 'ETA 0:00:00' in first.stderr
+    assert (
+        'epoch 2/2: train_loss ' in first.stderr and 'val_aux_top1 ' in first.stderr and 'ETA 0:00:00' in first.stderr
+    )
     resumed = run_tool(*command, '--epochs', 3, '--resume')
     assert resumed.returncode == 0, resumed.stderr
     assert 'epoch 3/3' in resumed.stderr and 'epoch 2/3' not in resumed.stderr
@@ -113,7 +115,7 @@ def test_two_processes_train_resume_and_validate(two_classes, run_tool, tmp_path
 
     whole = run('whole')
     assert whole.returncode == 0, whole.stderr
-    assert whole.stderr.count('epoch 2/2: lr ') == 1
+    assert whole.stderr.count('epoch 2/2: train_loss ') == 1
     content = read_checkpoint(tmp_path / 'whole' / 'last.pth')
     assert content['processes'] == 2
     for rank in (0, 1):
