@@ -1,60 +1,27 @@
 #!/usr/bin/env python
 """Evaluate a trained detector or segmenter."""
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
-# A plain clone works too, without `pip install -e .` and from any folder.
+# A clone that is not installed works too, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction  # noqa: E402
-
-from mmengine_overlock.run import test  # noqa: E402
-from overlock.utils.distributed import exit_on_user_error  # noqa: E402
+from mmengine_overlock.command_line import make_parser, run_command
+from mmengine_overlock.run import test
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='file of the configuration, see configs/')
+def main() -> None:
+    parser = make_parser(__doc__)
     parser.add_argument('checkpoint', help='the weights: a path, a URL, or a published name')
-    parser.add_argument(
-        '--work-dir', metavar='DIR', help='folder for the log (default: work_dirs/<name of the configuration>)'
-    )
     parser.add_argument('--out', metavar='FILE.pkl', help='file for the predictions')
     parser.add_argument(
-        '--show-dir', metavar='DIR', help='folder for images with the predictions drawn beside the truth'
+        '--show-dir', metavar='DIR', help='folder for images with the predictions drawn beside the ground truth'
     )
     parser.add_argument('--show', action='store_true', help='show these images in windows')
     parser.add_argument('--tta', action='store_true', help='merge the predictions for several views of each image')
     parser.add_argument('--amp', action='store_true', help='run the backbone in bfloat16')
-    parser.add_argument('--compile', action='store_true', help='compile the backbone with torch.compile')
-    parser.add_argument('--data-root', metavar='DIR', help='folder of the data, for every data set and evaluator')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings over those of the configuration, as key=value, key="[a,b]" or key=a,b',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='what started the processes of a distributed run',
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = vars(parse_args())
-    local_rank = args.pop('local_rank')
-    if args['launcher'] == 'pytorch':  # slurm and mpi have variables of their own
-        os.environ.setdefault('LOCAL_RANK', str(local_rank))
-    with exit_on_user_error():
-        test(**args)
+    run_command(test, parser)
 
 
 if __name__ == '__main__':
