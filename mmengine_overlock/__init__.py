@@ -1,1 +1,1 @@
-"""What the MMDetection and MMSegmentation plugins share: training, testing, checkpoints, checks of the data."""
+"""Shared by the MMDetection and MMSegmentation plugins: training, testing, checkpoints, checks of the data."""

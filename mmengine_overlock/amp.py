@@ -1,4 +1,4 @@
-"""Mixed precision: bfloat16 where the device has it, else float16 with a dynamic loss scale."""
+"""Training in mixed precision: bfloat16 where the device has it, else float16 with a dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from overlock.utils.errors import UserError
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Optimizer wrapper for training in bfloat16 on CUDA devices and CPUs.
+    """Optimizer wrapper for training in bfloat16 on CUDA devices and CPUs; mmengine's AmpOptimWrapper refuses CPUs.
 
-    bfloat16 has the range of float32, so that no loss scale is needed; mmengine's AmpOptimWrapper refuses CPUs. What
-    necks and detection heads give is turned into float32: the operators of mmcv have no bfloat16, and boxes at hundreds
-    of pixels need more than its 8 bits. Segmentation heads, which mmseg does not run by calling them, keep bfloat16
-    logits; their losses are computed in float32 by autocast's own rules.
+    bfloat16 has the range of float32 and needs no loss scale. The outputs of necks and detection heads become float32:
+    the operators of mmcv have no bfloat16, and boxes at hundreds of pixels need more than its 8 bits. Segmentation
+    heads, whose forward hooks mmseg does not run, keep bfloat16 logits; autocast computes their losses in float32.
     """
 
     _outputs_are_float = False
@@ -49,7 +48,7 @@ def _float(outputs: Any) -> Any:
 
 
 def half_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the kind of device computes in it without emulation, else float16."""
+    """Return bfloat16 where this kind of device computes in it without emulation, else float16."""
     lacks = device == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if lacks else torch.bfloat16
 
@@ -61,7 +60,7 @@ def enable_amp(cfg: Config) -> None:
         cfg: Changed in place: `optim_wrapper`.
 
     Raises:
-        UserError: The configuration has an optimizer wrapper of its own kind, or the device is no CUDA device or CPU.
+        UserError: The configuration has another optimizer wrapper, or the device is neither a CUDA device nor a CPU.
     """
     device, wrapper = get_device(), cfg.optim_wrapper
     kind = wrapper.get('type', 'OptimWrapper')
@@ -69,13 +68,13 @@ def enable_amp(cfg: Config) -> None:
         return
     if kind != 'OptimWrapper':
         raise UserError(
-            f'--amp works with the optimizer wrapper OptimWrapper, got {kind}; set mixed precision in the '
-            'configuration.'
+            f'--amp works with the optimizer wrapper OptimWrapper, got {kind}; '
+            'set mixed precision in the configuration.'
         )
     if device not in ('cpu', 'cuda'):
-        raise UserError(f'--amp works on CUDA devices and CPUs, got {device}.')
+        raise UserError(f'--amp works on CUDA devices and CPUs, got {device}; leave it out.')
     if half_dtype(device) == torch.float16:
         wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
-        return
-    wrapper['type'] = 'BFloat16OptimWrapper'
-    import_with(cfg, 'mmengine_overlock.amp')
+    else:
+        wrapper['type'] = 'BFloat16OptimWrapper'
+        import_with(cfg, 'mmengine_overlock.amp')

@@ -1,10 +1,10 @@
-"""Configurations: reading them, and what each option of the tools changes in them."""
+"""Read configurations, and apply the options of the tools to them."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,11 @@ from mmengine.logging import print_log
 from overlock.checkpoint import find_file
 from overlock.utils.errors import UserError
 
-LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-EVALUATORS = ('val_evaluator', 'test_evaluator')
-
 
 def load_config(
     path: str | Path, options: dict[str, Any] | None = None, work_dir: str | Path | None = None, launcher: str = 'none'
 ) -> Config:
-    """Read a configuration and settle its work folder.
+    """Read a configuration and set its work folder and launcher.
 
     Args:
         path: File of the configuration.
@@ -41,9 +38,9 @@ def load_config(
     try:
         cfg = Config.fromfile(path)
     except ImportError as error:
-        reason = error
-        while reason.__cause__ or reason.__context__:
-            reason = reason.__cause__ or reason.__context__
+        reason: BaseException = error
+        while cause := reason.__cause__ or reason.__context__:
+            reason = cause
         raise UserError(
             f'{path} needs a module that cannot be imported ({reason}); install what it needs, see the README.'
         ) from error
@@ -59,79 +56,67 @@ def load_config(
 
 
 def nodes(value: Any) -> Iterator[dict]:
-    """Every dictionary inside a part of a configuration, itself included."""
+    """Yield every dictionary inside a part of a configuration, the part included."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from nodes(item)
+    for item in value if isinstance(value, (list, tuple)) else ():
+        yield from nodes(item)
 
 
 def as_list(value: Any) -> list:
-    """Evaluators and visualization backends may be one or several."""
+    """Return a setting that is one item, several or None as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def import_with(cfg: Config, module: str) -> None:
-    """Have a configuration import a module, so that its copy in the work folder works with any tool."""
+    """Make a configuration import a module, so that any tool can use the copy in the work folder."""
     custom = cfg.get('custom_imports') or {}
-    cfg.custom_imports = {
-        'allow_failed_imports': False,
-        **custom,
-        'imports': [*dict.fromkeys([*as_list(custom.get('imports')), module])],
-    }
+    imports = dict.fromkeys([*as_list(custom.get('imports')), module])
+    cfg.custom_imports = {'allow_failed_imports': False, **custom, 'imports': list(imports)}
 
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:
-    """Move every data set and evaluator to another folder.
+    """Move every data set and evaluator to another folder of the same layout.
 
-    Args:
-        cfg: Changed in place: `data_root` at any depth of the data loaders, and every path of the loaders and
-            evaluators that lies below one of the replaced roots.
-        data_root: Folder of the same layout.
+    Every path of the data loaders and evaluators that lies below one of their `data_root`s is changed in place.
 
     Raises:
-        UserError: There is no such folder, or the configuration names no `data_root` to replace.
+        UserError: There is no such folder, or the configuration has no `data_root` to replace.
     """
     if not Path(data_root).is_dir():
         raise UserError(f'The folder {data_root} given by --data-root does not exist.')
-    parts = {name: cfg[name] for name in (*LOADERS, *EVALUATORS) if cfg.get(name) is not None}
+    names = [f'{split}_{part}' for split in ('train', 'val', 'test') for part in ('dataloader', 'evaluator')]
+    parts = {name: cfg[name] for name in names if cfg.get(name)}
     roots = {node['data_root'] for node in nodes(list(parts.values())) if node.get('data_root')}
     if not roots:
         raise UserError(f'--data-root has nothing to replace: no data set of {cfg.filename} has a data_root.')
     if cfg.get('data_root'):
+        parts['data_root'] = cfg.data_root
         roots.add(cfg.data_root)
+    prefixes = sorted((root.rstrip('/') + '/' for root in roots), key=len, reverse=True)
 
-    def move(text: str) -> str:
-        for root in sorted((root.rstrip('/') for root in roots), key=len, reverse=True):
-            if text == root or text.startswith(f'{root}/'):
-                return os.path.join(data_root, text[len(root) + 1 :])
-        return text
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return type(value)({key: moved(item) for key, item in value.items()})
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(moved, value))
+        if isinstance(value, str):
+            for prefix in prefixes:
+                if f'{value}/'.startswith(prefix):
+                    return os.path.join(data_root, value[len(prefix) :])
+        return value
 
     for name, part in parts.items():
-        cfg[name] = _map_strings(part, move)
-    if cfg.get('data_root'):
-        cfg.data_root = str(data_root)
-    for node in nodes([cfg[name] for name in parts]):
-        if node.get('data_root'):
-            node['data_root'] = str(data_root)
-
-
-def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
-    if isinstance(value, dict):
-        return type(value)({key: _map_strings(item, function) for key, item in value.items()})
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_strings(item, function) for item in value)
-    return function(value) if isinstance(value, str) else value
+        cfg[name] = moved(part)
 
 
 def set_weights(cfg: Config, weights: str) -> None:
-    """Start the backbone from another file than the configuration's.
+    """Initialize the backbone from another file than the configuration's.
 
     Raises:
-        UserError: There is no such file, or the model has no backbone.
-        CheckpointError: The file cannot be downloaded.
+        UserError: The model has no backbone.
+        CheckpointError: The file does not exist or cannot be downloaded.
     """
     if 'backbone' not in cfg.model:
         raise UserError(f'--weights is for the backbone, and the model {cfg.model.type} has none.')
@@ -184,7 +169,7 @@ def use_tta(cfg: Config) -> None:
     for evaluator in as_list(cfg.test_evaluator):
         if cfg.tta_model.type == 'DetTTAModel' and 'segm' in as_list(evaluator.get('metric')):
             print_log(
-                'mmdet merges the boxes of several views, but not their masks: boxes alone are tested.',
+                'mmdet merges the boxes of several views, but not their masks: only boxes are tested.',
                 'current',
                 logging.WARNING,
             )
@@ -209,7 +194,7 @@ def save_predictions(cfg: Config, path: str | Path) -> None:
 
 
 def draw_predictions(cfg: Config, folder: str | Path | None, show: bool = False) -> None:
-    """Draw the predictions of every test image beside the truth, into a folder or a window.
+    """Draw the predictions of every test image beside the ground truth, into a folder, a window or both.
 
     Raises:
         UserError: The configuration has no visualization hook.
@@ -222,7 +207,7 @@ def draw_predictions(cfg: Config, folder: str | Path | None, show: bool = False)
     hook.update(draw=True, show=show, interval=1, wait_time=2 if show else 0)
     if folder is None:
         return
-    # Relative folders would land below the work folder in mmdet and not in mmseg.
+    # mmdet puts a relative folder below the work folder, mmseg does not.
     folder = str(Path(folder).absolute())
     if hook['type'] == 'DetVisualizationHook':
         hook['test_out_dir'] = folder

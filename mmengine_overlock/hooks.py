@@ -15,7 +15,7 @@ from tqdm.contrib import DummyTqdmFile
 
 
 class ProgressBarHook(Hook):
-    """Shows a bar with the remaining time on a terminal; the lines of the log appear above it."""
+    """Show a bar with the remaining time on a terminal, below the lines of the log."""
 
     priority = 'VERY_LOW'
 
@@ -23,22 +23,22 @@ class ProgressBarHook(Hook):
         self.enabled = is_main_process() and sys.stdout.isatty()
         self.bars: dict[str, tqdm] = {}
 
-    def before_run(self, runner: Runner) -> None:
-        """Send what the logger writes to the terminal through tqdm."""
-        if self.enabled:
-            for handler in runner.logger.handlers:
-                if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
-                    handler.setStream(DummyTqdmFile(sys.stdout))
-
     def _open(self, mode: str, total: int, done: int = 0) -> None:
-        if self.enabled:
-            self.bars[mode] = tqdm(
-                total=total, initial=done, desc=mode, leave=False, dynamic_ncols=True, file=sys.stdout
-            )
+        self.bars[mode] = tqdm(
+            total=total,
+            initial=done,
+            desc=mode,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            disable=not self.enabled,
+        )
 
-    def _close(self, mode: str) -> None:
-        if self.enabled:
-            self.bars.pop(mode).close()
+    def before_run(self, runner: Runner) -> None:
+        """Let the logger write to the terminal through tqdm."""
+        for handler in runner.logger.handlers if self.enabled else ():
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.setStream(DummyTqdmFile(sys.stdout))
 
     def before_train(self, runner: Runner) -> None:
         self._open('train', runner.max_iters, runner.iter)
@@ -52,27 +52,26 @@ class ProgressBarHook(Hook):
     def _after_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None, mode: str = 'train'
     ) -> None:
-        if self.enabled:
-            if mode == 'train' and 'train/loss' in runner.message_hub.log_scalars:
-                loss = runner.message_hub.get_scalar('train/loss').current()
-                self.bars[mode].set_postfix(loss=f'{loss:.4f}', refresh=False)
-            self.bars[mode].update()
+        if mode == 'train' and 'train/loss' in runner.message_hub.log_scalars:
+            loss = runner.message_hub.get_scalar('train/loss').current()
+            self.bars[mode].set_postfix(loss=f'{loss:.4f}', refresh=False)
+        self.bars[mode].update()
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        self._close('val')
+        self.bars['val'].close()
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        self._close('test')
+        self.bars['test'].close()
 
     def after_train(self, runner: Runner) -> None:
-        self._close('train')
+        self.bars['train'].close()
 
 
 class AverageBuffersHook(Hook):
-    """Averages the statistics of BatchNorm over all processes before they are saved or used in validation.
+    """Average the statistics of BatchNorm over all processes before they are saved or used in validation.
 
-    Each process collects its own during training; mmengine's SyncBuffersHook averages them before validation and not
-    before a checkpoint of iteration-based training.
+    Each process collects its own during training. mmengine's SyncBuffersHook averages them before a validation, but
+    not before a checkpoint of iteration-based training.
     """
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -91,7 +90,7 @@ class AverageBuffersHook(Hook):
 
 @HOOKS.register_module()
 class BoxesOnlyHook(Hook):
-    """Turns the mask heads off for a test, once the checkpoint that holds them is loaded."""
+    """Turn the mask heads off for a test, once the checkpoint that holds them is loaded."""
 
     def before_test(self, runner: Runner) -> None:
         for module in runner.model.modules():

@@ -8,14 +8,13 @@ import os
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.utils.dl_utils import set_multi_processing
 from torch import distributed
 
 from mmengine_overlock.config import nodes
-from overlock.utils.distributed import check_gpus, local_rank
+from overlock.utils.distributed import check_gpus
 from overlock.utils.errors import UserError
 
-# Where each launcher tells a process its rank, the number of processes, and its rank on the machine.
+# The variables that tell a process its rank, the number of processes, and its rank on the machine.
 _VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
@@ -23,13 +22,8 @@ _VARIABLES = {
 }
 
 
-def is_first_of_machine(launcher: str) -> bool:
-    """Whether this process is the one that does what one process of each machine has to do."""
-    return launcher == 'none' or local_rank() == 0
-
-
 def prepare_launch(cfg: Config) -> None:
-    """Get a configuration ready for its launcher; without a launcher nothing changes.
+    """Prepare this process and its configuration for a distributed run; without a launcher nothing changes.
 
     Args:
         cfg: Changed in place.
@@ -47,29 +41,27 @@ def prepare_launch(cfg: Config) -> None:
             'tools/dist_train.sh, tools/dist_test.sh, tools/slurm_train.sh or tools/slurm_test.sh.'
         )
     device = get_device()
-    if device == 'cpu':
-        _prepare_cpu(cfg, [os.environ[name] for name in names])
-    elif device == 'cuda':
+    if device == 'cuda':
         check_gpus()
+    elif device == 'cpu':
+        # mmengine sets a CUDA device before it forms the process group.
+        if not distributed.is_initialized():
+            os.environ.update(zip(_VARIABLES['pytorch'], [os.environ[name] for name in names], strict=True))
+            os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+            os.environ.setdefault('MASTER_PORT', '29500')
+            distributed.init_process_group('gloo')
+        _wrap_for_cpus(cfg)
 
 
 def finish_launch() -> None:
-    """Leave the process group together: at exit, a process whose peers are gone already can abort."""
+    """Leave the process group together: a process that exits after its peers can abort."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
 
 
-def _prepare_cpu(cfg: Config, ranks: list[str]) -> None:
-    """Form the process group here, because mmengine sets a CUDA device before it does, and wrap the model for CPUs."""
-    env_cfg = cfg.get('env_cfg', {})
-    if not distributed.is_initialized():
-        os.environ.update(zip(_VARIABLES['pytorch'], ranks, strict=True))
-        os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
-        os.environ.setdefault('MASTER_PORT', '29500')
-        set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
-        distributed.init_process_group('gloo')
-    cfg.env_cfg = {**env_cfg, 'dist_cfg': dict(backend='gloo')}
+def _wrap_for_cpus(cfg: Config) -> None:
+    """Make a configuration wrap its model without a CUDA device, and use BN instead of SyncBN."""
     cfg.model_wrapper_cfg = dict(
         type='MMDistributedDataParallel',
         device_ids=None,
@@ -82,7 +74,7 @@ def _prepare_cpu(cfg: Config, ranks: list[str]) -> None:
     if synced or cfg.get('sync_bn'):
         cfg.sync_bn = None
         print_log(
-            'SyncBN needs GPUs: on CPUs it becomes BN, each process normalising by its own images.',
+            'SyncBN needs GPUs: on CPUs it becomes BN, and each process normalizes by its own images.',
             'current',
             logging.WARNING,
         )

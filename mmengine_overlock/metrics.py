@@ -1,4 +1,4 @@
-"""Writing the predictions of a test into a file."""
+"""Write the predictions of a test into a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmengine.registry import METRICS
 
 @METRICS.register_module()
 class DumpSegResults(DumpResults):
-    """Writes the predicted map of each image: dicts of `img_path` and `pred_sem_seg`, (H, W) of class numbers.
+    """Write the predicted map of each image: dicts of `img_path` and `pred_sem_seg`, class indices (H, W) in uint16.
 
     mmengine's DumpResults would keep the logits of every class too, hundreds of megabytes for one image.
     """

@@ -1,4 +1,4 @@
-"""Training and testing by a configuration, for both toolboxes."""
+"""Train and test by a configuration, with either toolbox."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -30,9 +31,11 @@ from mmengine_overlock.config import (
 )
 from mmengine_overlock.data import check_data
 from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook
-from mmengine_overlock.launch import finish_launch, is_first_of_machine, prepare_launch
-from mmengine_overlock.speed import compile_backbones, narrow_backbones, tune_process
+from mmengine_overlock.launch import finish_launch, prepare_launch
+from mmengine_overlock.speed import compile_backbones, narrow_backbones
+from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
+from overlock.utils.distributed import local_rank
 from overlock.utils.errors import CheckpointError
 
 
@@ -55,7 +58,7 @@ def train(
     Args:
         config: File of the configuration.
         work_dir: Folder for logs and checkpoints; by default `work_dirs/<name of the configuration>`.
-        resume: A checkpoint to go on from, or 'auto' for the last whole one in the work folder, if there is any.
+        resume: A checkpoint to continue from, or 'auto' for the last complete one in the work folder, if any.
         amp: Train in bfloat16 where the device has it, else in float16.
         auto_scale_lr: Scale the learning rate with the total batch size.
         compile: Compile the blocks of the backbone with torch.compile.
@@ -85,7 +88,7 @@ def train(
     _set_resume(cfg, resume)
     runner = _build_runner(cfg, 'train', 'val', strict=cfg.resume)
     if cfg.resume:
-        _forget_pretrained(runner)
+        _skip_pretrained(runner)
     if compile:
         compile_backbones(runner.model)
     runner.train()
@@ -115,7 +118,7 @@ def test(
         checkpoint: The weights, by their published name, path or URL; they must fit the whole model.
         work_dir: Folder for the log; by default `work_dirs/<name of the configuration>`.
         out: File (.pkl) for the predictions.
-        show_dir: Folder for images with the predictions drawn beside the truth.
+        show_dir: Folder for images with the predictions drawn beside the ground truth.
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
         amp: Run the backbone in bfloat16.
@@ -154,13 +157,13 @@ def test(
 
 
 def _local(checkpoint: str) -> str:
-    """The file of a published name, path or URL; mmengine has readers of its own for other schemes."""
+    """Return the file of a published name, path or URL; mmengine has readers of its own for other schemes."""
     schemes = '://' in checkpoint and not checkpoint.startswith(('http://', 'https://'))
     return checkpoint if schemes else str(find_file(checkpoint))
 
 
 def _set_resume(cfg: Config, resume: str | None) -> None:
-    """Say in the configuration which checkpoint to go on from, if any."""
+    """Write the checkpoint to continue from, if any, into the configuration."""
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
     found = find_resumable(cfg.work_dir) if resume == 'auto' else resume
@@ -168,7 +171,7 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
         cfg.load_from = str(found)
     elif resume is not None:
         print_log(
-            f'There is no checkpoint in {cfg.work_dir} to go on from: training starts anew.', 'current', logging.WARNING
+            f'There is no checkpoint in {cfg.work_dir} to resume: training starts anew.', 'current', logging.WARNING
         )
     cfg.resume = found is not None
     if cfg.get('load_from'):
@@ -176,10 +179,12 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
 
 
 def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
-    if is_first_of_machine(cfg.launcher):
+    # One process of each machine looks at the files. A shell inside a Slurm job has a rank, too.
+    if cfg.launcher == 'none' or local_rank() == 0:
         check_data(cfg, *splits)
     use_safe_files()
-    tune_process()
+    if get_device() == 'cpu':
+        keep_freed_memory()
     prepare_launch(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ProgressBarHook())
@@ -220,8 +225,8 @@ def _misfits(message: str) -> str:
     return ', '.join(f'{len(names)} {kind} (first {names[0]})' for kind, names in misfits.items() if names)
 
 
-def _forget_pretrained(runner: Runner) -> None:
-    """Spare a resumed run the pretrained weights: its checkpoint holds them, and their URL may be out of reach."""
+def _skip_pretrained(runner: Runner) -> None:
+    """Load no pretrained weights into a resumed run: its checkpoint holds them, and their URL may be out of reach."""
     for module in runner.model.modules():
         init_cfg = getattr(module, 'init_cfg', None)
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':

@@ -1,17 +1,17 @@
-"""One clear sentence where an OpenMMLab package is missing or of a version that does not fit."""
+"""Say in one sentence which OpenMMLab package is missing or has a version that does not fit."""
 
 import importlib
 
 
 def require(package: str, **ranges: tuple[str, str]) -> None:
-    """Checks that each module's version is at least the first and below the second of its range.
+    """Check that the version of each module is in its range.
 
     Args:
-        package: Who asks, for the message.
+        package: Name of the package that needs them, for the message.
         **ranges: Module name to (minimum, first version too high).
 
     Raises:
-        ImportError: If a module is missing, does not import, or has another version.
+        ImportError: A module is missing, does not import, or has another version.
     """
     for name, (minimum, maximum) in ranges.items():
         needs = f'{package} needs {name} >= {minimum} and < {maximum}'
