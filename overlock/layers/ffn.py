@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from overlock.layers.conv import ResidualDWConv
 from overlock.layers.norm import GRN
-from overlock.ops.context import is_eager
+from overlock.ops.tracing import is_eager
 
 
 class ConvFFN(nn.Module):

@@ -1,19 +1,30 @@
 """Depthwise convolution with large kernels."""
 
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from overlock.ops import igemm
-from overlock.ops.context import compute_dtype
 
 # On a CPU, oneDNN's weight gradient takes K^2 passes; from this kernel size on one correlation by FFT is faster:
 # 7 times at 17x17 on a 64x64 map, 7 times at 13x13 on 16x16 (one AVX-512 core, float32).
 FFT_MIN_KERNEL = 11
 
+# Implicit matrix products on CUDA, from a package that comes with RepLKNet (its fork of CUTLASS) and has to be compiled
+# by hand: the package, whether the user asks for it, its autograd functions, and the smallest kernel it is used for,
+# as PyTorch has kernels of its own for smaller ones.
+IGEMM = 'depthwise_conv2d_implicit_gemm'
+IGEMM_ASKED = os.environ.get('OVERLOCK_IGEMM') == '1'
+IGEMM_FUNCTIONS = {torch.float32: '_DepthWiseConv2dImplicitGEMMFP32', torch.float16: '_DepthWiseConv2dImplicitGEMMFP16'}
+IGEMM_MIN_KERNEL = 7
+
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    """A depthwise convolution of stride 1 that keeps the size of the map.
+    """Convolve each channel with a kernel of its own, at stride 1, and keep the size of the map.
 
     Args:
         x: (B, C, H, W), any float dtype.
@@ -23,21 +34,55 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
 
     Returns:
         (B, C, H, W).
+
+    Raises:
+        RuntimeError: If `OVERLOCK_IGEMM=1` asks for a package that cannot be imported.
     """
-    if igemm.fits(x, weight, dilation):
-        y = igemm.depthwise_conv2d(x, weight)
+    if _fits_igemm(x, weight, dilation):
+        dtype = _compute_dtype(x)
+        function = getattr(_igemm(), IGEMM_FUNCTIONS[dtype])
+        y = function.apply(x.to(dtype).contiguous(), weight.to(dtype).contiguous())
     elif _takes_own_gradient(x, weight, dilation):
-        dtype = compute_dtype(x)
+        dtype = _compute_dtype(x)
         y = _FFTWeightGradient.apply(x.to(dtype), weight.to(dtype), dilation)
     else:
         return _conv(x, weight, dilation, bias)
-    return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
+    return cast(Tensor, y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a convolution of `x` computes in: that of autocast where it is on, except for float64."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def _fits_igemm(x: Tensor, weight: Tensor, dilation: int) -> bool:
+    """Return whether the implicit matrix products are asked for and there is a kernel for these inputs."""
+    return (
+        IGEMM_ASKED
+        and x.device.type == 'cuda'
+        and _compute_dtype(x) in IGEMM_FUNCTIONS
+        and dilation == 1
+        and weight.shape[-1] >= IGEMM_MIN_KERNEL
+    )
+
+
+@cache
+def _igemm() -> ModuleType:
+    try:
+        return importlib.import_module(IGEMM)
+    except ImportError as error:
+        raise RuntimeError(
+            f'OVERLOCK_IGEMM=1 asks for the package {IGEMM}, which does not import here ({error}); '
+            'compile it for this PyTorch, or unset the variable'
+        ) from error
 
 
 def _takes_own_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
     if x.device.type != 'cpu' or not (torch.is_grad_enabled() and weight.requires_grad):
         return False
-    dtype = compute_dtype(x)
+    dtype = _compute_dtype(x)
     # oneDNN (PyTorch 2.11) gives wrong, even infinite weight gradients for dilated kernels in bfloat16, channels_last.
     return weight.shape[-1] >= FFT_MIN_KERNEL or (dilation > 1 and dtype in (torch.bfloat16, torch.float16))
 
@@ -49,26 +94,36 @@ def _conv(x: Tensor, weight: Tensor, dilation: int, bias: Tensor | None = None) 
 
 
 class _FFTWeightGradient(torch.autograd.Function):
-    """The same convolution, whose weight gradient is one circular correlation of the padded maps."""
+    """The convolution, with one circular correlation of the padded maps as its weight gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
         return _conv(x, weight, dilation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad_x = _conv(grad, weight.flip(2, 3), ctx.dilation) if ctx.needs_input_grad[0] else None
         return grad_x, weight_gradient(x, grad, weight.shape[-1], ctx.dilation).to(weight.dtype), None
 
 
-# An operator, because torch.compile would take complex arithmetic apart and put it together slower.
+# An operator, because torch.compile would decompose the complex arithmetic into slower code.
 @torch.library.custom_op('overlock::depthwise_weight_gradient', mutates_args=())
 def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """(C, 1, K, K), at least float32: for each offset, the sum over batch and pixels of `grad` times shifted `x`."""
+    """Return for each tap the sum over batch and pixels of `grad` times shifted `x`.
+
+    Args:
+        x: (B, C, H, W), the convolution's input.
+        grad: (B, C, H, W), the gradient of its output.
+        kernel_size: K, odd.
+        dilation: Distance of the taps.
+
+    Returns:
+        (C, 1, K, K), at least float32.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     reach = kernel_size // 2 * dilation
     # Zeros of at least the reach behind each axis keep the ends from meeting.
@@ -76,7 +131,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) ->
     # Inside an operator a compiled graph ignores the lazy conj().
     spectrum = torch.fft.rfft2(x.to(wide), s=size) * torch.conj_physical(torch.fft.rfft2(grad.to(wide), s=size))
     correlation = torch.fft.irfft2(spectrum.sum(0), s=size)
-    # Maps narrower than the reach never see the outermost offsets: these get zero, and not a wrapped-around value.
+    # Maps narrower than the reach never see the outermost offsets: these get zero instead of a wrapped-around value.
     height, width = x.shape[2:]
     rows, cols = min(reach, height - 1), min(reach, width - 1)
     seen = correlation.roll((rows, cols), dims=(1, 2))[:, : 2 * rows + 1, : 2 * cols + 1]
