@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures on a GPU all that the project claims for one: bash benchmarks/gpu.sh [folder of the JSON].
-# Needs torch with CUDA, triton and timm. PYTHON names another interpreter. One step that fails does not stop the rest.
+# Measure on a GPU everything that the project claims for one: bash benchmarks/gpu.sh [folder of the JSON].
+# Needs torch with CUDA, triton and timm. PYTHON names another interpreter. A step that fails does not stop the rest.
 set -u
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 results=$(realpath -m "${1:-$root/benchmarks/results}")

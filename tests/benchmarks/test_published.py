@@ -9,6 +9,7 @@ from benchmarks.published import aggregate_natten, aggregate_unfold, published
 from benchmarks.rounds import deviation
 from overlock import OverLoCK, OverLoCKBackbone
 from overlock.ops import contmix, explain
+from tests.testing import TINY
 
 natten_missing = explain()['natten'].replace('available', '')
 AGGREGATIONS = [
@@ -34,7 +35,7 @@ def results(model, image) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize('model_class', [OverLoCK, OverLoCKBackbone])
 def test_published_pipeline_has_the_outputs_and_gradients_of_our_network(model_class, aggregate, training, monkeypatch):
     monkeypatch.setattr(pipeline, 'aggregation', lambda device: aggregate)
-    model = model_class('xt')
+    model = model_class(TINY)
     randomise(model)
     model = model.double().train(training)
     image = torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -62,7 +63,7 @@ def test_published_contmix_has_the_output_and_gradients_of_the_reference(aggrega
 
 
 def test_published_twin_shares_parameters_and_leaves_the_model_and_its_classes_alone():
-    model = OverLoCKBackbone('xt').eval()
+    model = OverLoCKBackbone(TINY).eval()
     kinds = [type(module) for module in model.modules()]
     forward = type(model.base_net.stage1[0]).forward
     twin = published(model)
@@ -74,7 +75,7 @@ def test_published_twin_shares_parameters_and_leaves_the_model_and_its_classes_a
 
 
 def test_published_pipeline_keeps_maps_contiguous():
-    twin = published(OverLoCKBackbone('xt').eval())
+    twin = published(OverLoCKBackbone(TINY).eval())
     seen = []
     for module in twin.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -86,4 +87,4 @@ def test_published_pipeline_keeps_maps_contiguous():
 
 def test_merged_model_has_no_published_form():
     with pytest.raises(ValueError, match='runs unmerged, but the model given is merged'):
-        published(OverLoCKBackbone('xt').eval().switch_to_deploy())
+        published(OverLoCKBackbone(TINY).eval().switch_to_deploy())
