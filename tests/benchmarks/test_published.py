@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import published as pipeline
 from benchmarks.presets import outputs, randomise
-from benchmarks.published import aggregate_natten, aggregate_unfold, published
+from benchmarks.published import PublishedConvFFN, aggregate_natten, aggregate_unfold, published
 from benchmarks.rounds import deviation
 from overlock import OverLoCK, OverLoCKBackbone
 from overlock.ops import contmix, explain
@@ -65,11 +65,12 @@ def test_published_contmix_has_the_output_and_gradients_of_the_reference(aggrega
 def test_published_twin_shares_parameters_and_leaves_the_model_and_its_classes_alone():
     model = OverLoCKBackbone(TINY).eval()
     kinds = [type(module) for module in model.modules()]
-    forward = type(model.base_net.stage1[0]).forward
+    ours = model.base_net.stage1[0].ffn
+    forward = type(ours).forward
     twin = published(model)
     assert [type(module) for module in model.modules()] == kinds
-    assert type(model.base_net.stage1[0]).forward is forward
-    assert type(twin.base_net.stage1[0]) is not type(model.base_net.stage1[0])
+    assert type(ours).forward is forward
+    assert type(twin.base_net.stage1[0].ffn) is PublishedConvFFN
     tensors = ([*net.parameters(), *net.buffers()] for net in (model, twin))
     assert all(ours is theirs for ours, theirs in zip(*tensors, strict=True))
 
