@@ -75,7 +75,7 @@ def build_small(cfg: Config) -> torch.nn.Module:
             stage.sampler.num = 16
         cfg.model.test_cfg.rpn.max_per_img = 20
         # Random weights score every class near 1/81, below the threshold of trained models.
-        cfg.model.test_cfg.rcnn.score_thr = 0.0
+        cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)
     cfg.model.backbone.pop('init_cfg')
     torch.manual_seed(0)
     with default_scope(cfg):
