@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import CheckpointError, find_file, load
-from overlock.checkpoint.unpickling import read_pickled
+from overlock.checkpoint.reading import read_pickled
 from overlock.utils.errors import UserError
 
 LAST, BEST = 'last.pth', 'best.pth'

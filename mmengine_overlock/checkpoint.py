@@ -16,7 +16,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 
-from overlock.checkpoint.unpickling import LoggedValues, restored, safely
+from overlock.checkpoint.reading import LoggedValues, restored, safely
 from overlock.utils.errors import CheckpointError
 from overlock.utils.files import whole_file
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overlock.checkpoint.files import find_file, load
+from overlock.checkpoint.download import find_file
+from overlock.checkpoint.reading import load, read_pickled
 from overlock.checkpoint.recognise import build_like, network_entries, prefix_of
-from overlock.checkpoint.unpickling import read_pickled
 from overlock.models.arch import ARCHS
 from overlock.models.forms import form_of
 from overlock.models.names import to_published

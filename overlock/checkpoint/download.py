@@ -1,7 +1,8 @@
-"""Downloading a file, so that it is there whole and as published or not at all."""
+"""Find weight files: on this machine, in torch hub's cache, or by a download that is whole and as published."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import http.client
 import os
@@ -12,22 +13,80 @@ from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
+import torch
 from filelock import FileLock
-from torch.hub import tqdm
+from torch.hub import tqdm  # type: ignore[attr-defined]
 
+from overlock.checkpoint.registry import WEIGHTS
 from overlock.utils.distributed import local_rank
 from overlock.utils.errors import CheckpointError
 
+WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
 TIMEOUT = 60
-_CHUNK = 1 << 20
 
 
-def download(url: str, path: str | os.PathLike, size: int | None = None, sha256: str | None = None) -> None:
-    """Downloads a file, with progress, unless it is there; of several processes one does and the others wait.
+def find_file(source: str | os.PathLike[str]) -> Path:
+    """Return the local file of published weights, of a path, or of a URL.
 
-    What came before a break stays beside `path` with the suffix `.part`, and the next attempt goes on from there if the
-    server says that the file is still the same. The file takes its name once its length is what the server announced,
-    and size and hash are what they should be.
+    Names in `overlock.checkpoint.WEIGHTS` stand for their URLs. The file of a URL is looked for, by its name, in the
+    folder that `OVERLOCK_WEIGHTS` names, then in torch hub's cache, and downloaded into that cache else: from its own
+    URL, or, where it is published and `OVERLOCK_WEIGHTS` is the URL of a folder, from there.
+
+    Raises:
+        CheckpointError: If there is no such file, or it cannot be downloaded.
+    """
+    source = os.fspath(source)
+    if source in WEIGHTS and not os.path.isfile(source):
+        source = WEIGHTS[source].url
+    if _is_url(source):
+        return _find_url(source)
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):
+        return path
+    close = difflib.get_close_matches(source, WEIGHTS, 3)
+    raise CheckpointError(
+        f'The weight file {path} does not exist; give the path of a file, a URL, or a name of '
+        f'published weights, such as {", ".join(close or list(WEIGHTS)[:1])}.'
+    )
+
+
+def _is_url(text: str) -> bool:
+    return text.lower().startswith(('http://', 'https://'))
+
+
+def _find_url(url: str) -> Path:
+    name = Path(url.partition('?')[0]).name
+    cached = Path(torch.hub.get_dir(), 'checkpoints', name)
+    place = os.environ.get(WEIGHTS_VARIABLE, '')
+    if place and not _is_url(place):
+        folder = Path(os.path.expanduser(place))
+        if not folder.is_dir():
+            raise CheckpointError(
+                f'{WEIGHTS_VARIABLE} must name a folder of weight files, or the URL of one, got '
+                f'{place}, which is neither; correct or unset it.'
+            )
+        if (folder / name).is_file():
+            return folder / name
+    published = next((weights for weights in WEIGHTS.values() if weights.url == url), None)
+    source = f'{place.rstrip("/")}/{name}' if published and _is_url(place) else url
+    try:
+        download(source, cached, *((published.size, published.sha256) if published else ()))
+    except CheckpointError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise CheckpointError(
+            f'cannot download {source} ({error}); try again, or fetch {name} by other means and put it into the folder '
+            f'that {WEIGHTS_VARIABLE} names, or at {cached}'
+        ) from error
+    return cached
+
+
+def download(url: str, path: str | os.PathLike[str], size: int | None = None, sha256: str | None = None) -> None:
+    """Download a file, with progress, unless it is there; of several processes one does and the others wait.
+
+    A part that came before a break stays beside `path` with the suffix `.part`, and the next attempt continues it if
+    the server says that the file is still the same. The file takes its name once its length is what the server
+    announced, and size and hash are what they should be.
 
     Args:
         url: HTTP or HTTPS address.
@@ -41,94 +100,80 @@ def download(url: str, path: str | os.PathLike, size: int | None = None, sha256:
         OSError: If the server cannot be reached, or the connection broke and no more came at the next attempt.
     """
     path = Path(path)
+    if path.is_file():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
-    with FileLock(f'{part}.lock'):
+    part, version, lock = (
+        path.with_name(f'{path.name}{suffix}') for suffix in ('.part', '.part.version', '.part.lock')
+    )
+    with FileLock(lock):
         if path.is_file():
             return
         reached = 0
-        known = size is not None or sha256 is not None
-        while not _fetch(url, part, known):
+        while not _fetch(url, part, version, known=size is not None or sha256 is not None):
             before, reached = reached, part.stat().st_size
             if reached <= before:
                 raise ConnectionError(f'the connection broke after {reached} bytes, and again')
+        version.unlink(missing_ok=True)
         try:
             _check(part, url, size, sha256 or _hash_in(path.name))
         except CheckpointError:
             part.unlink()
             raise
-        finally:
-            _validator_of(part).unlink(missing_ok=True)
         os.replace(part, path)
-    Path(f'{part}.lock').unlink(missing_ok=True)
+    lock.unlink(missing_ok=True)
 
 
-def _fetch(url: str, part: Path, known: bool) -> bool:
-    """Appends to what there is of a file what the server sends, and returns whether it is whole now.
+def _fetch(url: str, part: Path, version: Path, known: bool) -> bool:
+    """Append to a part what the server sends, and return whether the file is whole now.
 
     Args:
         url: Address.
-        part: What there is.
+        part: The part; it is started again unless the server still has the same version of the file.
+        version: Holds what the server tells the version by; empty where it does not.
         known: Whether size or hash will tell a whole file.
     """
-    validator = _validator_of(part)
-    begun = part.stat().st_size if part.is_file() and validator.is_file() else 0
-    headers = {'User-Agent': 'overlock'}
-    if begun:
-        headers |= {'Range': f'bytes={begun}-', 'If-Range': validator.read_text()}
+    seen = version.read_text() if version.is_file() else ''
+    begun = part.stat().st_size if seen and part.is_file() else 0
+    headers = {'User-Agent': 'overlock'} | ({'Range': f'bytes={begun}-', 'If-Range': seen} if begun else {})
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         if error.code != 416 or not begun:
             raise
-        # The file ends before what we have: it is another one.
-        validator.unlink()
+        # The file ends before the part does, so it is another one.
+        version.unlink()
         return False
     with response:
         if response.status != 206:
             begun = 0
-        elif not (response.headers.get('Content-Range') or '').startswith(f'bytes {begun}-'):
+        elif not response.headers.get('Content-Range', '').startswith(f'bytes {begun}-'):
             raise ConnectionError('the server sent another part of the file than was asked for')
-        _remember(validator, response.headers)
         length = response.headers.get('Content-Length')
         if length is None and not known and not response.chunked:
             raise ConnectionError('the server does not tell the length of the file, so that a whole one cannot be told')
         total = None if length is None else begun + int(length)
-        with (
-            part.open('ab' if begun else 'wb') as file,
-            tqdm(
-                desc=part.stem,
-                total=total,
-                initial=begun,
-                unit='B',
-                unit_scale=True,
-                unit_divisor=1024,
-                mininterval=0.1 if sys.stderr.isatty() else 30,
-                disable=local_rank() != 0,
-            ) as bar,
-        ):
+        progress = tqdm(
+            desc=part.stem,
+            total=total,
+            initial=begun,
+            unit='B',
+            unit_scale=True,
+            unit_divisor=1024,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            disable=local_rank() != 0,
+        )
+        with part.open('ab' if begun else 'wb') as file, progress as bar:
+            tag = response.headers.get('ETag', 'W/')
+            # Weak tags do not promise the same bytes.
+            version.write_text(response.headers.get('Last-Modified', '') if tag.startswith('W/') else tag)
             try:
-                while chunk := response.read(_CHUNK):
+                while chunk := response.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))
             except (http.client.HTTPException, ConnectionError, TimeoutError):
                 return False
     return total is None or part.stat().st_size == total
-
-
-def _validator_of(part: Path) -> Path:
-    """The file that says which version of the published file a part is of."""
-    return part.with_name(f'{part.name}.version')
-
-
-def _remember(validator: Path, headers: http.client.HTTPMessage) -> None:
-    """Keeps what the server can tell the version by; without it a part cannot be gone on with."""
-    tag = headers.get('ETag')
-    version = tag if tag and not tag.startswith('W/') else headers.get('Last-Modified')
-    if version:
-        validator.write_text(version)
-    else:
-        validator.unlink(missing_ok=True)
 
 
 def _hash_in(name: str) -> str | None:
@@ -138,28 +183,23 @@ def _hash_in(name: str) -> str | None:
 
 
 def _check(part: Path, url: str, size: int | None, sha256: str | None) -> None:
-    name = Path(urlparse(url).path).name
-    received = part.stat().st_size
+    received, digest = part.stat().st_size, hashlib.sha256()
     with part.open('rb') as file:
         head = file.read(9)
-    # A zip archive or a pickle, as torch writes them, or the JSON of safetensors behind its length.
+        digest.update(head)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    source = f'{Path(urlparse(url).path).name} from {url}'
+    # torch writes a zip archive or a pickle; safetensors writes JSON behind its length.
     if not head.startswith((b'PK', b'\x80')) and head[8:] != b'{':
         raise CheckpointError(
-            f'{name} from {url} is no weight file: expected one of torch.save or safetensors, got '
-            f'{received} bytes that begin with {head!r}; look at the address with a browser.'
+            f'{source} is no weight file: expected one of torch.save or safetensors, got {received} bytes that begin '
+            f'with {head!r}; look at the address with a browser.'
         )
-    if size is not None and received != size:
-        raise CheckpointError(
-            f'{name} from {url} is not the published file: expected {size} bytes, got {received}; '
-            'fetch it from somewhere else.'
-        )
-    if sha256 is not None:
-        digest = hashlib.sha256()
-        with part.open('rb') as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        if not digest.hexdigest().startswith(sha256):
-            raise CheckpointError(
-                f'{name} from {url} is not the published file: expected SHA-256 {sha256}, got '
-                f'{digest.hexdigest()}; fetch it from somewhere else.'
-            )
+    mismatch = None
+    if size not in (None, received):
+        mismatch = f'{size} bytes, got {received}'
+    elif not digest.hexdigest().startswith(sha256 or ''):
+        mismatch = f'SHA-256 {sha256}, got {digest.hexdigest()}'
+    if mismatch:
+        raise CheckpointError(f'{source} is not the published file: expected {mismatch}; fetch it from somewhere else.')

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from overlock.checkpoint.files import load
+from overlock.checkpoint.reading import load
 from overlock.models.forms import form_of, must_fold
 from overlock.models.names import from_published
 from overlock.utils.errors import CheckpointError

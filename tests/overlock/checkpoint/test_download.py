@@ -68,7 +68,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
     monkeypatch.delenv('OVERLOCK_WEIGHTS', raising=False)
     with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -231,3 +231,10 @@ def test_weights_of_a_name_come_from_the_mirror(server, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match='cannot download http://127.0.0.1:9/own.pth'):
         find_file('http://127.0.0.1:9/own.pth')
     assert (tmp_path / 'hub' / 'checkpoints' / 'overlock_s_in1k_224.pth').is_file()
+
+
+def test_path_that_is_nowhere_is_an_error_that_knows_similar_names():
+    with pytest.raises(CheckpointError, match='The weight file nowhere.pth does not exist; give'):
+        find_file('nowhere.pth')
+    with pytest.raises(CheckpointError, match='such as .*overlock_s_in1k'):
+        find_file('overlock_s_ink')

@@ -1,19 +1,21 @@
-"""Pickles that NumPy and trainers write, and crafted ones that would crash the process or run code."""
+"""Files that trainers write, damaged ones, and crafted ones that would crash the process or run code."""
 
+import os
 import pickle
 import signal
 import subprocess
 import sys
 from argparse import Namespace
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from overlock.checkpoint import CheckpointError
-from overlock.checkpoint.unpickling import read_pickled
+from overlock.checkpoint import CheckpointError, load, read_state_dict
+from overlock.checkpoint.reading import read_pickled
 
 RECONSTRUCT, SCALAR = np.ndarray(0).__reduce__()[0], np.float64().__reduce__()[0]
 POINTER = b'AAAAAAAA'
@@ -198,9 +200,104 @@ def test_file_that_crashes_numpy_does_not_crash_the_reader(tmp_path):
     path = tmp_path / 'crash.pth'
     path.write_bytes(pickle.dumps(Call(np.ndarray, (1,), 'O', POINTER), protocol=2))
     unsafe = 'import pickle, sys; pickle.load(open(sys.argv[1], "rb")).copy()'
-    safe = 'import sys; from overlock.checkpoint.unpickling import read_pickled; read_pickled(sys.argv[1]).copy()'
+    safe = 'import sys; from overlock.checkpoint.reading import read_pickled; read_pickled(sys.argv[1]).copy()'
     root = Path(__file__).parents[3]
     crashed = subprocess.run([sys.executable, '-c', unsafe, path], cwd=root)
     refused = subprocess.run([sys.executable, '-c', safe, path], cwd=root, capture_output=True, text=True)
     assert crashed.returncode == -signal.SIGSEGV
     assert refused.returncode == 1 and 'CheckpointError: ' in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'state_dict': {'a': torch.ones(1)}, 'meta': Call(os.mkdir, 'ran')}, tmp_path / 'bad.pth')
+    (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Call(os.mkdir, 'ran'), protocol=2))
+    for name in ('bad.pth', 'raw.pth'):
+        with pytest.raises(CheckpointError, match='asks for the Python object (posix|os).mkdir'):
+            read_state_dict(tmp_path / name)
+    for protocol in (4, 5):
+        torch.save({'a': torch.ones(1), 'meta': Call(os.mkdir, 'ran')}, tmp_path / 'new.pth', pickle_protocol=protocol)
+        (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Call(os.mkdir, 'ran'), protocol=protocol))
+        for name in ('new.pth', 'raw.pth'):
+            with pytest.raises(CheckpointError, match='a protocol that cannot be read safely, expected 2 or 3; save'):
+                read_state_dict(tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_files_are_read_by_several_threads_and_torch_is_left_as_it_was(tmp_path):
+    torch.save({'model': {'a.weight': torch.ones(1)}, 'args': Namespace(lr=1e-3)}, tmp_path / 'w.pth')
+    allowed = torch.serialization.get_safe_globals()
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(load, [tmp_path / 'w.pth'] * 200))
+    assert len(loaded) == 200
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_prefixes_of_wrappers_are_taken_off(prefix, tmp_path):
+    torch.save({'n_averaged': torch.tensor(3), f'{prefix}a.weight': torch.ones(1)}, tmp_path / 'w.pth')
+    assert load(tmp_path / 'w.pth') == {'a.weight': torch.ones(1)}
+
+
+@pytest.mark.parametrize('content', [b'', b'\x80', b'\x80\x02J', b'<html>404</html>', b'hello world this is text'])
+def test_files_of_another_kind_are_errors(content, tmp_path):
+    (tmp_path / 'a.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match='a.pth is not a whole PyTorch checkpoint'):
+        read_state_dict(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
+def test_whole_files_load_and_cut_ones_are_errors(name, tmp_path):
+    save = pytest.importorskip('safetensors.torch').save_file if name.endswith('.safetensors') else torch.save
+    save({'a.weight': torch.ones(100)}, tmp_path / name)
+    assert torch.equal(read_state_dict(tmp_path / name)['a.weight'], torch.ones(100))
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match=f'{name} is not a whole PyTorch checkpoint'):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize('content', [{'epoch': 3}, None, [torch.ones(1)]])
+def test_file_without_weights_is_an_error(content, tmp_path):
+    torch.save(content, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match='a.pth holds no state dict: expected tensors by their names'):
+        read_state_dict(tmp_path / 'a.pth')
+
+
+def test_missing_package_is_an_error(tmp_path, monkeypatch):
+    path = saved(np.ones(1), tmp_path)
+    monkeypatch.setitem(sys.modules, 'numpy', None)
+    with pytest.raises(CheckpointError, match='a.pth needs a package that is not installed .*numpy.*; install it'):
+        read_pickled(path)
+
+
+@pytest.mark.parametrize(
+    ('wrap', 'plain', 'average'),
+    [
+        (lambda plain, ema: {'state_dict': plain, 'state_dict_ema': ema, 'epoch': 3}, 1.0, 2.0),
+        (lambda plain, ema: {'model': plain, 'model_ema': ema, 'args': Namespace(lr=1e-3)}, 1.0, 2.0),
+        # mmengine's EMAHook swaps the two.
+        (
+            lambda plain, ema: {
+                'state_dict': ema,
+                'ema_state_dict': {
+                    'steps': torch.tensor(5),
+                    **{f'module.{name}': value for name, value in plain.items()},
+                },
+            },
+            2.0,
+            2.0,
+        ),
+        (lambda plain, ema: {'state_dict_ema': ema}, 2.0, 2.0),
+    ],
+)
+def test_running_averages_are_taken_where_they_are_asked_for_or_all_there_is(wrap, plain, average, tmp_path):
+    torch.save(wrap({'a.weight': torch.tensor(1.0)}, {'a.weight': torch.tensor(2.0)}), tmp_path / 'w.pth')
+    assert load(tmp_path / 'w.pth') == {'a.weight': plain}
+    assert load(tmp_path / 'w.pth', ema=True) == {'a.weight': average}
+
+
+def test_missing_average_is_an_error(tmp_path):
+    torch.save({'state_dict': {'a.weight': torch.ones(1)}}, tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='w.pth holds no running average of weights: expected one of state_dict_'):
+        load(tmp_path / 'w.pth', ema=True)
