@@ -34,7 +34,7 @@ MODES = {'forward': {'train': False}, 'train': {'train': True}}
 # The authors' steps on natten's kernel or on an unfold; not backends of ours.
 PIPELINES = {'published': published.aggregate_natten, 'unfold': published.aggregate_unfold}
 # The only build of natten that a recent torch imports is for CPUs; Triton's interpreter there is for tests.
-ONLY_ON = {'compiled': 'cpu', 'natten': 'cpu', 'published': 'cpu', 'triton': 'cuda'}
+ONLY_ON = {'cpp': 'cpu', 'natten': 'cpu', 'published': 'cpu', 'triton': 'cuda'}
 REGIONS = 7
 # For the reference, which makes every window in float64, and a few tensors of that size in its backward pass.
 REFERENCE_BYTES = 4 * 2**30

@@ -60,7 +60,7 @@ def stamp_key(root: Path, interpreter: Interpreter) -> str:
             root / 'setup.cfg',
             root / 'pyproject.toml',
             *root.glob('overlock/ops/**/*.cpp'),
-            *root.glob('overlock/ops/extension.py'),
+            *root.glob('overlock/ops/build.py'),
         ]
     ):
         digest.update(f'{path.name}\n'.encode() + path.read_bytes())

@@ -1,20 +1,71 @@
-"""Compiles the C++ operators for CPUs: `python -m overlock.ops.build`."""
+"""The C++ operators for CPUs: `python -m overlock.ops.build` compiles them, `load` loads what it compiled.
 
+Importing overlock compiles nothing, and nothing needs the operators to be there.
+"""
+
+import hashlib
 import os
+import platform
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
-from overlock.ops.extension import NAME, SOURCES, compiler_flags, library_path
+import torch
+
+NAME = 'overlock_cpu'
+SOURCES = sorted(Path(__file__).parent.rglob('*.cpp'))
+# -Wno-psabi: vectors are passed between inlined functions only, so their calling convention does not matter.
+FLAGS = ['-O3', '-fopenmp', '-Wno-psabi']
+# By PyTorch's name for the processor; what -march=native makes may not run on an older machine that shares the folder.
+INSTRUCTIONS = {'AVX512': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma'], 'AVX2': ['-mavx2', '-mfma']}
+
+
+def compiler_flags() -> list[str]:
+    """Return the flags for this processor."""
+    return FLAGS + INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
+
+
+def library_path() -> Path:
+    """Return the path of the library for this PyTorch, Python, processor, source and flags.
+
+    Raises:
+        RuntimeError: If the user has no home folder and no environment variable names a cache folder.
+    """
+    folder = os.environ.get('OVERLOCK_CACHE')
+    if not folder:
+        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'overlock'
+    content = b''.join(path.read_bytes() for path in SOURCES) + repr(compiler_flags()).encode()
+    build = (
+        f'torch{torch.__version__}',
+        sys.implementation.cache_tag,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability().replace(' ', ''),
+        hashlib.sha256(content).hexdigest()[:12],
+    )
+    return Path(folder).expanduser() / 'extensions' / '-'.join(map(str, build)) / f'{NAME}.so'
+
+
+@cache
+def load() -> str:
+    """Load the operators as `torch.ops.overlock_cpu`. Return '', or why that is not possible."""
+    try:
+        path = library_path()
+        if not path.exists():
+            return 'not compiled for this PyTorch and processor; `python -m overlock.ops.build` does it'
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f'it does not load ({error}); compile it anew: `python -m overlock.ops.build`'
+    return ''
 
 
 def build() -> Path:
-    """Compiles the operators where that is not done yet, and returns the library's path.
+    """Compile the operators unless that was done before, and return the path of the library.
 
-    Compiling loads them too, which a process survives once: it is for one that does nothing else.
+    This also loads them, which a process can do only once, so call it in a process of its own.
 
     Raises:
-        RuntimeError: If there is no working C++ compiler or no ninja; what was there before stays.
+        RuntimeError: If there is no working C++ compiler or no ninja; earlier files stay as they are.
         ImportError: If there is no setuptools.
     """
     path = library_path()
@@ -36,8 +87,8 @@ def build() -> Path:
 
 
 def main() -> int:
-    """Compiles the operators and prints where they are; returns the exit status."""
-    # ninja, which PyTorch compiles with, stands beside this Python, where PATH may not look.
+    """Compile the operators, print their path and return the exit status."""
+    # PyTorch calls ninja, which is installed beside this Python, a folder that PATH may not name.
     os.environ['PATH'] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get('PATH', '')))
     try:
         print(build())

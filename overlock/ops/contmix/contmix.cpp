@@ -1,7 +1,7 @@
 // ContMix on CPUs: logits, bias, softmax and aggregation of one pixel at a time, in registers, forward and backward.
 //
 // The taps of a window row fill one vector, padded to a power of two, so that every step over taps is K vector
-// instructions; the channels of a group fill vectors of 16. compiled.py packs the maps accordingly:
+// instructions; the channels of a group fill vectors of 16. cpp.py packs the maps accordingly:
 //   query, value, grad, their gradients   (B, G, H, W, D), D the channels padded with zeros to a multiple of 16
 //   kernel                                (B, G, d, K, P), P the taps of a row, padded with zeros
 //   bias                                  (K, P), padded with -inf: the softmax gives padding the weight 0

@@ -1,73 +1,81 @@
-"""Which backend of ContMix runs, and why another cannot."""
+"""The choice of the backend that runs ContMix."""
 
 import logging
 from functools import cache
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from overlock.ops.context import is_exporting
-from overlock.ops.contmix import compiled, eager, library, natten, reference, triton
+from overlock.ops.contmix import cpp, eager, natten, reference, triton
+from overlock.ops.contmix.inputs import Inputs
+from overlock.ops.tracing import is_exporting
 
-BACKENDS = {'reference': reference, 'eager': eager, 'compiled': compiled, 'triton': triton, 'natten': natten}
-OPERATORS = {name: library.register(name, BACKENDS[name]) for name in ('eager', 'compiled', 'triton')}
+
+class Backend(Protocol):
+    """What each backend's module has."""
+
+    def available(self) -> str:
+        """Return '' if the backend can run on this machine, else the reason why not."""
+
+    def supports(self, inputs: Inputs) -> str:
+        """Return '' if the backend, where it is available, can take these inputs, else the reason why not."""
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """Return the mixed map, (B, C, H, W)."""
+
+
+class Fused(Backend, Protocol):
+    """What the backends have that 'auto' considers before `eager`."""
+
+    def preferred(self, inputs: Inputs) -> bool:
+        """Return whether this backend is the fast one for these inputs."""
+
+
+FUSED: dict[str, Fused] = {'cpp': cpp, 'triton': triton}
+BACKENDS: dict[str, Backend] = {'reference': reference, 'eager': eager, **FUSED, 'natten': natten}
+# Names of earlier versions.
+ALIASES = {'compiled': 'cpp'}
 
 _logger = logging.getLogger(__name__)
 
 
 def explain() -> dict[str, str]:
-    """For each backend 'available', or why it cannot run here."""
+    """Return for each backend 'available', or the reason why it cannot run here."""
     return {name: _why_not(name) or 'available' for name in BACKENDS}
 
 
-def _why_not(backend: str) -> str:
-    runs, reason = BACKENDS[backend].verify()
-    return '' if runs else reason
-
-
 def check_backend(backend: str) -> None:
-    """Checks that a backend, or 'auto', can run here.
+    """Check that a backend, or 'auto', can run here.
 
     Raises:
         ValueError: If the name is unknown.
         RuntimeError: If the backend cannot run here, with the reason.
     """
-    if backend == 'auto':
+    name = ALIASES.get(backend, backend)
+    if name == 'auto':
         return
-    if backend not in BACKENDS:
+    if name not in BACKENDS:
         raise ValueError(f"contmix backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = _why_not(backend)
+    reason = _why_not(name)
     if reason:
         raise RuntimeError(f'contmix backend {backend!r} was asked for but cannot run here: {reason}')
 
 
-def choose(value: Tensor, kernel_sizes: tuple[int, int]) -> str:
-    """What 'auto' stands for: the fused backend of the device, `eager` where it cannot run.
-
-    On 2 AVX-512 cores `compiled` is 5 to 36 times faster than `eager`, in forward and in training, at each of the
-    shapes of XT and S measured (benchmarks/results/operator-*.json).
-    """
-    fused = {'cpu': 'compiled', 'cuda': 'triton'}.get(value.device.type)
-    # Triton's float64 is for tests: its kernels spill registers.
-    if fused is None or _misfit(fused, value, kernel_sizes) or (fused == 'triton' and value.dtype == torch.float64):
+def choose(inputs: Inputs) -> str:
+    """Return the backend that 'auto' stands for: the fast one for these inputs, or `eager` where it cannot run."""
+    if is_exporting():  # an exported graph must not contain operators of ours, which are unknown elsewhere
         return 'eager'
-    reason = _why_not(fused)
-    if reason:
-        _log_once(f'ContMix falls back to the eager backend: {fused}: {reason}')
-        return 'eager'
-    return fused
+    for name, backend in FUSED.items():
+        if backend.preferred(inputs) and not backend.supports(inputs):
+            reason = _why_not(name)
+            if not reason:
+                return name
+            _log_once(f'ContMix falls back to the eager backend: {name}: {reason}')
+    return 'eager'
 
 
-def _misfit(backend: str, value: Tensor, kernel_sizes: tuple[int, int]) -> str:
-    """Why a backend that runs here cannot take these inputs, or ''."""
-    device = value.device.type
-    if backend == 'compiled' and device != 'cpu':
-        return f'it runs on the CPU and the maps are on {device}'
-    if backend == 'compiled' and not set(kernel_sizes) <= set(compiled.KERNEL_SIZES):
-        return f'it has kernels of {", ".join(map(str, compiled.KERNEL_SIZES))} and kernel_sizes are {kernel_sizes}'
-    if backend == 'triton' and device != 'cuda' and not triton.interpreted():
-        return f'it runs on CUDA devices and the maps are on {device}'
-    return ''
+def _why_not(name: str) -> str:
+    return BACKENDS[name].available()
 
 
 @cache
@@ -75,9 +83,9 @@ def _log_once(message: str) -> None:
     _logger.info(message)
 
 
-# torch.compile cannot follow these into files and logs, and takes what they return for constant. This is what
-# torch.compiler.assume_constant_result does; calling it here would import torch._dynamo, and with it triton.
-_why_not._dynamo_marked_constant = _log_once._dynamo_marked_constant = True
+# torch.compile cannot trace file access and logging, and treats the results of these as constants. This is what
+# torch.compiler.assume_constant_result does; a call of it would import torch._dynamo, and with it triton.
+_why_not._dynamo_marked_constant = _log_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def contmix(
@@ -94,7 +102,7 @@ def contmix(
     scale: float,
     backend: str = 'auto',
 ) -> Tensor:
-    """Convolves each pixel with kernels computed from its affinity to S x S regions (paper, Sec. 3.3, ContMix).
+    """Convolve each pixel with kernels computed from its affinity to S x S regions (paper, Sec. 3.3, ContMix).
 
     The first half of the value channels meets the small kernels, the second half the large ones. A window near a
     border moves inward and stays whole.
@@ -110,57 +118,20 @@ def contmix(
         kernel_sizes: (k, K), odd.
         num_groups: G.
         scale: Factor on the affinities.
-        backend: 'auto', 'reference', 'eager', 'compiled', 'triton' or 'natten'.
+        backend: 'auto', 'reference', 'eager', 'cpp', 'triton' or 'natten'.
 
     Returns:
         (B, C, H, W), in the dtype of `value`.
 
     Raises:
-        ValueError: If the map is smaller than the large kernel or shapes do not fit.
+        ValueError: If the map is smaller than the large kernel, shapes do not fit, or the backend is unknown.
         RuntimeError: If the backend asked for cannot run here, or not on these inputs.
     """
-    _check_shapes(query, key, value, weight, rpb_small, rpb_large, kernel_sizes, num_groups)
+    inputs = Inputs(query, key, value, weight, bias, rpb_small, rpb_large, kernel_sizes, num_groups, scale)
+    inputs.check_shapes()
     check_backend(backend)
-    misfit = _misfit(backend, value, kernel_sizes)
-    if misfit:
-        raise RuntimeError(f'contmix backend {backend!r} was asked for but cannot take these inputs: {misfit}')
-    if backend == 'reference':
-        return reference.contmix(query, key, value, weight, bias, rpb_small, rpb_large, kernel_sizes, num_groups, scale)
-    # Affinities and their projection are linear, so the regions are projected and not the affinities of every pixel.
-    kernel = (scale * key).flatten(2).unflatten(1, (num_groups, -1)) @ weight.t()
-    inputs = query.to(value.dtype), kernel.to(value.dtype), value, bias, rpb_small, rpb_large
-    if backend == 'natten':
-        return natten.plain(*inputs)
-    if backend in ('auto', 'eager') and is_exporting():  # elsewhere our operators are unknown
-        return eager.plain(*inputs)
-    return OPERATORS[choose(value, kernel_sizes) if backend == 'auto' else backend](*inputs)
-
-
-def _check_shapes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    rpb_small: Tensor,
-    rpb_large: Tensor,
-    kernel_sizes: tuple[int, int],
-    num_groups: int,
-) -> None:
-    height, width = value.shape[2:]
-    small, large = kernel_sizes
-    if small % 2 == 0 or large % 2 == 0:
-        raise ValueError(f'kernel_sizes must be odd, got {kernel_sizes}')
-    if min(height, width) < max(kernel_sizes):
-        raise ValueError(f'value must be at least {max(kernel_sizes)} pixels high and wide, got {height}x{width}')
-    if value.shape[1] != 2 * query.shape[1] or value.shape[1] % (2 * num_groups):
-        raise ValueError(
-            f'value must have twice the channels of query and a multiple of 2 x {num_groups} groups, '
-            f'got {value.shape[1]} and {query.shape[1]}'
-        )
-    if weight.shape[0] != small**2 + large**2 or weight.shape[1] != key.shape[2:].numel():
-        raise ValueError(
-            f'weight must have shape ({small**2 + large**2}, {key.shape[2:].numel()}), got {tuple(weight.shape)}'
-        )
-    for size, rpb in ((small, rpb_small), (large, rpb_large)):
-        if rpb.shape != (num_groups, 2 * size - 1, 2 * size - 1):
-            raise ValueError(f'rpb must have shape {(num_groups, 2 * size - 1, 2 * size - 1)}, got {tuple(rpb.shape)}')
+    name = choose(inputs) if backend == 'auto' else ALIASES.get(backend, backend)
+    reason = BACKENDS[name].supports(inputs)
+    if reason:
+        raise RuntimeError(f'contmix backend {backend!r} was asked for but cannot take these inputs: {reason}')
+    return BACKENDS[name].run(inputs)

@@ -8,96 +8,97 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.ops.contmix import library
+from overlock.ops.contmix.inputs import Half, Inputs, Projected
 from overlock.ops.contmix.reference import window_starts
+from overlock.ops.tracing import is_exporting
 
 # Up to this many times K^2 pixels, one product with a dense (H W, H W) matrix beats K^2 passes over the map.
 DENSE_LIMIT = 1.5
 
 
-def verify() -> tuple[bool, str]:
-    """Plain PyTorch runs everywhere."""
-    return True, ''
+def available() -> str:
+    """Return '': plain PyTorch runs everywhere."""
+    return ''
 
 
-def forward(
-    query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See `overlock.ops.contmix.library.register`."""
-    out, lses = torch.empty_like(value), []
-    for taps, tap_bias, rpb, half, to in halves(kernel, bias, rpb_small, rpb_large, value, out):
-        logits = compute_logits(query, taps, tap_bias, rpb, half.shape[3:])
+def supports(inputs: Inputs) -> str:
+    """Return '': plain PyTorch takes all inputs."""
+    return ''
+
+
+def run(inputs: Inputs) -> Tensor:
+    """Return the mixed map, (B, C, H, W)."""
+    return plain(inputs.project()) if is_exporting() else _operator(inputs.project())
+
+
+def forward(x: Projected) -> tuple[Tensor, Tensor]:
+    """Compute the mixed map and the log-sum-exps; see `overlock.ops.contmix.library.register`."""
+    out, lses = torch.empty_like(x.value), []
+    for half, to in zip(x.halves(), x.split(out), strict=True):
+        logits = compute_logits(x.query, half)
         lses.append(logits.logsumexp(2))
         weights = torch.sub(logits, lses[-1].unsqueeze(2), out=logits).exp_()
-        to.copy_(aggregate(weights, half))
+        to.copy_(aggregate(weights, half.value))
     return out, torch.stack(lses)
 
 
-def backward(
-    grad: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    kernel: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    rpb_small: Tensor,
-    rpb_large: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `overlock.ops.contmix.library.register`."""
-    grad_value, grad_query = torch.empty_like(value), torch.zeros_like(query)
-    grad_taps, grad_bias, grad_rpb = [], [], []
-    parts = halves(kernel, bias, rpb_small, rpb_large, value, grad_value)
-    for (taps, tap_bias, rpb, half, to), half_grad, half_lse in zip(parts, grad.chunk(2, 1), lse, strict=True):
-        logits = compute_logits(query, taps, tap_bias, rpb, half.shape[3:])
+def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
+    """Compute the gradients; see `overlock.ops.contmix.library.register`."""
+    grad_query, grad_value = torch.zeros_like(x.query), torch.empty_like(x.value)
+    grad_kernel, grad_bias, grad_rpb = [], [], []
+    for half, half_grad, half_lse, to in zip(x.halves(), x.split(grad), lse, x.split(grad_value), strict=True):
+        logits = compute_logits(x.query, half)
         weights = torch.sub(logits, half_lse.unsqueeze(2), out=logits).exp_()
-        slopes, share = aggregate_backward(weights, half, half_grad.unflatten(1, half.shape[1:3]))
+        slopes, share = aggregate_backward(weights, half.value, half_grad)
         to.copy_(share)
         slopes.mul_(weights)
         slopes.addcmul_(weights, slopes.sum(2, keepdim=True), value=-1)  # gradient of the logits from here on
-        by_tap, by_window = position_bias_backward(slopes.sum(0), rpb.shape[1])
+        by_tap, by_window = position_bias_backward(slopes.sum(0), half.size)
         grad_bias.append(by_tap)
-        grad_rpb.append(by_window.to(rpb.dtype))
-        slopes = slopes.flatten(3).to(query.dtype)
-        grad_taps.append(query.flatten(2).unflatten(1, taps.shape[1:3]) @ slopes.mT)
-        grad_query += (taps @ slopes).reshape(query.shape)
-    return grad_query, torch.cat(grad_taps, -1), grad_value, torch.cat(grad_bias).to(bias.dtype), *grad_rpb
+        grad_rpb.append(by_window.to(half.rpb.dtype))
+        slopes = slopes.flatten(3).to(x.query.dtype)
+        grad_kernel.append(x.query.flatten(2).unflatten(1, half.kernel.shape[1:3]) @ slopes.mT)
+        grad_query += (half.kernel @ slopes).reshape(x.query.shape)
+    return Projected(
+        grad_query, torch.cat(grad_kernel, -1), grad_value, torch.cat(grad_bias).to(x.bias.dtype), *grad_rpb
+    )
 
 
-def plain(query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor) -> Tensor:
-    """The output alone, out of place and with any height and width: what `torch.export` and ONNX can express."""
+_operator = library.register('eager', forward, backward)
+
+
+def plain(x: Projected) -> Tensor:
+    """Return the mixed map, computed out of place and for any height and width, as `torch.export` and ONNX need."""
     outs = []
-    for taps, tap_bias, rpb, half, _ in halves(kernel, bias, rpb_small, rpb_large, value, value):
-        weights = compute_logits(query, taps, tap_bias, rpb, half.shape[3:]).softmax(2).to(value.dtype)
-        size = (rpb.shape[1] + 1) // 2
+    for half in x.halves():
+        weights = compute_logits(x.query, half).softmax(2).to(x.value.dtype)
         rows, cols = (
-            window_starts(length, size, value.device).unsqueeze(1) + torch.arange(size, device=value.device)
-            for length in half.shape[3:]
+            window_starts(length, half.size, x.value.device).unsqueeze(1)
+            + torch.arange(half.size, device=x.value.device)
+            for length in x.value.shape[2:]
         )
-        out = 0
-        for row, weight in zip(rows.unbind(1), weights.unflatten(2, (size, size)).unbind(2), strict=True):
-            seen = half[:, :, :, row][..., cols]  # (B, G, d, H, W, K)
+        out = torch.zeros_like(half.value)
+        for row, weight in zip(rows.unbind(1), weights.unflatten(2, (half.size, -1)).unbind(2), strict=True):
+            seen = half.value[:, :, :, row][..., cols]  # (B, G, d, H, W, K)
             out = out + (seen * weight.movedim(2, -1).unsqueeze(2)).sum(-1)
         outs.append(out.flatten(1, 2))
     return torch.cat(outs, 1)
 
 
-def halves(kernel: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor, value: Tensor, out: Tensor):
-    """For each kernel size its part of the inputs, and of `value` and `out` (B, G, d, H, W)."""
-    taps = [((rpb.shape[1] + 1) // 2) ** 2 for rpb in (rpb_small, rpb_large)]
-    maps = (t.unflatten(1, (2, *kernel.shape[1:3])).unbind(1) for t in (value, out))
-    return zip(kernel.split(taps, -1), bias.split(taps), (rpb_small, rpb_large), *maps, strict=True)
-
-
-def compute_logits(query: Tensor, kernel: Tensor, bias: Tensor, rpb: Tensor, size: tuple[int, int]) -> Tensor:
-    """Query (B, G d, H, W) and kernel (B, G, d, K^2) to the logits (B, G, K^2, H, W), in float32 at least."""
-    logits = (kernel.mT @ query.flatten(2).unflatten(1, kernel.shape[1:3])).unflatten(-1, size)
+def compute_logits(query: Tensor, half: Half) -> Tensor:
+    """Return the logits of a query (B, G d, H, W), (B, G, K^2, H, W), in float32 at least."""
+    products = half.kernel.mT @ query.flatten(2).unflatten(1, half.kernel.shape[1:3])
+    height, width = query.shape[2:]
+    logits = products.unflatten(-1, (height, width))
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(wide) + position_bias(rpb.to(wide), bias.to(wide), *size)
+    return logits.to(wide) + position_bias(half.rpb.to(wide), half.bias.to(wide), height, width)
 
 
 def position_bias(rpb: Tensor, tap_bias: Tensor, height: int, width: int) -> Tensor:
-    """What is added to the logits: (G, 2K-1, 2K-1) and (K^2,) to (G, K^2, H, W).
+    """Return what is added to the logits: from (G, 2K - 1, 2K - 1) and (K^2,) to (G, K^2, H, W).
 
-    Along an axis the window of the bias is one of K: K // 2 of them near each border, one everywhere between.
+    Along an axis there are K different windows of the bias: K // 2 near each border and one for all queries between.
     """
     size = (rpb.shape[1] + 1) // 2
     windows = rpb.unfold(1, size, 1).unfold(2, size, 1).permute(0, 3, 4, 1, 2).flatten(1, 2)
@@ -108,23 +109,22 @@ def position_bias(rpb: Tensor, tap_bias: Tensor, height: int, width: int) -> Ten
     return (windows + tap_bias.view(-1, 1, 1))[:, :, rows][..., cols]
 
 
-def position_bias_backward(grad: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """(G, K^2, H, W) to the gradients of tap_bias (K^2,) and rpb (G, 2K-1, 2K-1), 2K-1 being `length`."""
-    size = (length + 1) // 2
+def position_bias_backward(grad: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of tap_bias (K^2,) and rpb (G, 2K - 1, 2K - 1) from (G, K^2, H, W), K being `size`."""
     windows = _sum_middle(_sum_middle(grad, size, 2), size, 3)
-    folded = F.fold(windows.flip(2, 3).flatten(2), (length, length), size)
+    folded = F.fold(windows.flip(2, 3).flatten(2), (2 * size - 1, 2 * size - 1), size)
     return windows.sum((0, 2, 3)), folded.squeeze(1)
 
 
 def _sum_middle(x: Tensor, length: int, dim: int) -> Tensor:
-    """Sums the slices of `x` along `dim` behind which all but length // 2 at each end are one: `length` are left."""
+    """Sum the slices of `x` along `dim` between the first and the last length // 2: `length` slices remain."""
     radius = length // 2
     middle = x.narrow(dim, radius, x.shape[dim] - 2 * radius).sum(dim, keepdim=True)
     return torch.cat([x.narrow(dim, 0, radius), middle, x.narrow(dim, x.shape[dim] - radius, radius)], dim=dim)
 
 
 def aggregate(weights: Tensor, value: Tensor) -> Tensor:
-    """Tap weights (B, G, K^2, H, W), at least float32, and value (B, G, d, H, W) to (B, G, d, H, W)."""
+    """Mix a value (B, G, d, H, W) by tap weights (B, G, K^2, H, W), at least float32, to (B, G, d, H, W)."""
     size, (height, width) = _kernel_size(weights), value.shape[3:]
     if _is_dense(size, height, width):
         return (value.flatten(3) @ _dense(weights).to(value.dtype)).unflatten(-1, (height, width))
@@ -140,7 +140,7 @@ def aggregate(weights: Tensor, value: Tensor) -> Tensor:
 
 
 def aggregate_backward(weights: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `weights` and `value`, both in the dtype of `weights`."""
+    """Return the gradients of `weights` and `value`, both in the dtype of `weights`."""
     size, (height, width) = _kernel_size(weights), value.shape[3:]
     value, grad = value.to(weights.dtype), grad.to(weights.dtype)
     if _is_dense(size, height, width):
@@ -174,7 +174,7 @@ def _is_dense(kernel_size: int, height: int, width: int) -> bool:
 
 
 def _dense(weights: Tensor) -> Tensor:
-    """(B, G, K^2, H, W) to (B, G, H W, H W), keys by queries: every tap weight at its key."""
+    """Return (B, G, H W, H W), keys by queries, with every tap weight of (B, G, K^2, H, W) at its key."""
     pixels = weights.shape[3] * weights.shape[4]
     if pixels == weights.shape[2]:
         return weights.flatten(3)
@@ -183,7 +183,7 @@ def _dense(weights: Tensor) -> Tensor:
 
 
 def _dense_index(weights: Tensor) -> Tensor:
-    """(B, G, K^2, H W): the pixel that each tap of each query sees."""
+    """Return (B, G, K^2, H W), the pixel that each tap of each query sees."""
     size, (height, width) = _kernel_size(weights), weights.shape[3:]
     rows, cols = (window_starts(length, size, weights.device) for length in (height, width))
     taps = torch.arange(size, device=weights.device)
@@ -192,7 +192,7 @@ def _dense_index(weights: Tensor) -> Tensor:
 
 
 def _blocks(length: int, kernel_size: int, tap: int) -> tuple[tuple[slice, slice], ...]:
-    """For one tap of one axis: (queries, keys) of the near border, the interior and the far border.
+    """Return for one tap of one axis (queries, keys) of the near border, the interior and the far border.
 
     All queries at a border share their window, so they see one key.
     """
@@ -206,7 +206,7 @@ def _blocks(length: int, kernel_size: int, tap: int) -> tuple[tuple[slice, slice
 
 
 def _columns(x: Tensor, kernel_size: int, tap: int) -> Tensor:
-    """What every query column sees at a tap column: (..., H, W) to the same."""
+    """Return what every query column sees at a tap column: from (..., H, W) to the same."""
     return torch.cat(
         [
             x[..., keys].expand(*x.shape[:-1], queries.stop - queries.start)

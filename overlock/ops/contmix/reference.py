@@ -3,51 +3,47 @@
 import torch
 from torch import Tensor
 
-
-def verify() -> tuple[bool, str]:
-    """The reference runs everywhere."""
-    return True, ''
+from overlock.ops.contmix.inputs import Inputs
 
 
-def window_starts(length: int, kernel_size: int, device: torch.device | None = None) -> Tensor:
-    """First position of each query's window on one axis: moved inward near a border, never padded."""
-    return (torch.arange(length, device=device) - kernel_size // 2).clamp(0, length - kernel_size)
+def available() -> str:
+    """Return '': the reference runs everywhere."""
+    return ''
 
 
-def contmix(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rpb_small: Tensor,
-    rpb_large: Tensor,
-    kernel_sizes: tuple[int, int],
-    num_groups: int,
-    scale: float,
-) -> Tensor:
-    """See `overlock.ops.contmix`."""
+def supports(inputs: Inputs) -> str:
+    """Return '': the reference takes all inputs."""
+    return ''
+
+
+def run(inputs: Inputs) -> Tensor:
+    """Return the mixed map, (B, C, H, W)."""
+    value, groups = inputs.value, inputs.num_groups
     batch, _, height, width = value.shape
-    query = query.reshape(batch, num_groups, -1, height * width) * scale
-    key = key.reshape(batch, num_groups, query.shape[2], -1)
+    query = inputs.query.reshape(batch, groups, -1, height * width) * inputs.scale
+    key = inputs.key.reshape(batch, groups, query.shape[2], -1)
     affinity = torch.einsum('bgdn,bgdm->bgnm', query, key)
-    logits = torch.einsum('bgnm,tm->bgnt', affinity, weight) + bias
-    small, large = kernel_sizes
+    logits = torch.einsum('bgnm,tm->bgnt', affinity, inputs.weight) + inputs.bias
     halves = []
     for size, rpb, half_logits, half_value in zip(
-        kernel_sizes,
-        (rpb_small, rpb_large),
-        logits.split([small**2, large**2], dim=-1),
+        inputs.kernel_sizes,
+        (inputs.rpb_small, inputs.rpb_large),
+        logits.split([size**2 for size in inputs.kernel_sizes], dim=-1),
         value.chunk(2, dim=1),
         strict=True,
     ):
-        halves.append(_mix(half_logits, rpb, half_value.reshape(batch, num_groups, -1, height, width), size))
+        halves.append(_mix(half_logits, rpb, half_value.reshape(batch, groups, -1, height, width), size))
     return torch.cat(halves, dim=1)
 
 
+def window_starts(length: int, kernel_size: int, device: torch.device | None = None) -> Tensor:
+    """Return the first position of each query's window on one axis: moved inward near a border, never padded."""
+    return (torch.arange(length, device=device) - kernel_size // 2).clamp(0, length - kernel_size)
+
+
 def _mix(logits: Tensor, rpb: Tensor, value: Tensor, kernel_size: int) -> Tensor:
-    """Logits (B, G, H W, K^2), rpb (G, 2K-1, 2K-1) and value (B, G, d, H, W) to (B, G d, H, W)."""
-    batch, groups, dims, height, width = value.shape
+    """Mix a value (B, G, d, H, W) by logits (B, G, H W, K^2) and rpb (G, 2K - 1, 2K - 1) to (B, G d, H, W)."""
+    batch, groups, _, height, width = value.shape
     taps = torch.arange(kernel_size, device=value.device)
     key_rows, key_cols = (
         window_starts(length, kernel_size, value.device)[:, None] + taps for length in (height, width)

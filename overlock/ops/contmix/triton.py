@@ -1,19 +1,22 @@
-"""ContMix fused in Triton kernels: logits, bias, softmax and aggregation in one, recomputed in the backward pass.
+"""ContMix on GPUs: launches the fused kernels of `triton_kernels.py`.
 
-No tensor of the size of the tap weights is ever in memory. Where the channels of a pixel and group are not side by side
-and a power of two, maps are copied to where they are: scattered loads for every tap would cost more.
+No tensor of the size of the tap weights is ever in memory. Maps are copied first unless the channels of a pixel and
+group lie side by side and number a power of two: scattered loads for every tap would cost more.
 """
 
 import importlib.metadata
 import importlib.util
 import os
 import shutil
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from overlock.ops.contmix import library
+from overlock.ops.contmix.inputs import Half, Inputs, Projected
 
 # The first that multiplies float64.
 OLDEST = (3, 5)
@@ -25,27 +28,43 @@ STEP = 4
 PARTIALS = 1024
 
 
-def verify() -> tuple[bool, str]:
-    """Whether Triton is installed and has a GPU, or its interpreter, to run on; if not, why not."""
+def available() -> str:
+    """Return '' if Triton is installed and has a GPU, or its interpreter, to run on, else the reason why not."""
     missing = _missing()
     if missing or interpreted():
-        return not missing, missing
+        return missing
     if torch.version.hip or not torch.cuda.is_available():
-        return False, 'no CUDA device'
+        return 'no CUDA device'
     if not os.environ.get('CC') and not any(map(shutil.which, ('gcc', 'clang', 'cc'))):
-        return False, 'Triton needs a C compiler, and there is no gcc, clang or cc; install one or set CC'
+        return 'Triton needs a C compiler, and there is no gcc, clang or cc; install one or set CC'
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
-        return False, f'CUDA capability {capability[0]}.{capability[1]} is below 8.0'
-    return True, ''
+        return f'CUDA capability {capability[0]}.{capability[1]} is below 8.0'
+    return ''
 
 
-@lru_cache(maxsize=1)
+def supports(inputs: Inputs) -> str:
+    """Return '' if the maps are on a CUDA device, or the interpreter runs, else the reason why not."""
+    device = inputs.value.device.type
+    return '' if device == 'cuda' or interpreted() else f'it runs on CUDA devices and the maps are on {device}'
+
+
+def preferred(inputs: Inputs) -> bool:
+    """Return whether the maps are on a CUDA device and not float64, which is for tests: its kernels spill registers."""
+    return inputs.value.device.type == 'cuda' and inputs.value.dtype != torch.float64
+
+
+def run(inputs: Inputs) -> Tensor:
+    """Return the mixed map, (B, C, H, W)."""
+    return _operator(inputs.project())
+
+
+@cache
 def _missing() -> str:
-    """What is wrong with the Triton installed, found out without importing it; '' if nothing is."""
+    """Return what is wrong with the installed Triton, or '', without importing it."""
     if importlib.util.find_spec('triton') is None:
         return 'triton is not installed'
-    # Nightly builds of torch bring it under another name.
+    # Nightly builds of torch come with it under another name.
     versions = [importlib.metadata.version(name) for name in ('triton', 'pytorch-triton') if _is_package(name)]
     if versions and tuple(int(part) for part in versions[0].split('.')[:2]) < OLDEST:
         return f'triton {versions[0]} is older than {OLDEST[0]}.{OLDEST[1]}'
@@ -57,11 +76,11 @@ def _is_package(name: str) -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is asked for, which runs kernels on tensors of the CPU."""
+    """Return whether the environment asks for Triton's interpreter, which runs kernels on tensors of the CPU."""
     return os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
 
 
-@lru_cache(maxsize=1)
+@cache
 def _kernels() -> ModuleType:
     from overlock.ops.contmix import triton_kernels
 
@@ -95,25 +114,11 @@ class _Operands(NamedTuple):
     constants: dict[str, Any]
 
 
-def forward(
-    query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mixes a map, and gives the log-sum-exp of the logits for the backward pass.
-
-    Args:
-        query: (B, G d, H, W), any float dtype; this and all that follow have any strides.
-        kernel: (B, G, d, k^2 + K^2), the regions projected to taps and scaled, in the dtype of `query`.
-        value: (B, 2 G d, H, W), in the dtype of `query`; the first half of the channels meets the small kernel.
-        bias: (k^2 + K^2,), any float dtype.
-        rpb_small: (G, 2k - 1, 2k - 1), any float dtype.
-        rpb_large: (G, 2K - 1, 2K - 1), any float dtype.
-
-    Returns:
-        The mixed map, like `value`, and (2, B, G, H, W), float32 or where `value` is that float64, small and large.
-    """
-    with torch.cuda.device_of(value):
-        operands = _prepare(query, kernel, value, bias, rpb_small, rpb_large)
-        out = torch.empty_like(value)
+def forward(x: Projected) -> tuple[Tensor, Tensor]:
+    """Compute the mixed map and the log-sum-exps; see `overlock.ops.contmix.library.register`."""
+    with torch.cuda.device_of(x.value):
+        operands = _prepare(x)
+        out = torch.empty_like(x.value)
         lse = operands.tables[0].new_empty(2, *operands.sizes)
         rows = 2
         _kernels().forward[_grid(operands, rows, COLS)](
@@ -134,35 +139,27 @@ def forward(
     return out, lse
 
 
-def backward(
-    grad: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    kernel: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    rpb_small: Tensor,
-    rpb_large: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `forward`'s arguments in their order, like them, from that of its output and its log-sum-exp."""
-    with torch.cuda.device_of(value):
-        operands = _prepare(query, kernel, value, bias, rpb_small, rpb_large)
-        grad = _packed(_by_group(grad, 2 * kernel.shape[1]), operands.constants['P'])
+def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
+    """Compute the gradients; see `overlock.ops.contmix.library.register`."""
+    with torch.cuda.device_of(x.value):
+        operands = _prepare(x)
+        grad = _packed(_by_group(grad, 2 * x.kernel.shape[1]), operands.constants['P'])
         lse = lse.contiguous()
         delta = torch.empty_like(lse)
-        grad_query = _query_grad(operands, grad, lse, delta, query)
-        grad_value = _value_grad(operands, grad, lse, value)
+        grad_query = _query_grad(operands, grad, lse, delta, x.query)
+        grad_value = _value_grad(operands, grad, lse, x.value)
         partial, *rpb_partials = _tap_grads(operands, grad, lse, delta)
         taps = partial.sum(0)
-        small = [
-            torch.empty_like(kernel).copy_(taps[..., :-1].transpose(2, 3)),
-            torch.empty_like(bias).copy_(taps[..., -1].sum((0, 1))),
-        ]
-        small += [
+        grad_kernel = torch.empty_like(x.kernel).copy_(taps[..., :-1].transpose(2, 3))
+        grad_bias = torch.empty_like(x.bias).copy_(taps[..., -1].sum((0, 1)))
+        grad_small, grad_large = (
             torch.empty_like(rpb).copy_(part.sum((0, 1)))
-            for rpb, part in zip((rpb_small, rpb_large), rpb_partials, strict=True)
-        ]
-    return grad_query, small[0], grad_value, *small[1:]
+            for rpb, part in zip((x.rpb_small, x.rpb_large), rpb_partials, strict=True)
+        )
+    return Projected(grad_query, grad_kernel, grad_value, grad_bias, grad_small, grad_large)
+
+
+_operator = library.register('triton', forward, backward)
 
 
 def _query_grad(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor, query: Tensor) -> Tensor:
@@ -259,36 +256,30 @@ def _tap_grads(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor) ->
     return tuple(partials)
 
 
-def _prepare(
-    query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor
-) -> _Operands:
-    groups, dims = kernel.shape[1:3]
-    rpbs = (rpb_small, rpb_large)
-    small, large = kernel_sizes = tuple((rpb.shape[-1] + 1) // 2 for rpb in rpbs)
+def _prepare(x: Projected) -> _Operands:
+    groups, dims = x.kernel.shape[1:3]
+    small, large = x.kernel_sizes
     # The interpreter multiplies the bits of bfloat16 as if they were integers.
-    product = torch.float32 if interpreted() and value.dtype == torch.bfloat16 else value.dtype
+    product = torch.float32 if interpreted() and x.value.dtype == torch.bfloat16 else x.value.dtype
     constants = dict(
         K_SMALL=small,
         K_LARGE=large,
         D=dims,
         P=max(16, _power_of_two(dims)),
-        P_TAPS=max(16, _power_of_two(max(kernel_sizes) + 1)),
-        P_COLS=_power_of_two(COLS + max(kernel_sizes) - 1),
+        P_TAPS=max(16, _power_of_two(max(small, large) + 1)),
+        P_COLS=_power_of_two(COLS + max(small, large) - 1),
         COLS=COLS,
         DOT=getattr(_kernels().tl, str(product).removeprefix('torch.')),
     )
-    tables = [
-        _table(part, rpb, size, constants['P_TAPS'], value.dtype)
-        for part, rpb, size in zip(bias.split([small**2, large**2]), rpbs, kernel_sizes, strict=True)
-    ]
+    batch, _, height, width = x.value.shape
     return _Operands(
-        _packed(_by_group(query, groups), constants['P']),
+        _packed(_by_group(x.query, groups), constants['P']),
         # A kernel is packed like a map of one row.
-        _packed(kernel.transpose(2, 3).unsqueeze(2), constants['P'], copy=True),
-        _packed(_by_group(value, 2 * groups), constants['P']),
-        tuple(tables),
-        (value.shape[0], groups, *value.shape[2:]),
-        kernel_sizes,
+        _packed(x.kernel.transpose(2, 3).unsqueeze(2), constants['P'], copy=True),
+        _packed(_by_group(x.value, 2 * groups), constants['P']),
+        tuple(_table(half, constants['P_TAPS']) for half in x.halves()),
+        (batch, groups, height, width),
+        (small, large),
         constants,
     )
 
@@ -311,12 +302,13 @@ def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
     return target
 
 
-def _table(bias: Tensor, rpb: Tensor, size: int, width: int, dtype: torch.dtype) -> Tensor:
-    """(K^2,) and (G, 2K - 1, 2K - 1) to (G, K, K, K, `width`): see the kernel."""
-    wide = torch.promote_types(dtype, torch.float32)
-    table = rpb.new_empty(rpb.shape[0], size, size, size, width, dtype=wide)
-    _kernels().bias_table[(rpb.shape[0] * size * size,)](
-        bias, rpb, table, bias.stride(0), rpb.stride(), K=size, P_TAPS=width, num_warps=1
+def _table(half: Half, width: int) -> Tensor:
+    """Return the table of biases, (G, K, K, K, `width`): see the kernel `bias_table`."""
+    size, groups = half.size, half.rpb.shape[0]
+    wide = torch.promote_types(half.value.dtype, torch.float32)
+    table = half.rpb.new_empty(groups, size, size, size, width, dtype=wide)
+    _kernels().bias_table[(groups * size * size,)](
+        half.bias, half.rpb, table, half.bias.stride(0), half.rpb.stride(), K=size, P_TAPS=width, num_warps=1
     )
     return table
 

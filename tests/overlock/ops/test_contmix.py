@@ -1,11 +1,14 @@
 """Every backend of ContMix gives what the reference gives, forward and backward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from overlock.ops import contmix, explain
-from overlock.ops.contmix import eager
-from overlock.ops.contmix.dispatch import OPERATORS, choose
+from overlock.ops.contmix import cpp, eager, natten, triton
+from overlock.ops.contmix.dispatch import choose
+from overlock.ops.contmix.inputs import Inputs
 from tests.testing import TOLERANCES, assert_relative
 
 # (height, width, K): odd, non-square, just large enough, and near and far of the dense product's limit.
@@ -30,7 +33,7 @@ def here(name: str):
     return pytest.param(name, marks=pytest.mark.skipif(reason != 'available', reason=f'{name}: {reason}'))
 
 
-FUSED = ['eager', here('compiled')]
+FUSED = ['eager', here('cpp')]
 BACKENDS = [*FUSED, here('natten')]
 
 
@@ -173,7 +176,7 @@ def test_strides_of_any_input_and_of_the_gradient_do_not_change_the_gradients(ba
 
 @pytest.fixture
 def cpp_calls(monkeypatch):
-    """The arguments of both C++ operators, as `compiled` calls them once."""
+    """The arguments of both C++ operators, as `cpp` calls them once."""
     calls = {}
 
     class Recorder:
@@ -183,7 +186,7 @@ def cpp_calls(monkeypatch):
     operators = torch.ops.overlock_cpu
     monkeypatch.setattr(torch.ops, 'overlock_cpu', Recorder())
     tensors, options = inputs(8, 9, 5)
-    contmix(*tensors, **options, backend='compiled').sum().backward()
+    contmix(*tensors, **options, backend='cpp').sum().backward()
     monkeypatch.undo()
     return calls
 
@@ -199,7 +202,7 @@ def cpp_calls(monkeypatch):
     ],
     ids=['strides', 'dtype', 'last axis', 'first axis', 'axes'],
 )
-@pytest.mark.skipif(explain()['compiled'] != 'available', reason='compiled: ' + explain()['compiled'])
+@pytest.mark.skipif(explain()['cpp'] != 'available', reason='cpp: ' + explain()['cpp'])
 def test_cpp_operator_refuses_what_is_not_laid_out_as_it_reads(cpp_calls, change, message):
     assert set(cpp_calls) == {'contmix_forward', 'contmix_backward'}
     for name, args in cpp_calls.items():
@@ -263,23 +266,28 @@ def test_infinite_value_reaches_no_query_that_does_not_see_it(backend):
 
 def projected(height, width, kernel_size, dtype=torch.float64, memory_format=torch.contiguous_format):
     """What the operators take: the regions already projected to taps."""
-    (query, key, value, weight, *rest), options = inputs(height, width, kernel_size, dtype=dtype)
-    kernel = key.detach().reshape(2, 2, 3, -1) @ weight.detach().t() * options['scale']
-    query, value = (t.detach().contiguous(memory_format=memory_format) for t in (query, value))
-    return [t.detach().requires_grad_() for t in (query, kernel, value, *rest)]
+    tensors, options = inputs(height, width, kernel_size, dtype=dtype)
+    tensors = [t.detach().contiguous(memory_format=memory_format) if t.ndim == 4 else t.detach() for t in tensors]
+    return [t.requires_grad_() for t in Inputs(*tensors, **options).project()]
 
 
-@pytest.mark.parametrize('size', [(8, 9, 5), (14, 20, 7)], ids=str)
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+# The names of the registered operators stay when a backend is renamed.
+REGISTERED = {'eager': 'contmix_eager', 'cpp': 'contmix_compiled', 'triton': 'contmix_triton'}
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'memory_format'),
+    [(torch.float64, torch.contiguous_format), (torch.float32, torch.channels_last)],
+    ids=str,
+)
 @pytest.mark.parametrize('backend', FUSED)
-def test_operator_keeps_the_rules_of_torch_library(backend, memory_format, size):
-    for dtype in (torch.float64, torch.float32):
-        args = projected(*size, dtype=dtype, memory_format=memory_format)
-        torch.library.opcheck(getattr(torch.ops.overlock, f'contmix_{backend}').default, args)
-        out = OPERATORS[backend](*args)
-        lse = torch.zeros(2, 2, 2, *size[:2], dtype=dtype)
-        grad_args = [torch.randn_like(out), lse, *(t.detach() for t in args)]
-        torch.library.opcheck(getattr(torch.ops.overlock, f'contmix_{backend}_backward').default, grad_args)
+def test_operator_keeps_the_rules_of_torch_library(backend, dtype, memory_format):
+    args = projected(8, 9, 5, dtype=dtype, memory_format=memory_format)
+    operator = getattr(torch.ops.overlock, REGISTERED[backend])
+    torch.library.opcheck(operator.default, args)
+    out, lse = (t.detach() for t in operator(*args))
+    grad_args = [torch.randn_like(out), torch.zeros_like(lse), *(t.detach() for t in args)]
+    torch.library.opcheck(getattr(torch.ops.overlock, f'{REGISTERED[backend]}_backward').default, grad_args)
 
 
 @pytest.mark.slow
@@ -305,7 +313,8 @@ def test_compiled_graph_is_whole_and_one_for_every_size(backend):
         for ours, expected in zip(*gradients, strict=True):
             assert_relative(ours, expected, TOLERANCES[torch.float64])
     assert len(graphs) == 1
-    assert f'overlock.contmix_{choose(tensors[2], (3, 7)) if backend == "auto" else backend}' in graphs[0]
+    ran = choose(Inputs(*tensors, **options)) if backend == 'auto' else backend
+    assert f'overlock.{REGISTERED[ran]}' in graphs[0]
 
 
 @pytest.mark.slow
@@ -328,12 +337,29 @@ def test_exported_program_needs_no_operator_of_ours_and_takes_other_sizes():
         assert_relative(program.module()(*other), expected, TOLERANCES[torch.float64])
 
 
-@pytest.mark.skipif(explain()['compiled'] != 'available', reason='compiled: ' + explain()['compiled'])
-def test_auto_takes_the_compiled_backend_where_it_can():
+def test_auto_takes_the_fused_backend_of_the_device_where_it_can_run(monkeypatch):
+    def chosen(value, large=13):
+        return choose(Inputs(*[value] * 7, kernel_sizes=(5, large), num_groups=1, scale=1))
+
+    for module in (cpp, triton):
+        monkeypatch.setattr(module, 'available', lambda: '')
     value = torch.zeros(1, 8, 20, 20)
-    assert choose(value, (5, 13)) == 'compiled'
-    assert choose(value, (5, 17)) == 'eager'
-    assert choose(value.to('meta'), (5, 13)) == 'eager'
+    assert chosen(value) == 'cpp'
+    assert chosen(value, 17) == 'eager'
+    assert chosen(value.to('meta')) == 'eager'
+    on_gpu = SimpleNamespace(device=torch.device('cuda'), dtype=torch.bfloat16)
+    assert chosen(on_gpu) == 'triton'
+    on_gpu.dtype = torch.float64
+    assert chosen(on_gpu) == 'eager'
+    monkeypatch.setattr(cpp, 'available', lambda: 'not compiled')
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert chosen(value) == 'eager'
+
+
+@pytest.mark.skipif(explain()['cpp'] != 'available', reason='cpp: ' + explain()['cpp'])
+def test_former_name_of_the_cpp_backend_still_runs_it():
+    tensors, options = inputs(8, 8, 5)
+    assert torch.equal(*(contmix(*tensors, **options, backend=name) for name in ('compiled', 'cpp')))
 
 
 def test_auto_runs_without_options_and_explain_names_every_backend():
@@ -345,19 +371,17 @@ def test_auto_runs_without_options_and_explain_names_every_backend():
     )
     reasons = explain()
     assert reasons['reference'] == reasons['eager'] == 'available'
-    assert set(reasons) == {'reference', 'eager', 'compiled', 'triton', 'natten'}
+    assert set(reasons) == {'reference', 'eager', 'cpp', 'triton', 'natten'}
 
 
 def test_unknown_backend_names_the_known_ones():
     tensors, options = inputs(8, 8, 5)
-    with pytest.raises(ValueError, match="'auto' or one of reference, eager, compiled, triton, natten, got 'cuda'"):
+    with pytest.raises(ValueError, match="'auto' or one of reference, eager, cpp, triton, natten, got 'cuda'"):
         contmix(*tensors, **options, backend='cuda')
 
 
 def test_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
-    from overlock.ops.contmix import natten
-
-    monkeypatch.setattr(natten, 'verify', lambda: (False, 'natten is not installed'))
+    monkeypatch.setattr(natten, 'available', lambda: 'natten is not installed')
     tensors, options = inputs(8, 8, 5)
     with pytest.raises(RuntimeError, match="'natten' was asked for but cannot run here: natten is not installed"):
         contmix(*tensors, **options, backend='natten')
@@ -366,16 +390,14 @@ def test_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
 @pytest.mark.parametrize(
     ('backend', 'device', 'kernel_size', 'message'),
     [
-        ('compiled', 'meta', 5, 'it runs on the CPU and the maps are on meta'),
-        ('compiled', 'cpu', 17, r'it has kernels of 3, .*, 15 and kernel_sizes are \(3, 17\)'),
+        ('cpp', 'meta', 5, 'it runs on the CPU and the maps are on meta'),
+        ('cpp', 'cpu', 17, r'it has kernels of 3, .*, 15 and kernel_sizes are \(3, 17\)'),
         ('triton', 'cpu', 5, 'it runs on CUDA devices and the maps are on cpu'),
     ],
 )
 def test_backend_that_cannot_take_the_inputs_says_why(backend, device, kernel_size, message, monkeypatch):
-    from overlock.ops.contmix import compiled, triton
-
-    for module in (compiled, triton):
-        monkeypatch.setattr(module, 'verify', lambda: (True, ''))
+    for module in (cpp, triton):
+        monkeypatch.setattr(module, 'available', lambda: '')
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     tensors, options = inputs(20, 20, kernel_size)
     with pytest.raises(RuntimeError, match=f'{backend!r} was asked for but cannot take these inputs: {message}'):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from overlock.ops.contmix import triton as backend
+from overlock.ops.contmix.inputs import Projected
 from tests.testing import TOLERANCES, assert_relative
 
 needs_triton = pytest.mark.skipif(bool(backend._missing()), reason=backend._missing() or 'triton is here')
@@ -45,10 +46,9 @@ SLOW_CASES = [
 def device():
     """A GPU that the kernels run on, or the CPU with Triton's interpreter for the time of this module."""
     with pytest.MonkeyPatch.context() as patch:
-        if backend.verify()[1] == 'no CUDA device':
+        if backend.available() == 'no CUDA device':
             patch.setenv('TRITON_INTERPRET', '1')
-        runs, reason = backend.verify()
-        if not runs:
+        if reason := backend.available():
             pytest.skip(reason)
         yield torch.device('cpu' if backend.interpreted() else 'cuda')
 
@@ -82,7 +82,7 @@ def inputs(dtype, sizes, memory_format=FIRST, device=None):
     tensors = [tensor.to(device, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
     for index in (0, 2):
         tensors[index] = tensors[index].to(memory_format=memory_format)
-    return tensors
+    return Projected(*tensors)
 
 
 def dense(query, kernel, value, bias, rpb_small, rpb_large):
@@ -111,8 +111,8 @@ def dense(query, kernel, value, bias, rpb_small, rpb_large):
 
 def both(tensors):
     """Output, log-sum-exp and six gradients of the kernels for a gradient drawn from a fixed seed."""
-    out, norm = backend.forward(*tensors)
-    return out, norm, *backend.backward(incoming(out), norm, *tensors)
+    out, norm = backend.forward(tensors)
+    return out, norm, *backend.backward(incoming(out), norm, tensors)
 
 
 def incoming(out):
@@ -151,24 +151,24 @@ def test_two_runs_are_equal_to_the_last_bit(device):
 def test_gradients_of_taps_do_not_depend_on_how_many_partial_sums_there_are(device, monkeypatch, poisoned):
     # Six runs of query rows, four at the borders and two between, in two sums instead of six.
     tensors = inputs(WIDE, (1, 1, 3, 9, 5, 3, 5), device=device)
-    out, norm = backend.forward(*tensors)
-    expected = backend.backward(incoming(out), norm, *tensors)
+    out, norm = backend.forward(tensors)
+    expected = backend.backward(incoming(out), norm, tensors)
     monkeypatch.setattr(backend, 'PARTIALS', 2)
-    for ours, truth in zip(backend.backward(incoming(out), norm, *tensors), expected, strict=True):
+    for ours, truth in zip(backend.backward(incoming(out), norm, tensors), expected, strict=True):
         assert_relative(ours.cpu(), truth.cpu(), TOLERANCES[WIDE])
 
 
 @needs_triton
 def test_views_give_what_copies_of_them_give(device, poisoned):
     tensors = inputs(WIDE, (2, 2, 3, 3, 4, 3, 3), device=device)
-    views = [
+    views = Projected(
         torch.stack([tensors[0], tensors[0]], 2)[:, :, 1],
         tensors[1].transpose(1, 3).contiguous().transpose(1, 3),
         tensors[2].mT.contiguous().mT,
         tensors[3].repeat_interleave(2)[::2],
         tensors[4].permute(2, 0, 1).contiguous().permute(1, 2, 0),
         torch.nn.functional.pad(tensors[5], (1, 1))[..., 1:-1],
-    ]
+    )
     assert not any(view.is_contiguous() for view in views)
     assert all(torch.equal(view, tensor) for view, tensor in zip(views, tensors, strict=True))
     for ours, truth in zip(both(views), both(tensors), strict=True):
@@ -178,10 +178,10 @@ def test_views_give_what_copies_of_them_give(device, poisoned):
 @needs_triton
 def test_gradient_of_a_sum_is_taken_though_it_has_no_strides(device):
     tensors = inputs(WIDE, (1, 1, 3, 3, 4, 3, 3), device=device)
-    out, norm = backend.forward(*tensors)
+    out, norm = backend.forward(tensors)
     ones = torch.ones((), dtype=out.dtype, device=device).expand(out.shape)
     for ours, truth in zip(
-        backend.backward(ones, norm, *tensors), backend.backward(ones.contiguous(), norm, *tensors), strict=True
+        backend.backward(ones, norm, tensors), backend.backward(ones.contiguous(), norm, tensors), strict=True
     ):
         assert torch.equal(ours, truth)
 
@@ -191,40 +191,41 @@ def test_gradient_of_a_sum_is_taken_though_it_has_no_strides(device):
 def test_border_queries_share_the_window_that_moved_inward(tap, device):
     # One tap outweighs all others: each query then shows the pixel that this tap of its window sees.
     height, width, size = 6, 18, 5
-    tensors = [torch.zeros_like(tensor) for tensor in inputs(WIDE, (1, 1, 1, height, width, 3, size), device=device)]
-    tensors[2][0, 1] = torch.arange(height * width).view(height, width)
-    tensors[3][9 + tap[0] * size + tap[1]] = 1e4
+    shape = (1, 1, 1, height, width, 3, size)
+    tensors = Projected(*(torch.zeros_like(tensor) for tensor in inputs(WIDE, shape, device=device)))
+    tensors.value[0, 1] = torch.arange(height * width).view(height, width)
+    tensors.bias[9 + tap[0] * size + tap[1]] = 1e4
     starts = [[min(max(i - size // 2, 0), length - size) for i in range(length)] for length in (height, width)]
     expected = torch.tensor([[(y + tap[0]) * width + x + tap[1] for x in starts[1]] for y in starts[0]])
-    assert torch.equal(backend.forward(*tensors)[0][0, 1].cpu(), expected.double())
+    assert torch.equal(backend.forward(tensors)[0][0, 1].cpu(), expected.double())
 
 
 @needs_triton
 def test_large_logits_do_not_overflow(device):
     tensors = inputs(HALF, (1, 1, 8, 5, 6, 3, 5), device=device)
-    tensors[0] *= 500
-    out, norm = backend.forward(*tensors)
+    tensors.query.mul_(500)
+    out, norm = backend.forward(tensors)
     assert norm.abs().max() > 300
     assert out.isfinite().all()
-    assert all(gradient.isfinite().all() for gradient in backend.backward(incoming(out), norm, *tensors))
+    assert all(gradient.isfinite().all() for gradient in backend.backward(incoming(out), norm, tensors))
 
 
 @needs_triton
 def test_values_far_from_zero_cost_the_gradients_no_digits(device):
     # The gradient of the softmax is a difference, of what grows with the mean of the values.
     tensors = inputs(BRAIN, (1, 1, 4, 5, 6, 3, 5), device=device)
-    tensors[2] += 16
-    out, norm = backend.forward(*tensors)
+    tensors.value.add_(16)
+    out, norm = backend.forward(tensors)
     wide = [tensor.cpu().double().requires_grad_() for tensor in tensors]
     expected = torch.autograd.grad(dense(*wide)[0], wide, incoming(out).cpu().double())
-    for ours, truth in zip(backend.backward(incoming(out), norm, *tensors), expected, strict=True):
+    for ours, truth in zip(backend.backward(incoming(out), norm, tensors), expected, strict=True):
         assert_relative(ours.cpu(), truth, TOLERANCES[BRAIN])
 
 
 def test_importing_the_backend_and_asking_whether_it_runs_leaves_triton_alone():
     code = (
         'import sys, torch; before = "triton" in sys.modules; from overlock.ops.contmix import triton; '
-        'triton.verify(); assert before or "triton" not in sys.modules'
+        'triton.available(); assert before or "triton" not in sys.modules'
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -232,7 +233,7 @@ def test_importing_the_backend_and_asking_whether_it_runs_leaves_triton_alone():
 
 @pytest.fixture
 def asked_afresh(monkeypatch):
-    """`verify` looks again at what is installed, before and after the test, and no interpreter is asked for."""
+    """`available` looks again at what is installed, before and after the test, and no interpreter is asked for."""
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     backend._missing.cache_clear()
     yield
@@ -242,25 +243,25 @@ def asked_afresh(monkeypatch):
 
 def test_a_missing_triton_is_named(monkeypatch, asked_afresh):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    assert backend.verify() == (False, 'triton is not installed')
+    assert backend.available() == 'triton is not installed'
 
 
 @needs_triton
 def test_an_old_triton_is_named(monkeypatch, asked_afresh):
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '3.4.0')
-    assert backend.verify() == (False, 'triton 3.4.0 is older than 3.5')
+    assert backend.available() == 'triton 3.4.0 is older than 3.5'
 
 
 @needs_triton
 def test_a_missing_or_old_gpu_is_named_and_the_interpreter_needs_none(monkeypatch, asked_afresh):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert backend.verify() == (False, 'no CUDA device')
+    assert backend.available() == 'no CUDA device'
     monkeypatch.setenv('TRITON_INTERPRET', '1')
-    assert backend.verify() == (True, '')
+    assert backend.available() == ''
     monkeypatch.setenv('TRITON_INTERPRET', '0')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (7, 5))
-    assert backend.verify() == (False, 'CUDA capability 7.5 is below 8.0')
+    assert backend.available() == 'CUDA capability 7.5 is below 8.0'
 
 
 def compile_kernels(dtype: str, dims: int, large: int, channels_last: bool) -> None:
@@ -288,7 +289,7 @@ def compile_kernels(dtype: str, dims: int, large: int, channels_last: bool) -> N
     runtime.jit.JITFunction.run = run
     sizes = (2, 16, dims, 50, 84, 3 if large == 5 else 5, large)
     tensors = inputs(getattr(torch, dtype), sizes, LAST if channels_last else FIRST)
-    backend.backward(*backend.forward(*tensors), *tensors)
+    backend.backward(*backend.forward(tensors), tensors)
     for name, kernel in compiled.values():
         print(json.dumps([name, len(kernel.asm['cubin']), *_registers_and_spills(kernel.asm['ptx'])]))
 

@@ -1,0 +1,15 @@
+"""Checks for whether a graph is being made of the operations that run."""
+
+import torch
+
+
+def is_exporting() -> bool:
+    """Return whether a graph is being made for use elsewhere: by `torch.export`, for ONNX or by `torch.jit.trace`."""
+    # torch 2.6 has no is_exporting(); later ones also return True for it while torch.compile traces.
+    exporting = getattr(torch.compiler, 'is_exporting', bool)() and not torch.compiler.is_dynamo_compiling()
+    return exporting or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+def is_eager() -> bool:
+    """Return whether operations run as they are called, and no graph is made of them."""
+    return not torch.compiler.is_compiling() and not is_exporting()
