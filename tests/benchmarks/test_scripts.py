@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(monkeypatch, tmp_path):
     """Run a benchmark in this process; its workers are forks of a server that has imported everything already."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['benchmarks.contmix', 'benchmarks.network', 'torch._dynamo'])
+    context.set_forkserver_preload(['benchmarks.contmix', 'benchmarks.network'])
     monkeypatch.setattr(rounds, 'CONTEXT', context)
 
     def run(script, *options: str) -> tuple[int, dict]:
