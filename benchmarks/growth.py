@@ -18,6 +18,7 @@ from benchmarks.network import Gate
 from benchmarks.presets import NetworkCase
 from benchmarks.record import ARCHS, ROOT, make_parser, show, size, write_result
 from benchmarks.rounds import is_timed, measure
+from overlock.utils.files import whole_file
 
 SIZES = [(224, 224), (320, 320), (512, 512), (640, 1024), (800, 1344), (1024, 1536), (1280, 2048)]
 # Okabe and Ito's colors, which color-blind readers can tell apart.
@@ -106,8 +107,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
             label_ticks(axis[0])
             label_ticks(axis[1], sorted({row['task']['batch'] for row in rows}))
         figure.text(0.5, -0.01, describe(record), ha='center', va='top', fontsize=8, color='0.35')
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160, bbox_inches='tight')
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=160, bbox_inches='tight', format=path.suffix.lstrip('.'))
         pyplot.close(figure)
 
 

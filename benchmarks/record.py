@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import is_timed
+from overlock.utils.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -65,10 +66,10 @@ def write_result(what: str, args: argparse.Namespace, rows: list[dict[str, Any]]
     }
     device = re.sub(r'[^a-z0-9]+', '-', (machine.get('gpu') or f'cpu {machine["cpu"]}').lower()).strip('-')
     path = args.results / f'{what}-{device}-{now:%Y%m%dT%H%M%S}.json'
-    path.parent.mkdir(parents=True, exist_ok=True)
     # JSON has no infinite deviations; they become null.
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
-    path.write_text(json.dumps(record, indent=1) + '\n')
+    with whole_file(path) as file:
+        file.write((json.dumps(record, indent=1) + '\n').encode())
     return path
 
 
