@@ -1,4 +1,4 @@
-"""Checkpoint files: read without running anything they hold, written whole or not at all, found again to resume."""
+"""Checkpoint files: read without running code, written whole or not at all, found again to resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from overlock.checkpoint.reading import LoggedValues, restored, safely
 from overlock.utils.errors import CheckpointError
 from overlock.utils.files import whole_file
 
-# Where this is set, a torch.load that does not say otherwise runs the code of a file.
+# Where this is set, a torch.load without `weights_only` runs the code of a file.
 _TRUSTING = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 
 
@@ -37,15 +37,16 @@ def _safely(loader: Callable) -> Callable:
                 if trusting is not None:
                     os.environ[_TRUSTING] = trusting
 
-    load.is_weights_only = True
+    load.is_weights_only = True  # type: ignore[attr-defined]
     return load
 
 
 def _with_history(checkpoint: Any) -> Any:
     hub = checkpoint.get('message_hub') if isinstance(checkpoint, dict) else None
-    for name, value in (hub or {}).get('log_scalars', {}).items():
+    logs = (hub or {}).get('log_scalars', {})
+    for name, value in logs.items():
         if isinstance(value, LoggedValues):
-            hub['log_scalars'][name] = HistoryBuffer(*value.arguments)
+            logs[name] = HistoryBuffer(*value.arguments)
     return checkpoint
 
 
@@ -71,7 +72,7 @@ def use_safe_files() -> None:
 
 
 def find_resumable(work_dir: str | Path) -> Path | None:
-    """Find the checkpoint to go on from: the one named in `last_checkpoint`, else the newest that is whole.
+    """Find the checkpoint to continue from: the one named in `last_checkpoint`, else the newest that is whole.
 
     Args:
         work_dir: Folder of the earlier run; it need not exist.

@@ -28,9 +28,9 @@ TIMEOUT = 60
 def find_file(source: str | os.PathLike[str]) -> Path:
     """Return the local file of published weights, of a path, or of a URL.
 
-    Names in `overlock.checkpoint.WEIGHTS` stand for their URLs. The file of a URL is looked for, by its name, in the
-    folder that `OVERLOCK_WEIGHTS` names, then in torch hub's cache, and downloaded into that cache else: from its own
-    URL, or, where it is published and `OVERLOCK_WEIGHTS` is the URL of a folder, from there.
+    Names in `overlock.checkpoint.WEIGHTS` stand for their URLs. For a URL, look for a file of its name in the folder
+    that `OVERLOCK_WEIGHTS` names, then in torch hub's cache, and else download it into that cache: from the URL itself,
+    or, if the file is published and `OVERLOCK_WEIGHTS` is the URL of a folder, from there.
 
     Raises:
         CheckpointError: If there is no such file, or it cannot be downloaded.
@@ -82,7 +82,7 @@ def _find_url(url: str) -> Path:
 
 
 def download(url: str, path: str | os.PathLike[str], size: int | None = None, sha256: str | None = None) -> None:
-    """Download a file, with progress, unless it is there; of several processes one does and the others wait.
+    """Download a file, with progress, unless it is there; one of several processes does, and the others wait.
 
     A part that came before a break stays beside `path` with the suffix `.part`, and the next attempt continues it if
     the server says that the file is still the same. The file takes its name once its length is what the server
@@ -151,7 +151,9 @@ def _fetch(url: str, part: Path, version: Path, known: bool) -> bool:
             raise ConnectionError('the server sent another part of the file than was asked for')
         length = response.headers.get('Content-Length')
         if length is None and not known and not response.chunked:
-            raise ConnectionError('the server does not tell the length of the file, so that a whole one cannot be told')
+            raise ConnectionError(
+                'the server does not tell the length of the file, so that a cut one would pass for whole'
+            )
         total = None if length is None else begun + int(length)
         progress = tqdm(
             desc=part.stem,

@@ -85,14 +85,14 @@ def test_download_shows_progress_and_happens_once(server, tmp_path, capfd):
     assert files(tmp_path) == ['w.pth']
 
 
-def test_broken_connection_is_gone_on_with_at_once(server, tmp_path):
+def test_broken_connection_is_continued_at_once(server, tmp_path):
     server.breaks = [300_000, 500_000]
     assert find_file(server.url()).read_bytes() == CONTENT
     assert [asked for _, asked in server.requests] == [None, 'bytes=300000-', 'bytes=800000-']
     assert files(tmp_path) == ['w.pth']
 
 
-def test_download_that_gave_up_is_gone_on_with_by_the_next(server, tmp_path):
+def test_download_that_gave_up_is_continued_by_the_next(server, tmp_path):
     server.breaks = [300_000, 0]
     with pytest.raises(CheckpointError, match='broke after 300000 bytes.*; try again, or fetch w.pth by other means'):
         find_file(server.url())
@@ -111,7 +111,7 @@ def test_download_that_gave_up_is_gone_on_with_by_the_next(server, tmp_path):
     ],
     ids=['another file', 'a shorter file', 'no ranges', 'no version'],
 )
-def test_part_of_another_file_is_not_gone_on_with(server, change, tmp_path):
+def test_part_of_another_file_is_not_continued(server, change, tmp_path):
     server.breaks = [300_000, 0]
     with pytest.raises(CheckpointError):
         find_file(server.url())
