@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from mmengine_overlock.config import load_config, nodes
 from overlock.checkpoint import find_file, load
 from overlock.checkpoint.convert import convert_file, largest_deviation
+from overlock.checkpoint.fitting import Fit
 from overlock.models.overlock import Trunk
-from overlock.utils.errors import CheckpointError, UserError
+from overlock.utils.errors import UserError
 from overlock.utils.files import drafted
 
 # Of the maps of the backbone, relative to the largest value: float32's rounding over some 50 layers.
@@ -151,23 +152,8 @@ def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> nn.Module
             f'{cfg.filename} has the backbone {cfg.model.backbone.type}, expected OverLoCK, which alone '
             'can be folded; give the configuration of an OverLoCK detector or segmenter'
         )
-    try:
-        result = model.load_state_dict(tensors, strict=False)
-        reason = ', '.join(
-            f'{len(names)} tensors {kind} (first {names[0]})'
-            for kind, names in (
-                ('missing from the file', result.missing_keys),
-                ('that the model does not have', result.unexpected_keys),
-            )
-            if names
-        )
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split('\n')[1].split())
-    if reason:
-        raise CheckpointError(
-            f'{source} is not a checkpoint of this model: {reason.rstrip(".")}; give the '
-            'configuration that it was trained with.'
-        )
+    Fit.of(tensors, model, source).require(source, 'give the configuration that it was trained with')
+    model.load_state_dict(tensors)
     return model.eval()
 
 

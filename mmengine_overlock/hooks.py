@@ -1,4 +1,4 @@
-"""Hooks: a progress bar, buffers kept equal in distributed training, tests of boxes alone."""
+"""Hooks: a progress bar, buffers kept equal in distributed training, tests of boxes alone, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 from mmengine.dist import all_reduce_params, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
+
+from overlock.checkpoint.fitting import Fit
 
 
 class ProgressBarHook(Hook):
@@ -96,3 +99,23 @@ class BoxesOnlyHook(Hook):
         for module in runner.model.modules():
             if hasattr(module, 'mask_head'):
                 module.mask_head = None
+
+
+class WholeModelHook(Hook):
+    """Refuse a checkpoint that does not fit every tensor of the model; mmengine only warns."""
+
+    priority = 'LOWEST'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Compare the checkpoint with the model.
+
+        Raises:
+            CheckpointError: If tensors are missing, unexpected, or of another shape.
+        """
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        state_dict = checkpoint.get('state_dict', checkpoint)
+        state_dict = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+        source = str(runner._load_from)
+        Fit.of(state_dict, model, source).require(source, 'give the configuration that it was trained with')

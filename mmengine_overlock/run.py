@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +27,12 @@ from mmengine_overlock.config import (
     use_tta,
 )
 from mmengine_overlock.data import check_data
-from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook
+from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook, WholeModelHook
 from mmengine_overlock.launch import finish_launch, prepare_launch
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
 from overlock.utils.distributed import local_rank
-from overlock.utils.errors import CheckpointError
 
 
 def train(
@@ -191,38 +187,8 @@ def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
     if runner.distributed:
         runner.register_hook(AverageBuffersHook())
     if strict:
-        runner.load_checkpoint = _whole_model(runner.load_checkpoint)
+        runner.register_hook(WholeModelHook())
     return runner
-
-
-def _whole_model(load: Callable) -> Callable:
-    """Make a runner's `load_checkpoint` refuse a checkpoint that does not fit every tensor of the model.
-
-    mmengine only warns, and goes on with what the model was initialised with.
-    """
-
-    @functools.wraps(load)
-    def load_whole(filename: str, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return load(filename, *args, **{**kwargs, 'strict': True})
-        except RuntimeError as error:
-            if 'do not match exactly' not in str(error):
-                raise
-            raise CheckpointError(
-                f'{filename} is not a checkpoint of this model: {_misfits(str(error))}; give the '
-                'configuration that it was trained with.'
-            ) from error
-
-    return load_whole
-
-
-def _misfits(message: str) -> str:
-    """Sum up mmengine's account of a state dict that does not fit."""
-    misfits = {'tensors of another shape': re.findall(r'size mismatch for (\S+):', message)}
-    for kind, key in (('that the model does not have', 'unexpected key'), ('missing from the file', 'missing keys')):
-        listed = re.search(rf'{key} in source state_dict: (.*)', message)
-        misfits[f'tensors {kind}'] = listed[1].split(', ') if listed else []
-    return ', '.join(f'{len(names)} {kind} (first {names[0]})' for kind, names in misfits.items() if names)
 
 
 def _skip_pretrained(runner: Runner) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from overlock import OverLoCK, OverLoCKBackbone
-from overlock.layers import DilatedReparamConv
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / 'data'
@@ -105,13 +104,7 @@ def assert_same(actual, expected, x, tolerance=None):
 
 def in_form(model, form):
     """The state dict of a copy of a training-form model in another form."""
-    model = copy.deepcopy(model)
-    if form == 'folded':
-        return model.switch_to_deploy().state_dict()
-    for module in model.modules():
-        if form == 'merged' and isinstance(module, DilatedReparamConv):
-            module.switch_to_deploy()
-    return model.state_dict()
+    return copy.deepcopy(model).to_form(form).state_dict()
 
 
 def same(state, other):

@@ -34,9 +34,7 @@ _RESULTS = {
 def parameters(arch: str, form: str = 'training') -> int:
     """Parameters of a classifier in one of the published forms, both heads included."""
     with torch.device('meta'):
-        model = OverLoCK(arch)
-        if form != 'training':
-            model = model.unfolded(form)
+        model = OverLoCK(arch).to_form(form)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,7 +1,7 @@
 """Weights: those that are published, names in files and ours, safe reading, and loading that tells what it did."""
 
 from overlock.checkpoint.download import find_file
-from overlock.checkpoint.loading import LoadReport, load_pretrained, load_state_dict
+from overlock.checkpoint.fitting import LoadReport, load_pretrained, load_state_dict
 from overlock.checkpoint.reading import load, read_state_dict
 from overlock.checkpoint.registry import WEIGHTS, Preprocessing, Weights
 from overlock.models.names import from_published, to_published

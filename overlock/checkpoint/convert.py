@@ -15,14 +15,12 @@ from overlock.checkpoint.download import find_file
 from overlock.checkpoint.reading import load, read_pickled
 from overlock.checkpoint.recognise import build_like, network_entries, prefix_of
 from overlock.models.arch import ARCHS
-from overlock.models.forms import form_of
-from overlock.models.names import to_published
+from overlock.models.names import check_form, form_of, to_published
 from overlock.models.overlock import OverLoCK, Trunk
 from overlock.utils.errors import CheckpointError, UserError
 from overlock.utils.files import drafted, whole_file
 
 FATES = ('kept', 'renamed', 'folded', 'dropped', 'added')
-_FORMS = ('training', 'merged', 'folded')
 _SUFFIXES = ('.pth', '.safetensors')
 # What detectors' and segmenters' files say about their classes, in mmengine's names and the older ones.
 _CLASSES = ('dataset_meta', 'CLASSES', 'PALETTE')
@@ -89,7 +87,7 @@ def convert(
     Args:
         state_dict: In our names or the published ones, of any form; it is not changed.
         names: 'ours' or 'published'.
-        form: 'merged' or 'folded', see `overlock.models.forms`; None for that of the state dict. Tensors narrower
+        form: 'merged' or 'folded', see `overlock.models.names`; None for that of the state dict. Tensors narrower
             than float32 become float32 by it, to keep their digits.
         backbone: Whether to keep the backbone of a detector alone, without its prefix.
         source: What to call the state dict in messages.
@@ -108,7 +106,8 @@ def convert(
             'backbones load a classifier as it is'
         )
     tensors = {name: state_dict[entries[name]] for name in network.state_dict() if name in entries}
-    if _changes(form_of(tensors), form, source):
+    if form not in (None, network.form):
+        check_form(network.form, form, source)
         tensors = _reform(tensors, network, form)
     renamed = to_published(tensors) if names == 'published' else tensors
     written = {ours: f'{"" if backbone else prefix}{new}' for ours, new in zip(tensors, renamed, strict=True)}
@@ -159,17 +158,6 @@ def _account(
     )
 
 
-def _changes(given: str, wanted: str | None, source: str) -> bool:
-    if wanted is None or given == wanted:
-        return False
-    if _FORMS.index(wanted) < _FORMS.index(given):
-        raise CheckpointError(
-            f'{source} has the {given} form, out of which no {wanted} form can be made; give the '
-            'file that it was made from'
-        )
-    return True
-
-
 def _reform(tensors: Mapping[str, Tensor], network: Trunk, form: str) -> dict[str, Tensor]:
     """The tensors of `network`, which is on the meta device, in another form."""
     wide = {
@@ -177,7 +165,7 @@ def _reform(tensors: Mapping[str, Tensor], network: Trunk, form: str) -> dict[st
         for name, value in tensors.items()
     }
     network.load_state_dict(wide, strict=True, assign=True)
-    return (network.switch_to_deploy() if form == 'folded' else network.merge()).state_dict()
+    return network.to_form(form).state_dict()
 
 
 def convert_file(

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from overlock.checkpoint.fitting import Fit
 from overlock.models.arch import ARCHS, Arch
 from overlock.models.backbone import OverLoCKBackbone
-from overlock.models.forms import form_of
-from overlock.models.names import from_published
+from overlock.models.names import form_of, from_published
 from overlock.models.overlock import OverLoCK, Trunk
 from overlock.utils.errors import CheckpointError
 
@@ -145,7 +145,7 @@ def build_like(state_dict: Mapping[str, Tensor], source: str = 'the state dict')
     form = form_of(entries)
     shapes = {name: tuple(state_dict[given].shape) for name, given in entries.items()}
     try:
-        options = {'in_channels': shapes[_FIRST[0]][1], 'deploy': form == 'folded'}
+        options = {'in_channels': shapes[_FIRST[0]][1]}
         with torch.device('meta'):
             if 'head.fc.weight' in entries:
                 model = OverLoCK(
@@ -161,23 +161,8 @@ def build_like(state_dict: Mapping[str, Tensor], source: str = 'the state dict')
             f'{source} is neither an OverLoCK classifier nor a backbone of one: expected head.fc or '
             f'output_norms and what belongs to them ({error}); give a whole file'
         ) from error
-    model = model.unfolded('merged') if form == 'merged' else model
-    _check_whole(shapes, model, source)
+    model.to_form(form or 'training')
+    Fit.of({name: state_dict[given] for name, given in entries.items()}, model).require(
+        source, 'give a whole file', f'the {type(model).__name__} that its names and shapes tell'
+    )
     return model.eval()
-
-
-def _check_whole(shapes: Mapping[str, tuple[int, ...]], model: Trunk, source: str) -> None:
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    missing = [name for name in wanted if name not in shapes and not name.endswith('num_batches_tracked')]
-    unexpected = [name for name in shapes if name not in wanted]
-    misfits = [
-        f'{name} of shape {shape}, expected {wanted[name]}'
-        for name, shape in shapes.items()
-        if shape != wanted.get(name, shape)
-    ]
-    for kind, names in (('lacks', missing), ('has no place for', unexpected), ('cannot use', misfits)):
-        if names:
-            raise CheckpointError(
-                f'{source} is not of one whole OverLoCK: the {type(model).__name__} that its other '
-                f'tensors make {kind} {len(names)} (first {names[0]}); give a whole file'
-            )

@@ -39,7 +39,7 @@ class Weights:
         url: Where it is published.
         arch: The variant: 'xt', 't', 's' or 'b'.
         task: 'classification', 'detection' or 'segmentation'.
-        form: 'training', or 'merged' for re-parameterised large kernels (see `overlock.models.forms`).
+        form: 'training', or 'merged' for re-parameterised large kernels (see `overlock.models.names`).
         metrics: Paper-reported results, in percent.
         preprocessing: What the file expects of its images.
         config: The configuration that evaluates it, by its name in configs/; None for classifiers.

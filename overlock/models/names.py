@@ -1,15 +1,20 @@
-"""The names of published state dicts, and ours: one table, read both ways.
+"""The names of published state dicts, and ours: one table, read both ways; and the forms that names tell.
 
-An entry maps a published module or parameter to ours; `#` stands for a number that both share.
+Glossary of the forms. *Training*: the network as it is built. *Merged*: the dilated branches beside each large kernel
+are merged into it, the BatchNorms around stay; published `_reparam` files have this form. *Folded*: all that is linear
+is folded into convolutions and no BatchNorm is left; `switch_to_deploy()`, `deploy=True` and the `_reparam` models of
+timm give this form. A network may be merged and then folded; there is no way back. A network takes files of its own
+form and of earlier ones.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TypeVar
 
-from overlock.models.forms import form_of
 from overlock.utils.errors import CheckpointError
+
+FORMS = ('training', 'merged', 'folded')
 
 T = TypeVar('T')
 
@@ -70,6 +75,7 @@ _DYNAMIC_BLOCK = {
     'ls2': 'ls2',
 }
 
+# A published module or parameter, and ours; `#` stands for a number that both share.
 _TABLE = {
     **{f'patch_embed1.{3 * i}': f'base_net.stem.{i}.conv' for i in range(4)},
     **{f'patch_embed1.{3 * i + 1}': f'base_net.stem.{i}.bn' for i in range(4)},
@@ -135,13 +141,35 @@ def _rename(name: str, to_ours: bool) -> str:
     return name
 
 
+def form_of(names: Iterable[str]) -> str | None:
+    """Return the form that our names tell, or None if they hold too little of a network."""
+    names = list(names)
+    has_norms = any('.bn.' in name for name in names)
+    if any(name.endswith(('.dilated.conv.bias', '.local.0.conv.bias')) for name in names):
+        return 'merged' if has_norms else 'folded'
+    return 'training' if has_norms else None
+
+
+def check_form(given: str, wanted: str, source: str = 'the state dict') -> None:
+    """Check that one form can be made out of another.
+
+    Raises:
+        CheckpointError: If `given` is the later one.
+    """
+    if FORMS.index(given) > FORMS.index(wanted):
+        raise CheckpointError(
+            f'{source} has the {given} form, out of which no {wanted} form can be made; give the file that it was made '
+            'from, or build the model with deploy=True'
+        )
+
+
 def from_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
-    """Renames published entries below `prefix` to our names; all others stay as they are."""
+    """Rename published entries below `prefix` to our names; all others stay as they are."""
     return {_under(name, prefix, True): value for name, value in state_dict.items()}
 
 
 def to_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
-    """Renames our entries below `prefix` to the published names; all others stay as they are.
+    """Rename our entries below `prefix` to the published names; all others stay as they are.
 
     Raises:
         CheckpointError: If the state dict has the folded form, for which no names were published.
@@ -151,12 +179,7 @@ def to_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
             'the state dict has the folded form of switch_to_deploy(), for which there are no '
             'published names; give that of the model before it was folded'
         )
-    return {published_name(name, prefix): value for name, value in state_dict.items()}
-
-
-def published_name(name: str, prefix: str = '') -> str:
-    """The published name of one of our entries below `prefix`; any other name as it is."""
-    return _under(name, prefix, False)
+    return {_under(name, prefix, False): value for name, value in state_dict.items()}
 
 
 def _under(name: str, prefix: str, to_ours: bool) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -12,9 +13,9 @@ from overlock.layers import ConvNorm, DilatedReparamConv
 from overlock.layers.fold import fold_bn_into_next, switch_children
 from overlock.models.arch import Arch, get_arch
 from overlock.models.blocks import DynamicBlock, StaticBlock
-from overlock.models.forms import fold_state_dict, form_of, must_fold
-from overlock.models.names import from_published, published_name
+from overlock.models.names import check_form, form_of, from_published
 from overlock.ops.contmix.dispatch import check_backend
+from overlock.utils.errors import CheckpointError
 
 MIN_SIZE = 32
 
@@ -253,55 +254,82 @@ class Trunk(nn.Module):
             self.focus_net = FocusNet(self.arch, stages[4:], num_outputs - 2, with_cp, contmix_backend)
         self.num_outputs = num_outputs
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        given_names = from_published({name: name for name in state_dict}, prefix)
-        tensors = {ours: state_dict[given] for ours, given in given_names.items()}
-        below = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-        form, own = form_of(below), self.state_dict()
-        if must_fold(form, form_of(own)):
-            folded = fold_state_dict(below, own, lambda: self.unfolded(form))
-            tensors = {f'{prefix}{name}': value for name, value in folded.tensors.items()}
-            published = any(ours != given for ours, given in given_names.items())
-            if strict:
-                missing = (f'{prefix}{name}' for name in folded.missing)
-                missing_keys += [published_name(name, prefix) if published else name for name in missing]
-                unexpected_keys += [given_names[f'{prefix}{name}'] for name in folded.unexpected]
-            error_msgs += [
-                f'size mismatch for {given_names[prefix + name]}: the state dict has {got}, the model needs {wanted}.'
-                for name, (wanted, got) in folded.misfits.items()
-            ]
+    @property
+    def form(self) -> str:
+        """The form of the network: 'training', 'merged' or 'folded' (see `overlock.models.names`)."""
+        return form_of(self.state_dict()) or 'training'
+
+    def to_form(self, form: str) -> 'Trunk':
+        """Merge or fold the network in place, and return it.
+
+        Raises:
+            CheckpointError: If the network already has a later form.
+        """
+        check_form(self.form, form, 'the network')
+        if form == 'merged':
+            for module in self.modules():
+                if isinstance(module, DilatedReparamConv):
+                    module.switch_to_deploy()
+        return self.switch_to_deploy() if form == 'folded' else self
+
+    def unfolded(self, form: str, source: str = 'the state dict') -> 'Trunk':
+        """Return a network of the same shape in the form of a file, on the meta device.
+
+        Args:
+            form: The form of the file: that of this network, or an earlier one.
+            source: What to call the file in messages.
+
+        Raises:
+            CheckpointError: If the file has a later form.
+        """
+        check_form(form, self.form, source)
+        with torch.device('meta'):
+            return self._rebuilt().to_form(form)
+
+    def _rebuilt(self) -> 'Trunk':
+        """Return a new network of the same shape in the training form."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Rename published entries, and bring those of an earlier form to the form of this network.
+
+        The network itself keeps its parameters: an optimizer may hold them already.
+        """
+        tensors = from_published(state_dict, prefix)
+        below = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        form = form_of(below)
+        if form not in (None, self.form):
+            tensors = {f'{prefix}{name}': value for name, value in self._in_own_form(below, form).items()}
         # In place: the children are given what is in `state_dict` after this.
         state_dict.clear()
         state_dict.update(tensors)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def unfolded(self, form: str = 'training') -> 'Trunk':
-        """A network of the same shape on the meta device, in the form 'training' or 'merged' of `checkpoint.forms`."""
-        with torch.device('meta'):
-            twin = self._rebuilt()
-        return twin.merge() if form == 'merged' else twin
+    def _in_own_form(self, tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
+        """Merge or fold the tensors of another form; those that no network of this shape has stay as they are.
 
-    def merge(self) -> 'Trunk':
-        """Merges the branches of the large kernels alone, in place, as published _reparam files have them."""
-        for module in self.modules():
-            if isinstance(module, DilatedReparamConv):
-                module.switch_to_deploy()
-        return self
-
-    def _rebuilt(self) -> 'Trunk':
-        """A new network of the same shape, unfolded."""
-        raise NotImplementedError
+        Raises:
+            CheckpointError: If one of the nets, or another part, is there in part only.
+        """
+        twin, dtype = self.unfolded(form), next(self.parameters()).dtype
+        wide = {
+            name: value.to(torch.promote_types(value.dtype, dtype)) if value.is_floating_point() else value
+            for name, value in tensors.items()
+        }
+        own = {name: wide[name] for name in twin.state_dict() if name in wide}
+        missing = twin.load_state_dict(own, strict=False, assign=True).missing_keys
+        parts = {name.partition('.')[0] for name in own}
+        gaps = [name for name in missing if name.partition('.')[0] in parts]
+        if gaps:
+            raise CheckpointError(
+                f'the state dict has the {form} form and lacks {len(gaps)} tensors (first {gaps[0]}), without which it '
+                f'cannot be brought to the {self.form} form of the model; give a whole file'
+            )
+        brought = twin.to_form(self.form).state_dict()
+        return {
+            **{name: value for name, value in brought.items() if name.partition('.')[0] in parts},
+            **{name: value for name, value in tensors.items() if name not in own},
+        }
 
     def init_parameters(self) -> None:
         """Truncated normal weights with std 0.02 and zero biases, for convolutions; the rest starts as built."""

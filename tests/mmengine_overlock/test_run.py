@@ -83,7 +83,7 @@ def test_resume_does_not_ask_for_pretrained_weights_again(write_toy, tmp_path):
 
 def test_resume_refuses_a_checkpoint_of_another_model(write_toy, tmp_path):
     train(write_toy(), work_dir=tmp_path / 'a')
-    with pytest.raises(CheckpointError, match='is not a checkpoint of this model: 3 tensors of another shape'):
+    with pytest.raises(CheckpointError, match='is not for this model: 3 tensors of another shape'):
         train(write_toy(), work_dir=tmp_path / 'a', resume='auto', cfg_options={'model.backbone.width': 9})
 
 
@@ -129,12 +129,9 @@ def test_a_test_gives_the_metrics_of_the_validation(write_toy, tmp_path):
     [
         (
             dict(state_dict={'backbone.fc.weight': torch.zeros(9, 4)}),
-            '1 tensors of another shape .first backbone.fc.weight.',
+            '1 tensor of another shape .first backbone.fc.weight.',
         ),
-        (
-            dict(state_dict={'more.weight': torch.zeros(1)}),
-            '1 tensors that the model does not have .first more.weight.',
-        ),
+        (dict(state_dict={'more.weight': torch.zeros(1)}), '1 tensor that the model does not have .first more.weight.'),
         (dict(lacks='toy_head.'), '2 tensors missing from the file .first toy_head.weight.'),
     ],
 )
@@ -144,7 +141,7 @@ def test_a_test_refuses_weights_that_do_not_fit_the_whole_model(write_toy, tmp_p
     state = torch.load(path, weights_only=False)['state_dict']
     state = {name: value for name, value in state.items() if not name.startswith(change.get('lacks', ' '))}
     torch.save(dict(state_dict={**state, **change.get('state_dict', {})}), path)
-    with pytest.raises(CheckpointError, match=f'epoch_4.pth is not a checkpoint of this model: {misfit}'):
+    with pytest.raises(CheckpointError, match=f'epoch_4.pth is not for this model: {misfit}'):
         run_test(write_toy(), str(path))
 
 

@@ -11,7 +11,7 @@ from tests.testing import TINY, published_weights
 ARCHS = ['xt', 't', 's', 'b']
 KINDS = {
     'cls': lambda arch: OverLoCK(arch),
-    'cls_reparam': lambda arch: OverLoCK(arch).unfolded('merged'),
+    'cls_reparam': lambda arch: OverLoCK(arch).to_form('merged'),
     'det': lambda arch: OverLoCKBackbone(arch),
     'seg': lambda arch: OverLoCKBackbone(arch, overview_residual=False),
 }
@@ -118,10 +118,10 @@ def test_file_of_another_variant_is_an_error_and_changes_nothing(arch, message, 
 def test_file_with_more_or_fewer_blocks_is_an_error(tmp_path):
     deep = OverLoCKBackbone({**TINY, 'base_depths': (2, 1, 1)})
     torch.save(deep.state_dict(), tmp_path / 'deep.pth')
-    with pytest.raises(CheckpointError, match='has .*base_net.stage1.1'):
+    with pytest.raises(CheckpointError, match=r'model does not have \(first base_net.stage1.1'):
         load_pretrained(OverLoCKBackbone(TINY), tmp_path / 'deep.pth')
     torch.save(OverLoCKBackbone(TINY).state_dict(), tmp_path / 'tiny.pth')
-    with pytest.raises(CheckpointError, match='lacks .*base_net.stage1.1'):
+    with pytest.raises(CheckpointError, match=r'missing from the file \(first base_net.stage1.1'):
         load_pretrained(deep, tmp_path / 'tiny.pth')
 
 

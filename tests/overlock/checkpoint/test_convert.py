@@ -7,7 +7,7 @@ from overlock import OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import CheckpointError, convert, load, to_published
 from overlock.checkpoint.convert import FATES, convert_file
 from overlock.checkpoint.convert import convert as converted
-from overlock.models.forms import form_of
+from overlock.models.names import form_of
 from overlock.utils.errors import UserError
 from tests.testing import (
     MODELS,

@@ -6,7 +6,7 @@ import torch
 from overlock import ARCHS, Arch, OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import CheckpointError, to_published
 from overlock.checkpoint.recognise import arch_of, build_like, network_entries, prefix_of
-from overlock.models.forms import form_of
+from overlock.models.names import form_of
 from tests.testing import MODELS, TINY, in_form
 
 FORMS = ('training', 'merged', 'folded')
@@ -112,15 +112,15 @@ def without(state_dict, *names):
         ),
         (
             lambda d: without(d, 'overview_net.stage.0.ffn'),
-            r'of one whole OverLoCK: the OverLoCKBackbone .* lacks 8 \(first overview_net.stage.0.ffn.fc1.weight\); give',
+            r'a.pth is not for the OverLoCKBackbone that .*: 8 tensors missing from the file \(first overview_net',
         ),
         (
             lambda d: d | {'extra.weight': torch.ones(1)},
-            r'has no place for 1 \(first extra.weight\); give a whole file',
+            r': 1 tensor that the model does not have \(first extra.weight\); give a whole file',
         ),
         (
             lambda d: d | {'base_net.stem.0.bn.bias': torch.ones(1)},
-            r'cannot use 1 \(first base_net.stem.0.bn.bias of shape \(1,\), expected \(4,\)\); give',
+            r': 1 tensor of another shape \(first base_net.stem.0.bn.bias, expected \(4,\), got \(1,\)\); give',
         ),
         (
             lambda d: d | {'base_net.stem.0.conv.weight': torch.ones(1)},

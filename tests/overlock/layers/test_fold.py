@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from overlock import OverLoCK, OverLoCKBackbone
+from overlock.checkpoint import CheckpointError
 from overlock.layers import ChannelAffine, ConvFFN, ConvNorm, DilatedReparamConv, DropPath, ResidualDWConv
 from overlock.layers.fold import fold_affine_into_next, switch_to_deploy
 from overlock.layers.large_kernel import BRANCHES, pad_kernel
@@ -86,12 +87,13 @@ def test_folding_again_or_a_copy_changes_nothing(kind):
 @pytest.mark.parametrize('kind', MODELS)
 def test_merged_model_folds_further(kind):
     model = randomise(MODELS[kind]().double().eval())
-    merged = copy.deepcopy(model)
-    for module in merged.modules():
-        if isinstance(module, DilatedReparamConv):
-            module.switch_to_deploy()
+    merged = copy.deepcopy(model).to_form('merged')
+    assert (model.form, merged.form) == ('training', 'merged')
     assert signature(merged) == signature(merged.unfolded('merged').double())
-    assert_same(merged.switch_to_deploy(), model, image(1, 64, 64))
+    assert_same(merged.to_form('folded'), model, image(1, 64, 64))
+    assert merged.form == 'folded'
+    with pytest.raises(CheckpointError, match='the network has the folded form, out of which no merged form can be'):
+        merged.to_form('merged')
 
 
 @pytest.mark.parametrize('kind', MODELS)
