@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,18 @@ def run_demo(
     with timed(seconds, 'training'):
         train(recipe, data, run)
     with timed(seconds, 'validation'):
-        how = dict(checkpoint=str(run / LAST), aux=True, batch_size=50, workers=recipe.workers)
-        last = validate(data, **how)
-        average = validate(data, ema=True, confusion=files['confusion'], **how)
-    title = f'Accuracy on the {last.metrics.images} validation images (%)'
-    return Outcome(title, _table(last, average), last.metrics.top1, files, seconds)
+        check = partial(validate, data, checkpoint=str(run / LAST), aux=True, batch_size=50, workers=recipe.workers)
+        last, average = check(), check(ema=True, confusion=files['confusion'])
+    title = f'Accuracy on the {last.figures["images"]} validation images (%)'
+    return Outcome(title, _table(last, average), last.figures['top1'], files, seconds)
 
 
 def _table(last: Validation, average: Validation) -> str:
     """Return the figures of both kinds of weights beside those of chance."""
     rows = [['weights', 'top-1, main head', 'top-1, auxiliary head', 'top-5, main head', 'loss']]
-    for name, metrics in (('last', last.metrics), ('averaged (EMA)', average.metrics)):
-        figures = (metrics.top1, metrics.aux_top1, metrics.top5)
-        rows.append([name, *(f'{figure:.1f}' for figure in figures), f'{metrics.loss:.3f}'])
+    for name, figures in (('last', last.figures), ('averaged (EMA)', average.figures)):
+        accuracy = [f'{figures[head]:.1f}' for head in ('top1', 'aux_top1', 'top5')]
+        rows.append([name, *accuracy, f'{figures["loss"]:.3f}'])
     chance = 100 / len(IMAGE_CLASSES)
     rows.append(['chance', f'{chance:.1f}', f'{chance:.1f}', f'{5 * chance:.1f}', ''])
     return markdown_table(rows)

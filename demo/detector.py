@@ -114,7 +114,8 @@ def _write_split(root: Path, split: str, scenes: Iterator[Scene]) -> None:
     ade_photos, ade_maps = (root / 'ade' / kind / _ADE_FOLDERS[split] for kind in ('images', 'annotations'))
     for folder in (photos, coco, ade_photos, ade_maps):
         folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for image_id, scene in enumerate(scenes, start=1):
         name = f'{image_id:06d}'
         Image.fromarray(scene.image).save(photos / f'{name}.jpg', quality=95, subsampling=0)

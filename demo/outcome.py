@@ -109,7 +109,7 @@ def _is_complete(root: Path, parameters: dict[str, int]) -> bool:
         stamp = json.loads((root / _STAMP).read_text())
     except (OSError, ValueError):
         return False
-    return stamp.get('parameters') == parameters and stamp['files'].items() <= _sizes(root).items()
+    return bool(stamp.get('parameters') == parameters and stamp['files'].items() <= _sizes(root).items())
 
 
 def _sizes(root: Path) -> dict[str, int]:

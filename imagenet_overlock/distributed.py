@@ -58,15 +58,15 @@ class World:
 
     def together(self, function: Callable[[], T]) -> T:
         """Call a function in every process; a UserError in one of them is raised in all."""
-        value, error = None, None
+        values: list[T] = []
+        error = None
         try:
-            value = function()
+            values.append(function())
         except UserError as raised:
             error = raised
-        error = next(filter(None, self.gather(error)), None)
-        if error is not None:
-            raise error
-        return value
+        for found in filter(None, self.gather(error)):
+            raise found
+        return values[0]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,38 +19,10 @@ from overlock.utils.errors import UserError
 T = TypeVar('T')
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """The figures of a validation.
-
-    Attributes:
-        images: Number of images.
-        loss: Mean cross-entropy of the main head, in nats.
-        top1: Images whose class the main head puts first, in percent.
-        top5: Images whose class the main head puts among its first five, in percent.
-        aux_top1: As `top1`, of the auxiliary head; None without one.
-        aux_top5: As `top5`, of the auxiliary head; None without one.
-        confusion: (C, C), int64; how many images of class i the main head takes for class j.
-        images_per_second: Of all processes together, without each one's first batch; None where there is no other.
-    """
-
-    images: int
-    loss: float
-    top1: float
-    top5: float
-    aux_top1: float | None
-    aux_top5: float | None
-    confusion: Tensor
-    images_per_second: float | None
-
-    def scalars(self) -> dict[str, float]:
-        """Return the figures by name, without those of a head that is not there."""
-        named = {name: getattr(self, name) for name in ('loss', 'top1', 'top5', 'aux_top1', 'aux_top5')}
-        return {name: value for name, value in named.items() if value is not None}
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world: World, amp: bool = False) -> Metrics:
+def evaluate(
+    model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world: World, amp: bool = False
+) -> tuple[dict[str, float], Tensor]:
     """Evaluate this process's share of a split and sum up over all processes.
 
     Args:
@@ -60,21 +31,27 @@ def evaluate(model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world
         world: The processes that each have a share.
         amp: Whether to run in bfloat16 autocast.
 
+    Returns:
+        Figures by name: `images`, how many; `loss`, mean cross-entropy of the main head in nats; `top1` and `top5`,
+        images whose class the main head puts first, and among its first five, in percent; `aux_top1` and `aux_top5`,
+        likewise, if there is an auxiliary head; `images_per_second` of all processes, if any had a second batch.
+        How many images of class i the main head takes for class j, (C, C), int64.
+
     Raises:
         UserError: If an image cannot be decoded; in all processes.
     """
     sums, rate = world.together(lambda: _count(model.eval(), batches, world, amp))
-    sums = {name: world.sum(value).double().cpu() for name, value in sums.items()}
-    images = max(int(sums['confusion'].sum()), 1)
-    percent = {head: (100 * sums[head] / images).tolist() for head in ('main', 'aux') if head in sums}
-    return Metrics(
-        int(sums['confusion'].sum()),
-        sums['loss'].item() / images,
-        *percent['main'],
-        *percent.get('aux', (None, None)),
-        sums['confusion'].long(),
-        sum(world.gather(rate)) or None,
-    )
+    sums = {name: world.sum(value).cpu() for name, value in sums.items()}
+    images = int(sums['confusion'].sum())
+    figures = {'images': images, 'loss': sums['loss'].item() / max(images, 1)}
+    for head, prefix in (('main', ''), ('aux', 'aux_')):
+        if head in sums:
+            top1, top5 = (100 * sums[head].double() / max(images, 1)).tolist()
+            figures |= {f'{prefix}top1': top1, f'{prefix}top5': top5}
+    rate = sum(world.gather(rate))
+    if rate:
+        figures['images_per_second'] = rate
+    return figures, sums['confusion']
 
 
 def _count(
@@ -86,7 +63,7 @@ def _count(
     sums = {head: torch.zeros(2, dtype=torch.int64, device=world.device) for head in heads}
     sums['confusion'] = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
     sums['loss'] = torch.zeros((), dtype=torch.float64, device=world.device)
-    timed, start = 0, None
+    timed, start = 0, 0.0
     shown = world.is_first and sys.stderr.isatty()
     for images, targets in tqdm(_plain_errors(batches), 'validation', len(batches), leave=False, disable=not shown):
         with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
@@ -97,7 +74,7 @@ def _count(
         sums['confusion'] += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
         sums['loss'] += F.cross_entropy(logits['main'].float(), targets, reduction='none').double().sum()
         # `item` waits for the device. The first batch, which waits for data and kernels, is not timed.
-        if start is None:
+        if not start:
             sums['loss'].item()
             start = time.perf_counter()
         else:

@@ -173,7 +173,7 @@ def _checked(item: Field, value: Any) -> Any:
     """
     if value is None and item.default is None:
         return None
-    kind, wanted = _KINDS[item.type]
+    kind, wanted = _KINDS[str(item.type)]
     try:
         value = tuple(_convert(part, float) for part in value) if kind is tuple else _convert(value, kind)
         if kind is tuple and len(value) != 2:
@@ -203,8 +203,8 @@ def add_recipe_options(parser: argparse.ArgumentParser, *names: str) -> None:
     for item in fields(Recipe):
         if names and item.name not in names:
             continue
-        kind, _ = _KINDS[item.type]
-        default = item.default
+        kind, _ = _KINDS[str(item.type)]
+        default: Any = item.default
         if kind is bool:
             how: dict[str, Any] = dict(action=argparse.BooleanOptionalAction)
         elif kind is tuple:

@@ -252,10 +252,10 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Return the figures of the weights as `val_*`, and of their average as `val_ema_*`."""
         models = {'val_': self.model, **({'val_ema_': self.ema.module} if self.ema else {})}
-        row = {}
+        row: dict[str, float] = {}
         for prefix, model in models.items():
-            metrics = evaluate(model, self.val_loader, self.world, self.recipe.amp)
-            row |= {f'{prefix}{name}': value for name, value in metrics.scalars().items()}
+            figures, _ = evaluate(model, self.val_loader, self.world, self.recipe.amp)
+            row |= {f'{prefix}{name}': value for name, value in figures.items() if not name.startswith('images')}
         self._check_finite(row['val_loss'])
         return row
 
@@ -289,7 +289,7 @@ class Trainer:
             content['state_dict_ema'] = self.ema.module.state_dict()
         if best is self.history[-1]:
             _write(self.output / checkpoints.BEST, content)
-        write_csv(self.output / 'summary.csv', [self.history[-1], *(row.values() for row in self.history)])
+        write_csv(self.output / 'summary.csv', [list(best), *(list(row.values()) for row in self.history)])
         # Last, so that a run that is cut off before it writes the others again.
         _write(self.output / LAST, {**content, 'optimizer': self.optimizer.state_dict()})
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from torch import Tensor
 
 from imagenet_overlock.checkpoints import training_facts
 from imagenet_overlock.confusion import check_confusion_file, confused_pairs, worst_classes, write_confusion
 from imagenet_overlock.data import val_loader
 from imagenet_overlock.distributed import join_world
-from imagenet_overlock.evaluate import Metrics, evaluate
+from imagenet_overlock.evaluate import evaluate
 from imagenet_overlock.folder import Split, check_validation_folder
 from imagenet_overlock.model import check_model, load_for_validation
 from imagenet_overlock.recipe import Recipe
@@ -34,28 +35,28 @@ class Validation:
     img_size: int
     # By index.
     classes: tuple[str, ...]
-    metrics: Metrics
+    figures: dict[str, float]
+    confusion: Tensor
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `--results` writes."""
         settings = {name: getattr(self, name) for name in ('model', 'weights', 'ema', 'img_size')}
-        speed = self.metrics.images_per_second
-        return {**settings, 'images': self.metrics.images, **self.metrics.scalars(), 'images_per_second': speed}
+        return {**settings, **self.figures}
 
     def __str__(self) -> str:
-        metrics = self.metrics
+        figures = self.figures
         lines = [
-            f'{self.model}, {self.weights}{" (EMA)" if self.ema else ""}: {metrics.images} images at '
+            f'{self.model}, {self.weights}{" (EMA)" if self.ema else ""}: {figures["images"]} images at '
             f'{self.img_size}x{self.img_size}',
-            f'top-1 {metrics.top1:.3f}, top-5 {metrics.top5:.3f}, loss {metrics.loss:.4f}',
+            f'top-1 {figures["top1"]:.3f}, top-5 {figures["top5"]:.3f}, loss {figures["loss"]:.4f}',
         ]
-        if metrics.aux_top1 is not None:
-            lines.append(f'auxiliary head: top-1 {metrics.aux_top1:.3f}, top-5 {metrics.aux_top5:.3f}')
-        if metrics.images_per_second:
-            lines.append(f'{metrics.images_per_second:.1f} images/s')
-        pairs = confused_pairs(metrics.confusion, self.classes, 5)
+        if 'aux_top1' in figures:
+            lines.append(f'auxiliary head: top-1 {figures["aux_top1"]:.3f}, top-5 {figures["aux_top5"]:.3f}')
+        if 'images_per_second' in figures:
+            lines.append(f'{figures["images_per_second"]:.1f} images/s')
+        pairs = confused_pairs(self.confusion, self.classes, 5)
         if pairs:
-            worst = worst_classes(metrics.confusion, self.classes)
+            worst = worst_classes(self.confusion, self.classes)
             lines.append('most confused: ' + '; '.join(f'{a} for {b} {count}' for a, b, count in pairs))
             lines.append('worst classes: ' + '; '.join(f'{name} {accuracy:.1f} %' for name, accuracy in worst))
         return '\n'.join(lines)
@@ -123,9 +124,9 @@ def validate(
         if crop_pct is None:
             crop_pct = 1.0 if img_size > trained_size else args.get('crop_pct')
         loader = val_loader(split, world, network, batch_size, workers, img_size, crop_pct, classes)
-        found = Validation(model, source, ema, img_size, classes, evaluate(network, loader, world, amp))
+        found = Validation(model, source, ema, img_size, classes, *evaluate(network, loader, world, amp))
         if world.is_first and confusion is not None:
-            write_confusion(Path(confusion), found.metrics.confusion, classes)
+            write_confusion(Path(confusion), found.confusion, classes)
         if world.is_first and results is not None:
             with whole_file(results) as file:
                 file.write((json.dumps(found.to_dict(), indent=2) + '\n').encode())

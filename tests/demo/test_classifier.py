@@ -1,15 +1,19 @@
-"""The drawn image folder: the same for the same parameters, balanced, whole, and not to be told by colour."""
+"""The drawn image folder: the same for the same parameters, balanced, whole, and not to be told by color."""
 
 import hashlib
+from functools import partial
 
 import numpy as np
 import pytest
 
+from demo import classifier
 from demo.classifier import draw
 from demo.drawing import IMAGE_CLASSES as CLASSES
 from demo.drawing import draw_image
 from imagenet_overlock.folder import check_folder
 from overlock.utils.errors import UserError
+from tests.imagenet_overlock import tiny
+from tests.testing import ROOT
 
 
 def digest(root):
@@ -50,7 +54,7 @@ def test_other_files_are_not_overwritten(tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-def test_mean_colours_do_not_tell_the_classes_apart():
+def test_mean_colors_do_not_tell_the_classes_apart():
     means = {
         name: [np.asarray(draw_image(name, 32, np.random.default_rng((label, i)))).mean((0, 1)) for i in range(30)]
         for label, name in enumerate(CLASSES)
@@ -62,3 +66,25 @@ def test_mean_colours_do_not_tell_the_classes_apart():
         for value in values[15:]
     ]
     assert np.mean(hits) < 0.25
+
+
+def test_a_demonstration_leaves_its_files_and_replaces_those_of_the_last(tmp_path, monkeypatch):
+    assert tiny.overlock_tiny
+    monkeypatch.setattr(classifier, 'draw', partial(draw, train=2, val=1, size=40))
+    options = dict(model='overlock_tiny', img_size=32, batch_size=10, epochs=1)
+    classifier.draw(tmp_path / 'data')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'of_the_last').touch()
+    outcome = classifier.run_demo(ROOT / 'configs/imagenet/demo.yaml', tmp_path, options)
+    assert not (tmp_path / 'run' / 'of_the_last').exists()
+    assert all(path.stat().st_size for path in outcome.files.values())
+    assert {path.name for path in tmp_path.iterdir()} == {'data', 'run'}
+    told = str(outcome).splitlines()
+    assert told[0] == 'Accuracy on the 10 validation images (%):'
+    assert told[4].startswith(f'| last           | {outcome.score:.1f} ') and told[6].startswith(
+        '| chance         | 10.0 '
+    )
+    assert told[-1].startswith('time:') and 'training' in told[-1]
+    (tmp_path / 'data' / 'drawn.json').unlink()
+    with pytest.raises(UserError, match='holds no earlier demonstration'):
+        classifier.run_demo(ROOT / 'configs/imagenet/demo.yaml', tmp_path, options)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import runpy
 import subprocess
 import sys
@@ -10,23 +11,11 @@ import pytest
 import torch
 
 from imagenet_overlock.checkpoints import read_checkpoint
+from imagenet_overlock.validate import validate
 from tests.imagenet_overlock import tiny
 from tests.imagenet_overlock.conftest import TRAIN, VALIDATE
 
-TINY = (
-    '--model',
-    'overlock_tiny',
-    '--img-size',
-    32,
-    '--epochs',
-    2,
-    '--warmup-epochs',
-    0,
-    '--lr',
-    1e-3,
-    '--device',
-    'cpu',
-)
+TINY = '--model overlock_tiny --img-size 32 --epochs 2 --warmup-epochs 0 --lr 1e-3 --device cpu'.split()
 
 # Runs the training tool; afterwards each process writes its state, unless all die in the second epoch.
 SCRIPT = """
@@ -67,41 +56,38 @@ def two_classes(tmp_path_factory, drawn):
     return root
 
 
-@pytest.mark.slow
-def test_training_resuming_and_validating_from_the_command_line(two_classes, run_tool, tmp_path):
+@pytest.fixture
+def call_tool(monkeypatch):
+    """Run a tool in this process, without the log handlers that another one added."""
+
+    def call(tool, *args):
+        for name in ('imagenet_overlock', 'overlock'):
+            monkeypatch.setattr(logging.getLogger(name), 'handlers', [])
+        monkeypatch.setattr(sys, 'argv', [str(tool), *map(str, args)])
+        runpy.run_path(str(tool), run_name='__main__')
+
+    return call
+
+
+def test_training_resuming_and_validating_from_the_command_line(two_classes, call_tool, capsys, tmp_path):
     output = tmp_path / 'run'
-    command = [TRAIN, two_classes, *TINY, '-b', 2, '-j', 1, '--output', output]
-    first = run_tool(*command)
-    assert first.returncode == 0, first.stderr
-    assert (
-        'epoch 2/2: train_loss ' in first.stderr and 'val_aux_top1 ' in first.stderr and 'ETA 0:00:00' in first.stderr
-    )
-    resumed = run_tool(*command, '--epochs', 3, '--resume')
-    assert resumed.returncode == 0, resumed.stderr
-    assert 'epoch 3/3' in resumed.stderr and 'epoch 2/3' not in resumed.stderr
+    command = [TRAIN, two_classes, *TINY, '-b', 2, '-j', 0, '--output', output]
+    call_tool(*command)
+    log = capsys.readouterr().err
+    assert 'epoch 2/2: train_loss ' in log and 'val_aux_top1 ' in log and 'ETA 0:00:00' in log
+    call_tool(*command, '--epochs', 3, '--resume')
+    log = capsys.readouterr().err
+    assert 'epoch 3/3' in log and 'epoch 2/3' not in log
     with (output / 'summary.csv').open() as file:
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['0', '1', '2']
-    validated = run_tool(
-        VALIDATE,
-        two_classes,
-        '--checkpoint',
-        output / 'last.pth',
-        '--aux',
-        '-j',
-        0,
-        '-b',
-        2,
-        '--confusion',
-        tmp_path / 'confusion.png',
-        '--results',
-        tmp_path / 'results.json',
-    )
-    assert validated.returncode == 0, validated.stderr
-    assert 'auxiliary head: top-1 ' in validated.stdout and 'images/s' in validated.stdout
-    results = json.loads((tmp_path / 'results.json').read_text())
-    assert results['top1'] == float(rows[2]['val_top1'])
-    assert (tmp_path / 'confusion.png').stat().st_size > 1000
+    results, confusion = tmp_path / 'results.json', tmp_path / 'confusion.png'
+    files = ['--confusion', confusion, '--results', results]
+    call_tool(VALIDATE, two_classes, '--checkpoint', output / 'last.pth', '--aux', '-j', 0, '-b', 2, *files)
+    told = capsys.readouterr().out
+    assert 'auxiliary head: top-1 ' in told and 'images/s' in told
+    assert json.loads(results.read_text())['top1'] == float(rows[2]['val_top1'])
+    assert confusion.stat().st_size > 1000
 
 
 @pytest.mark.slow
@@ -132,34 +118,17 @@ def test_two_processes_train_resume_and_validate(two_classes, run_tool, tmp_path
             read_checkpoint(tmp_path / 'killed' / 'last.pth')[name], content[name], rtol=0, atol=0
         )
 
-    results = []
-    for processes in (1, 2):
-        path = tmp_path / f'{processes}.json'
-        done = run_tool(
-            VALIDATE,
-            two_classes,
-            '--checkpoint',
-            tmp_path / 'whole' / 'last.pth',
-            '--ema',
-            '--aux',
-            '-j',
-            0,
-            '-b',
-            2,
-            '--results',
-            path,
-            '--confusion',
-            path.with_suffix('.csv'),
-            '--device',
-            'cpu',
-            processes=processes,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count('top-1') == 2
-        results.append((json.loads(path.read_text()), path.with_suffix('.csv').read_text()))
-    (one, one_matrix), (two, two_matrix) = results
+    path = tmp_path / 'two.json'
+    options = ['--ema', '--aux', '-j', 0, '-b', 2, '--results', path, '--confusion', path.with_suffix('.csv')]
+    last = tmp_path / 'whole' / 'last.pth'
+    done = run_tool(VALIDATE, two_classes, '--checkpoint', last, *options, '--device', 'cpu', processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('top-1') == 2
+    two = json.loads(path.read_text())
+    settings = dict(checkpoint=str(last), ema=True, aux=True, batch_size=2, workers=0, device='cpu')
+    one = validate(two_classes, confusion=tmp_path / 'one.csv', **settings).figures
+    assert path.with_suffix('.csv').read_text() == (tmp_path / 'one.csv').read_text()
     assert one['images'] == two['images'] == 5
-    assert one_matrix == two_matrix
     for name in ('top1', 'top5', 'aux_top1', 'aux_top5'):
         assert one[name] == two[name] == content['history'][-1][f'val_ema_{name}']
     assert one['loss'] == pytest.approx(two['loss'], rel=1e-6)
@@ -175,11 +144,10 @@ def test_two_processes_train_resume_and_validate(two_classes, run_tool, tmp_path
         (VALIDATE, ['absent', '--checkpoint', 'a.pth', '-b', '0'], 'The setting batch_size must be at least 1, got 0.'),
     ],
 )
-def test_a_mistake_is_one_sentence_and_code_2(monkeypatch, capsys, tmp_path, tool, args, sentence):
+def test_a_mistake_is_one_sentence_and_code_2(monkeypatch, call_tool, capsys, tmp_path, tool, args, sentence):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', [str(tool), *args])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(tool), run_name='__main__')
+        call_tool(tool, *args)
     assert end.value.code == 2
     *before, last = capsys.readouterr().err.strip().splitlines()
     assert last.startswith(sentence)
