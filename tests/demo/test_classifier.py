@@ -81,9 +81,8 @@ def test_a_demonstration_leaves_its_files_and_replaces_those_of_the_last(tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {'data', 'run'}
     told = str(outcome).splitlines()
     assert told[0] == 'Accuracy on the 10 validation images (%):'
-    assert told[4].startswith(f'| last           | {outcome.score:.1f} ') and told[6].startswith(
-        '| chance         | 10.0 '
-    )
+    assert told[4].startswith(f'| last           | {outcome.score:.1f} ')
+    assert told[6].startswith('| chance         | 10.0 ')
     assert told[-1].startswith('time:') and 'training' in told[-1]
     (tmp_path / 'data' / 'drawn.json').unlink()
     with pytest.raises(UserError, match='holds no earlier demonstration'):
