@@ -1,0 +1,72 @@
+"""Run the commands of a set-up: output into a log, one line of live progress, the telling lines of what failed."""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+
+class SetupError(Exception):
+    """What stopped the set-up, in words for the user."""
+
+
+def progress(output: str, seconds: float) -> str:
+    """Return one line on how long a command has run and, by ninja's last count in its output, how far it is."""
+    elapsed = f'{timedelta(seconds=int(seconds))} elapsed'
+    counts = re.findall(r'^\s*\[(\d+)/(\d+)\]', output, re.M)
+    if not counts:
+        return elapsed
+    done, total = map(int, counts[-1])
+    left = timedelta(seconds=int(seconds / done * (total - done)))
+    return f'{done}/{total} files  {100 * done // total}%  {elapsed}, about {left} left'
+
+
+def excerpt(output: str) -> str:
+    """Return the first errors in the output of a failed command and its last lines, cut in width."""
+    lines = output.splitlines()
+    errors = [line for line in lines[:-10] if re.search(r'\berror\b', line, re.I)][:5]
+    return '\n'.join(f'    {line.strip()[:200]}' for line in [*errors, *(['...'] if errors else []), *lines[-10:]])
+
+
+def run(command: list[str], log: Path, variables: Mapping[str, str] | None = None, every: float = 30.0) -> str:
+    """Run a command with these variables added, append its output to the log, and return it.
+
+    Progress is one line that is rewritten on a terminal, else a line after each `every` seconds.
+
+    Raises:
+        SetupError: If the command fails.
+    """
+    terminal, start, begin = sys.stdout.isatty(), time.monotonic(), log.stat().st_size
+    with open(log, 'ab') as stream:
+        environ = {**os.environ, **(variables or {})}
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environ, start_new_session=True
+        )
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.5 if terminal else every)
+                break
+            line = '    ' + progress(log.read_bytes()[begin:].decode(errors='replace'), time.monotonic() - start)
+            width = shutil.get_terminal_size().columns - 1
+            print(f'\r\x1b[K{line[:width]}' if terminal else line, end='' if terminal else '\n', flush=True)
+    except BaseException:
+        # The command's own children too: compilers must not outlive an interrupted pip.
+        os.killpg(process.pid, signal.SIGTERM)
+        raise
+    print('\r\x1b[K' if terminal else '', end='', flush=True)
+    output = log.read_bytes()[begin:].decode(errors='replace')
+    if process.returncode:
+        raise SetupError(
+            f'`{shlex.join(command)[:300]}` failed with exit status {process.returncode}:\n{excerpt(output)}\n'
+            f'The complete log is {log}. Run the same command again to continue.'
+        )
+    return output
