@@ -20,7 +20,7 @@ help:  ## list these targets
 	@echo 'Variables: VENV=path (an environment of your own), PYTHON=python3.x, PYTEST_ARGS=..., DEMO_ARGS=...'
 
 setup:  ## create .venv and install everything, once
-	@$(PYTHON) tools/setup/environment.py --venv '$(VENV)'
+	@$(PYTHON) tools/setup/environment.py '$(VENV)'
 
 lock: setup  ## pin requirements/lock.in anew, as far as it changed; LOCK_ARGS=--upgrade takes the newest
 	$(RUN) -m uv pip compile requirements/lock.in --output-file requirements/lock.txt --universal --python-version 3.10 \

@@ -22,11 +22,7 @@ def progress(output: str, seconds: float) -> str:
     """Return one line on how long a command has run and, by ninja's last count in its output, how far it is."""
     elapsed = f'{timedelta(seconds=int(seconds))} elapsed'
     counts = re.findall(r'^\s*\[(\d+)/(\d+)\]', output, re.M)
-    if not counts:
-        return elapsed
-    done, total = map(int, counts[-1])
-    left = timedelta(seconds=int(seconds / done * (total - done)))
-    return f'{done}/{total} files  {100 * done // total}%  {elapsed}, about {left} left'
+    return f'{counts[-1][0]} of {counts[-1][1]} files compiled, {elapsed}' if counts else elapsed
 
 
 def excerpt(output: str) -> str:
@@ -37,13 +33,7 @@ def excerpt(output: str) -> str:
 
 
 def run(command: list[str], log: Path, variables: Mapping[str, str] | None = None, every: float = 30.0) -> str:
-    """Run a command with these variables added, append its output to the log, and return it.
-
-    Progress is one line that is rewritten on a terminal, else a line after each `every` seconds.
-
-    Raises:
-        SetupError: If the command fails.
-    """
+    """Run a command, append its output to the log, and return it; raise `SetupError` if the command fails."""
     terminal, start, begin = sys.stdout.isatty(), time.monotonic(), log.stat().st_size
     with open(log, 'ab') as stream:
         environ = {**os.environ, **(variables or {})}
@@ -56,8 +46,8 @@ def run(command: list[str], log: Path, variables: Mapping[str, str] | None = Non
                 process.wait(0.5 if terminal else every)
                 break
             line = '    ' + progress(log.read_bytes()[begin:].decode(errors='replace'), time.monotonic() - start)
-            width = shutil.get_terminal_size().columns - 1
-            print(f'\r\x1b[K{line[:width]}' if terminal else line, end='' if terminal else '\n', flush=True)
+            rewritten = f'\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}'
+            print(rewritten if terminal else f'{line}\n', end='', flush=True)
     except BaseException:
         # The command's own children too: compilers must not outlive an interrupted pip.
         os.killpg(process.pid, signal.SIGTERM)

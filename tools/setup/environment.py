@@ -1,8 +1,8 @@
 """Set up the environment of `make`: the tested packages, mmcv's operators, this package. Starts with a bare Python.
 
-What is there already stays, so that an interrupted set-up continues; a stamp tells that one is finished. Variables:
-OVERLOCK_CACHE (folder of compiled wheels), FORCE_CUDA (1: compile CUDA operators without a visible GPU; 0: never),
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CC, CXX.
+The next run continues an interrupted set-up; a stamp tells that one is finished. Variables: OVERLOCK_CACHE (folder of
+compiled wheels), FORCE_CUDA (1: compile CUDA operators without a visible GPU; 0: never), TORCH_CUDA_ARCH_LIST,
+CUDA_HOME, MAX_JOBS, CC, CXX.
 """
 
 import sys
@@ -12,14 +12,12 @@ import sys
 def check_python(version, python):
     """Stop with a sentence unless this version of Python is supported."""
     if not (3, 10) <= tuple(version[:2]) <= (3, 12):
-        got = '.'.join(map(str, version[:3])) + f' ({python})'
-        remedy = 'install one of them and name it, as in `PYTHON=python3.11 make test`'
-        sys.exit(f'setup: Python 3.10, 3.11 or 3.12 is needed, got {got}: {remedy}')
+        got = f'{".".join(map(str, version[:3]))} ({python}): name another, as in `PYTHON=python3.11 make test`'
+        sys.exit(f'setup: Python 3.10, 3.11 or 3.12 is needed, got {got}')
 
 
 check_python(sys.version_info, sys.executable)
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -67,8 +65,8 @@ def stamp(root: Path, found: SimpleNamespace, environ: Mapping[str, str]) -> str
     patterns = ('requirements/*', 'tools/setup/*.py', 'setup.cfg', 'pyproject.toml', 'overlock/**/*.cpp')
     files = sorted(path for pattern in patterns for path in root.glob(pattern))
     packages = sorted(path.parent.name for path in root.glob('*overlock*/__init__.py'))
-    facts = repr((str(root), packages, found.version, found.torch, environ.get('FORCE_CUDA')))
-    return hashlib.sha256(facts.encode() + b''.join(path.read_bytes() for path in files)).hexdigest()
+    facts = (str(root), packages, found.version, found.torch, environ.get('FORCE_CUDA'))
+    return hashlib.sha256(repr(facts).encode() + b''.join(path.read_bytes() for path in files)).hexdigest()
 
 
 def is_set_up(venv: Path, root: Path, environ: Mapping[str, str]) -> bool:
@@ -146,11 +144,10 @@ def set_up(venv: Path, root: Path, environ: Mapping[str, str]) -> None:
     script = [found.python, str(root / 'tools/setup/mmcv_operators.py'), pins(root, venv, 'mmcv')]
     for note in re.findall('^note: .*', run(script, log), re.M):
         print(f'    {note}', flush=True)
-    print('[4/4] this package', flush=True)
-    if found.overlock in (None, root.as_uri()):
+    elsewhere = found.overlock not in (None, root.as_uri())
+    print(f'[4/4] this package{f", but {found.overlock} stays installed" if elsewhere else ""}', flush=True)
+    if not elsewhere:
         run([found.python, *'-m pip install --no-deps --no-build-isolation -e'.split(), str(root)], log)
-    else:
-        print(f'    note: that of {found.overlock} stays installed', flush=True)
     try:
         run([found.python, '-m', 'overlock.ops.build'], log, {'PYTHONPATH': str(root)})
     except SetupError as error:
@@ -158,11 +155,8 @@ def set_up(venv: Path, root: Path, environ: Mapping[str, str]) -> None:
     (venv / 'overlock-stamp').write_text(stamp(root, probe(found.python), environ))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Set up the environment where it is not set up yet."""
-    parser = argparse.ArgumentParser(description='Set up the environment of make demo and make test.')
-    parser.add_argument('--venv', default='.venv', help='folder of the environment (default: .venv)')
-    venv = Path(parser.parse_args(arguments).venv).expanduser().absolute()
+def main(venv: Path) -> None:
+    """Set up the environment in this folder where it is not set up yet."""
     # Byte-compiling all of torch takes longer than what is ever imported of it.
     os.environ.update(PIP_DISABLE_PIP_VERSION_CHECK='1', PIP_NO_INPUT='1', PIP_NO_COMPILE='1')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -173,11 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
             if not is_set_up(venv, ROOT, os.environ):
                 set_up(venv, ROOT, os.environ)
         print(f'{venv} is set up', flush=True)
-    except SetupError as error:
-        sys.exit(f'setup: {error}')
-    except KeyboardInterrupt:
-        sys.exit('\nsetup: interrupted; the next run continues')
+    except (SetupError, KeyboardInterrupt) as error:
+        sys.exit(f'setup: {str(error) or "interrupted; the next run continues"}')
 
 
 if __name__ == '__main__':
-    main()
+    main(Path(*sys.argv[1:] or ['.venv']).expanduser().absolute())

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,21 +18,17 @@ PROOF = """
 import sys, mmcv, torch, torchvision
 from mmcv.ops import get_compiling_cuda_version, nms
 cuda = sys.argv[2] != 'cpu'
-if mmcv.__version__ != sys.argv[1] or cuda and get_compiling_cuda_version() == 'not available':
-    sys.exit(f'got mmcv {mmcv.__version__}, CUDA {get_compiling_cuda_version()}; expected {sys.argv[1:]}')
+assert mmcv.__version__ == sys.argv[1], f'expected mmcv {sys.argv[1]}, got {mmcv.__version__}'
+assert not cuda or get_compiling_cuda_version() != 'not available', 'expected CUDA operators, got those for the CPU'
 for device in ['cpu', 'cuda'] if cuda and torch.cuda.is_available() else ['cpu']:
     boxes = torch.tensor([[0., 0., 10., 10.], [1., 1., 10., 10.], [20., 20., 30., 30.]], device=device)
     kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7], device=device), 0.5)[1].tolist()
-    if kept != [0, 2]:
-        sys.exit(f'nms on {device} kept boxes {kept}, expected [0, 2]')
+    assert kept == [0, 2], f'expected nms on {device} to keep boxes 0 and 2, got {kept}'
 """
 
 
 def choose_target(environ: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """Return the target, 'cpu' or CUDA's version and GPUs, and the variables of its build.
-
-    It is CUDA where torch sees a GPU or FORCE_CUDA is 1, and the CPU elsewhere or where FORCE_CUDA is 0.
-    """
+    """Return what to compile for, 'cpu' or CUDA's version and GPUs, and the variables of that build."""
     forced, memory = environ.get('FORCE_CUDA'), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     jobs = environ.get('MAX_JOBS') or str(max(1, min(len(os.sched_getaffinity(0)), memory // 2**31)))
     variables = {'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs}
@@ -41,7 +38,8 @@ def choose_target(environ: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     if forced == '0' or not (seen or forced == '1'):
         return cpu
     home, wanted = cpp_extension.CUDA_HOME, torch.version.cuda or 'none'
-    text = subprocess.run([f'{home}/bin/nvcc', '--version'], capture_output=True, text=True).stdout if home else ''
+    nvcc = shutil.which(f'{home}/bin/nvcc')
+    text = subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout if nvcc else ''
     found = ''.join(re.findall(r'release (\d+\.\d+)', text)) or 'not there'
     gpus = environ.get('TORCH_CUDA_ARCH_LIST') or ' '.join(sorted(seen))
     if gpus and found.split('.')[0] == wanted.split('.')[0]:
@@ -49,9 +47,7 @@ def choose_target(environ: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         path = os.pathsep.join([*headers, *filter(None, [environ.get('CPATH')])])
         key = f'cu{found}-sm{re.sub("[^0-9A-Za-z+]+", "_", gpus.replace(".", ""))}'
         return key, {**variables, 'FORCE_CUDA': '1', 'CUDA_HOME': home, 'CPATH': path}
-    obstacle = (
-        f'nvcc (PATH, CUDA_HOME) is {found}, torch is of CUDA {wanted}, TORCH_CUDA_ARCH_LIST is {gpus or "empty"}'
-    )
+    obstacle = f'nvcc (PATH, CUDA_HOME) is {found}, torch is of CUDA {wanted}, TORCH_CUDA_ARCH_LIST is {gpus or "none"}'
     if forced == '1':
         sys.exit(f"FORCE_CUDA=1 asks for mmcv's CUDA operators, but {obstacle}")
     print(f"note: mmcv's operators will run on the CPU only: {obstacle}", flush=True)
@@ -71,7 +67,7 @@ def precompile(folder: Path) -> str:
     flags = f'{os.environ.get("CXXFLAGS") or sysconfig.get_config_var("CFLAGS")} {sysconfig.get_config_var("CCSHARED")}'
     folders = [f'-I{path}' for path in (*cpp_extension.include_paths(), sysconfig.get_path('include'))]
     command = [*shlex.split(f'{os.environ.get("CXX") or "c++"} {flags} -g0 -std=c++17 -x c++-header'), *folders]
-    return f'-include {header}' if succeeds([*command, str(header), '-o', f'{header}.gch']) else ''
+    return f'-include {shlex.quote(str(header))}' if succeeds([*command, str(header), '-o', f'{header}.gch']) else ''
 
 
 def build(pin: Path, variables: Mapping[str, str], folder: Path) -> Path:
