@@ -105,8 +105,9 @@ def validate(
     for name, path in (('--confusion', confusion), ('--results', results)):
         if path is not None and Path(path).is_dir():
             raise UserError(f'{name} takes the name of a file, got the folder {path}.')
-    # The recipe checks what it shares with a validation.
-    Recipe(batch_size=batch_size, workers=workers, img_size=img_size or 224, crop_pct=crop_pct, mixup=0, cutmix=0)
+    shared: dict[str, Any] = dict(batch_size=batch_size, workers=workers, img_size=img_size, crop_pct=crop_pct)
+    # A recipe checks the settings that it shares with a validation.
+    Recipe(mixup=0, cutmix=0, **{name: value for name, value in shared.items() if value is not None})
     with join_world(device) as world:
         split = world.together(lambda: check_validation_folder(data_dir))
         trained = training_facts(find_file(checkpoint)) if checkpoint else {}
