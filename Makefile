@@ -9,6 +9,8 @@ RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" '$(VENV)/bin/python'
 BIN = $(abspath $(VENV))/bin
 # OpenMP's threads spin while they wait: beside other work on the same cores a step then takes ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Without bytecode on disk every process compiles torch and OpenMMLab anew, which takes several seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
