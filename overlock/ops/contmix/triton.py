@@ -90,7 +90,7 @@ def _kernels() -> ModuleType:
 
 
 def _repair_interpreter() -> None:
-    """Lets loops run: the interpreter has arrays of one element for bounds, which numpy 2.4 refuses as integers."""
+    """Let loops run: the interpreter has arrays of one element as bounds, which numpy 2.4 refuses as integers."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -102,39 +102,55 @@ def _repair_interpreter() -> None:
     interpreter._patch_lang_tensor = repaired
 
 
-class _Operands(NamedTuple):
-    """What the kernels take: packed maps, tables of biases, sizes (B, G, H, W), (k, K) and compile-time constants."""
+class Map(NamedTuple):
+    """A map as kernels take it."""
 
-    query: Tensor
+    data: Tensor
+    strides: tuple[int, ...]
+
+
+class Size(NamedTuple):
+    """Images, groups, height and width, run-time arguments of kernels."""
+
+    B: int
+    G: int
+    H: int
+    W: int
+
+
+class Constants(NamedTuple):
+    """Compile-time constants of kernels."""
+
+    K_SMALL: int
+    K_LARGE: int
+    D: int  # channels of a group
+    P: int  # the same padded to a power of two, at least 16
+    P_TAPS: int  # taps of a window row, padded to a power of two with at least one tap of padding
+    P_COLS: int  # columns of the windows of a tile, padded to a power of two
+    DOT: Any  # dtype of the operands of products
+    ROWS: int = 2  # rows of a tile of queries, or window rows of a program of `tap_grad`
+    COLS: int = COLS  # queries of one row in a tile
+
+
+class _Operands(NamedTuple):
+    """Packed maps, tables of biases, and what describes them."""
+
+    query: Map
     kernel: Tensor
-    value: Tensor
-    tables: tuple[Tensor, ...]
-    sizes: tuple[int, int, int, int]
-    kernel_sizes: tuple[int, int]
-    constants: dict[str, Any]
+    value: Map
+    tables: tuple[Tensor, Tensor]
+    size: Size
+    constants: Constants
 
 
 def forward(x: Projected) -> tuple[Tensor, Tensor]:
     """Compute the mixed map and the log-sum-exps; see `overlock.ops.contmix.library.register`."""
     with torch.cuda.device_of(x.value):
-        operands = _prepare(x)
+        o = _prepare(x)
         out = torch.empty_like(x.value)
-        lse = operands.tables[0].new_empty(2, *operands.sizes)
-        rows = 2
-        _kernels().forward[_grid(operands, rows, COLS)](
-            operands.query,
-            operands.kernel,
-            operands.value,
-            *operands.tables,
-            out,
-            lse,
-            operands.query.stride(),
-            operands.value.stride(),
-            out.stride(),
-            *operands.sizes,
-            **operands.constants,
-            ROWS=rows,
-            **_options(operands, num_warps=rows, registers=128),
+        lse = o.tables[0].new_empty(2, *o.size)
+        _kernels().forward[_grid(o, o.constants.ROWS, COLS)](
+            o.query, o.kernel, o.value, o.tables, _map(out), lse, o.size, C=o.constants, **_options(o, registers=128)
         )
     return out, lse
 
@@ -142,13 +158,13 @@ def forward(x: Projected) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
     """Compute the gradients; see `overlock.ops.contmix.library.register`."""
     with torch.cuda.device_of(x.value):
-        operands = _prepare(x)
-        grad = _packed(_by_group(grad, 2 * x.kernel.shape[1]), operands.constants['P'])
+        o = _prepare(x)
+        packed = _map(_packed(_by_group(grad, 2 * o.size.G), o.constants.P))
         lse = lse.contiguous()
         delta = torch.empty_like(lse)
-        grad_query = _query_grad(operands, grad, lse, delta, x.query)
-        grad_value = _value_grad(operands, grad, lse, x.value)
-        partial, *rpb_partials = _tap_grads(operands, grad, lse, delta)
+        grad_query = _query_grad(o, packed, lse, delta, x.query)
+        grad_value = _value_grad(o, packed, lse, x.value)
+        partial, *rpb_partials = _tap_grads(o, packed, lse, delta)
         taps = partial.sum(0)
         grad_kernel = torch.empty_like(x.kernel).copy_(taps[..., :-1].transpose(2, 3))
         grad_bias = torch.empty_like(x.bias).copy_(taps[..., -1].sum((0, 1)))
@@ -162,98 +178,89 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
 _operator = library.register('triton', forward, backward)
 
 
-def _query_grad(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor, query: Tensor) -> Tensor:
-    """dquery; fills `delta`, which the gradients of the taps take."""
+def _query_grad(o: _Operands, grad: Map, lse: Tensor, delta: Tensor, query: Tensor) -> Tensor:
+    """Return dquery; fill `delta`, which the gradients of the taps take."""
     grad_query = torch.empty_like(query)
-    rows = 2
-    _kernels().query_grad[_grid(operands, rows, COLS)](
-        operands.query,
-        operands.kernel,
-        operands.value,
+    _kernels().query_grad[_grid(o, o.constants.ROWS, COLS)](
+        o.query,
+        o.kernel,
+        o.value,
         grad,
-        *operands.tables,
+        o.tables,
         lse,
         delta,
-        grad_query,
-        operands.query.stride(),
-        operands.value.stride(),
-        grad.stride(),
-        grad_query.stride(),
-        *operands.sizes,
-        **operands.constants,
-        ROWS=rows,
-        **_options(operands, num_warps=rows, registers=168),
+        _map(grad_query),
+        o.size,
+        C=o.constants,
+        **_options(o, registers=168),
     )
     return grad_query
 
 
-def _value_grad(operands: _Operands, grad: Tensor, lse: Tensor, value: Tensor) -> Tensor:
-    """dvalue, a launch for each half of the channels."""
+def _value_grad(o: _Operands, grad: Map, lse: Tensor, value: Tensor) -> Tensor:
+    """Return dvalue, computed by a launch for each half of the channels."""
     grad_value = torch.empty_like(value)
-    for half, (size, table) in enumerate(zip(operands.kernel_sizes, operands.tables, strict=True)):
-        keys = _keys(size, operands.constants['P_COLS'])
-        _kernels().value_grad[_grid(operands, 1, keys)](
-            operands.query,
-            operands.kernel,
+    for half, (size, table) in enumerate(zip(o.constants[:2], o.tables, strict=True)):
+        keys = _keys(size, o.constants.P_COLS)
+        _kernels().value_grad[_grid(o, 1, keys)](
+            o.query,
+            o.kernel,
             grad,
             table,
             lse,
-            grad_value,
-            operands.query.stride(),
-            grad.stride(),
-            grad_value.stride(),
-            *operands.sizes,
+            _map(grad_value),
+            o.size,
             HALF=half,
-            **operands.constants,
             KEYS=keys,
-            **_options(operands, num_warps=1, registers=160),
+            C=o.constants,
+            **_options(o, registers=160, num_warps=1),
         )
     return grad_value
 
 
 def _keys(size: int, most: int) -> int:
-    """Pixels of a row, at most so many, of which the queries that see them fill their tiles best."""
+    """Return the number of pixels of a row, at most `most`, whose queries fill their tiles best."""
     fitting = (min(most, tiles * COLS - size + 1) for tiles in range(size // COLS + 1, size // COLS + 4))
     return max(fitting, key=lambda keys: keys / -(-(keys + size - 1) // COLS))
 
 
-def _tap_grads(operands: _Operands, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-    """Partial sums: (parts, B, G, T, d + 1) of dkernel and, last, dbias; (B, runs, G, 2K - 1, 2K - 1) of each drpb."""
-    batch, groups, height, _ = operands.sizes
-    edge = max(operands.kernel_sizes) // 2
+def _tap_grads(o: _Operands, grad: Map, lse: Tensor, delta: Tensor) -> list[Tensor]:
+    """Return partial sums of the gradients of the taps.
+
+    Returns:
+        (parts, B, G, T, d + 1) of dkernel and, last, dbias; (B, runs, G, 2K - 1, 2K - 1) of each drpb.
+    """
+    batch, groups, height, _ = o.size
+    sizes = o.constants.K_SMALL, o.constants.K_LARGE
+    edge = max(sizes) // 2
     runs = 2 * edge + -(-(height - 2 * edge) // STEP)
     span = max(1, runs * batch * groups // PARTIALS)
-    parts, rows = -(-runs // span), 2
-    taps = sum(size**2 for size in operands.kernel_sizes)
-    partials = [lse.new_empty(parts, batch, groups, taps, operands.constants['D'] + 1)]
-    for half, (size, table) in enumerate(zip(operands.kernel_sizes, operands.tables, strict=True)):
+    parts = -(-runs // span)
+    partials = [lse.new_empty(parts, batch, groups, sum(size**2 for size in sizes), o.constants.D + 1)]
+    for half, (size, table) in enumerate(zip(sizes, o.tables, strict=True)):
         offsets = 2 * size - 1
         partials.append(lse.new_zeros(batch, runs, groups, offsets, offsets))
-        _kernels().tap_grad[(batch * groups * parts * -(-size // rows),)](
-            operands.query,
-            operands.kernel,
-            operands.value,
+        _kernels().tap_grad[(batch * groups * parts * -(-size // o.constants.ROWS),)](
+            o.query,
+            o.kernel,
+            o.value,
             grad,
             table,
             lse,
             delta,
             partials[0],
             partials[-1],
-            operands.query.stride(),
-            operands.value.stride(),
-            grad.stride(),
-            *operands.sizes,
+            o.size,
             edge,
             STEP,
             runs,
             span,
             HALF=half,
-            **operands.constants,
             P_RPB=max(COLS, _power_of_two(offsets)),
-            ROWS=rows,
-            **_options(operands, num_warps=rows, registers=168),
+            C=o.constants,
+            **_options(o, registers=168),
         )
-    return tuple(partials)
+    return partials
 
 
 def _prepare(x: Projected) -> _Operands:
@@ -261,36 +268,39 @@ def _prepare(x: Projected) -> _Operands:
     small, large = x.kernel_sizes
     # The interpreter multiplies the bits of bfloat16 as if they were integers.
     product = torch.float32 if interpreted() and x.value.dtype == torch.bfloat16 else x.value.dtype
-    constants = dict(
+    constants = Constants(
         K_SMALL=small,
         K_LARGE=large,
         D=dims,
         P=max(16, _power_of_two(dims)),
         P_TAPS=max(16, _power_of_two(max(small, large) + 1)),
         P_COLS=_power_of_two(COLS + max(small, large) - 1),
-        COLS=COLS,
         DOT=getattr(_kernels().tl, str(product).removeprefix('torch.')),
     )
     batch, _, height, width = x.value.shape
+    table_small, table_large = (_table(half, constants.P_TAPS) for half in x.halves())
     return _Operands(
-        _packed(_by_group(x.query, groups), constants['P']),
+        _map(_packed(_by_group(x.query, groups), constants.P)),
         # A kernel is packed like a map of one row.
-        _packed(x.kernel.transpose(2, 3).unsqueeze(2), constants['P'], copy=True),
-        _packed(_by_group(x.value, 2 * groups), constants['P']),
-        tuple(_table(half, constants['P_TAPS']) for half in x.halves()),
-        (batch, groups, height, width),
-        (small, large),
+        _packed(x.kernel.transpose(2, 3).unsqueeze(2), constants.P, copy=True),
+        _map(_packed(_by_group(x.value, 2 * groups), constants.P)),
+        (table_small, table_large),
+        Size(batch, groups, height, width),
         constants,
     )
 
 
+def _map(x: Tensor) -> Map:
+    return Map(x, x.stride())
+
+
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(B, G d, H, W) to (B, G, H, W, d), a view."""
+    """Return a view (B, G, H, W, d) of (B, G d, H, W)."""
     return x.unflatten(1, (groups, -1)).permute(0, 1, 3, 4, 2)
 
 
 def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
-    """(B, G, H, W, d) to (B, G, H, W, `width`), zeros behind the d; without `copy`, `x` itself where it is so."""
+    """Return (B, G, H, W, `width`), zeros behind the d, of (B, G, H, W, d): `x` itself if it is so, without `copy`."""
     if x.shape[-1] == width and x.stride(-1) == 1 and not copy:
         return x
     batch, groups, height, length, dims = x.shape
@@ -313,18 +323,18 @@ def _table(half: Half, width: int) -> Tensor:
     return table
 
 
-def _grid(operands: _Operands, rows: int, cols: int) -> tuple[int]:
-    """A program for each tile of `rows` x `cols` pixels."""
-    batch, groups, height, width = operands.sizes
+def _grid(o: _Operands, rows: int, cols: int) -> tuple[int]:
+    """Return the number of programs: one for each tile of `rows` x `cols` pixels."""
+    batch, groups, height, width = o.size
     return (batch * groups * -(-height // rows) * -(-width // cols),)
 
 
-def _options(operands: _Operands, num_warps: int, registers: int) -> dict[str, int]:
-    """Launch options; `registers` was found for up to 16 channels in half precision, and holds for these alone."""
-    chosen = operands.value.element_size() == 2 and operands.constants['P'] == 16
+def _options(o: _Operands, registers: int, num_warps: int = 2) -> dict[str, int]:
+    """Return launch options; `registers` was found for up to 16 channels in half precision and holds only for these."""
+    chosen = o.value.data.element_size() == 2 and o.constants.P == 16
     return dict(num_warps=num_warps, num_stages=2) | (dict(maxnreg=registers) if chosen else {})
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
+    """Return the smallest power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()
