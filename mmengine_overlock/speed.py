@@ -18,7 +18,8 @@ def compile_backbones(model: nn.Module, **options: Any) -> None:
     """Compile the blocks of every OverLoCK backbone in a model with torch.compile, in place, at their first call.
 
     Blocks of one stage share a graph, and one graph serves every image size: the whole network as one graph would take
-    many times as long to compile. The names of parameters stay.
+    many times as long to compile. The names of parameters stay. Inference on a CPU does not gain: the folded XT
+    at 512x512 took 0.48 s compiled and 0.34 s as it is (one run on a busy machine).
 
     Args:
         model: A detector or segmenter.
