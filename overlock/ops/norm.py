@@ -34,12 +34,13 @@ class _ChunkedNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = max(1, CHUNK * x.shape[2] // max(1, x.numel()))
-        norm = sum(part.to(wide).square().sum((2, 3), keepdim=True) for part in x.split(rows, 2)).sqrt()
+        squares = [part.to(wide).square().sum((2, 3), keepdim=True) for part in x.split(rows, 2)]
+        norm = torch.stack(squares).sum(0).sqrt()
         ctx.save_for_backward(x, norm)
         return norm
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, norm = ctx.saved_tensors
+        x, norm = cast(tuple[Tensor, Tensor], ctx.saved_tensors)
         return x * (grad / norm).masked_fill_(norm == 0, 0).to(x.dtype)

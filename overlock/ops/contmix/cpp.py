@@ -1,5 +1,7 @@
 """ContMix in C++ for CPUs (contmix.cpp), a pixel at a time with its tap weights in registers."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -90,7 +92,7 @@ _operator = library.register('compiled', forward, backward)
 
 def _by_group(query: Tensor, x: Projected) -> Tensor:
     """Return a view (B, G, d, H, W) of (B, G d, H, W)."""
-    return query.unflatten(1, x.kernel.shape[1:3])
+    return cast(Tensor, query.unflatten(1, x.kernel.shape[1:3]))
 
 
 def _pack(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,8 @@ The logits never pass through the map of affinities, the bias needs no index ten
 tap weights again. The derivations are in README.md beside this file.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -90,7 +92,7 @@ def compute_logits(query: Tensor, half: Half) -> Tensor:
     """Return the logits of a query (B, G d, H, W), (B, G, K^2, H, W), in float32 at least."""
     products = half.kernel.mT @ query.flatten(2).unflatten(1, half.kernel.shape[1:3])
     height, width = query.shape[2:]
-    logits = products.unflatten(-1, (height, width))
+    logits: Tensor = products.unflatten(-1, (height, width))
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(wide) + position_bias(half.rpb.to(wide), half.bias.to(wide), height, width)
 
@@ -127,7 +129,8 @@ def aggregate(weights: Tensor, value: Tensor) -> Tensor:
     """Mix a value (B, G, d, H, W) by tap weights (B, G, K^2, H, W), at least float32, to (B, G, d, H, W)."""
     size, (height, width) = _kernel_size(weights), value.shape[3:]
     if _is_dense(size, height, width):
-        return (value.flatten(3) @ _dense(weights).to(value.dtype)).unflatten(-1, (height, width))
+        mixed: Tensor = (value.flatten(3) @ _dense(weights).to(value.dtype)).unflatten(-1, (height, width))
+        return mixed
     value = value.to(weights.dtype)
     out = torch.zeros_like(value)
     for col in range(size):
@@ -166,7 +169,7 @@ def aggregate_backward(weights: Tensor, value: Tensor, grad: Tensor) -> tuple[Te
 
 
 def _kernel_size(weights: Tensor) -> int:
-    return round(weights.shape[2] ** 0.5)
+    return math.isqrt(weights.shape[2])
 
 
 def _is_dense(kernel_size: int, height: int, width: int) -> bool:

@@ -51,7 +51,7 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[[Proje
         rpb_small: Tensor,
         rpb_large: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return tuple(backward(grad, lse, Projected(query, kernel, value, bias, rpb_small, rpb_large)))
+        return backward(grad, lse, Projected(query, kernel, value, bias, rpb_small, rpb_large))
 
     @gradient.register_fake
     def _(grad: Tensor, lse: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import os
 import shutil
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def _repair_interpreter() -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def repaired(tensor: type, *scope: Any) -> None:
+    def repaired(tensor: Any, *scope: Any) -> None:
         patch(tensor, *scope)
         tensor.__index__ = lambda self: self.handle.data.item()
 
@@ -296,7 +296,7 @@ def _map(x: Tensor) -> Map:
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """Return a view (B, G, H, W, d) of (B, G d, H, W)."""
-    return x.unflatten(1, (groups, -1)).permute(0, 1, 3, 4, 2)
+    return cast(Tensor, x.unflatten(1, (groups, -1))).permute(0, 1, 3, 4, 2)
 
 
 def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
