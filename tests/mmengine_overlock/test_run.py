@@ -156,8 +156,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_resume(write_toy, tmp_path, m
     monkeypatch.setattr(os, 'replace', interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(write_toy(), work_dir=tmp_path / 'a')
-    monkeypatch.undo()
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr(os, 'replace', replace)
     assert not (tmp_path / 'a' / 'epoch_3.pth').exists()
     resumed = train(write_toy(), work_dir=tmp_path / 'a', resume='auto')
     whole = train(write_toy(), work_dir=tmp_path / 'b')

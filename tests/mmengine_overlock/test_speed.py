@@ -1,4 +1,4 @@
-"""What makes runs faster changes nothing that they compute, or stays near it."""
+"""Compiled blocks compute the same, and backbones in bfloat16 nearly the same."""
 
 import copy
 
@@ -20,7 +20,7 @@ WIDER = {**TINY, 'embed_dims': (64, 64, 64, 64)}
 
 
 class Detector(nn.Module):
-    """Something with a backbone."""
+    """A model with a backbone."""
 
     def __init__(self, arch=None) -> None:
         super().__init__()

@@ -1,6 +1,31 @@
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
+
+from tests.testing import ROOT
+
+
+@pytest.fixture
+def start_tool(tmp_path):
+    """Start a script of tools/ in a process of its own, on the CPU, with one thread, in a folder of its own."""
+
+    def start(name: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
+        given = {name: value for name, value in os.environ.items() if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+        settings = {'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+        command = ['bash' if name.endswith('.sh') else sys.executable, ROOT / 'tools' / name, *arguments]
+        return subprocess.run(
+            [*map(str, command)],
+            cwd=tmp_path,
+            env={**given, **settings, **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return start
 
 
 @pytest.fixture

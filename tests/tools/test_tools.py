@@ -1,29 +1,11 @@
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / 'tools'
-TOYS = ROOT / 'tests' / 'mmengine_overlock'
-
-CONFIG = """
-custom_imports = dict(imports=['toy'], allow_failed_imports=False)
-model = dict(type='ToyModel', backbone=dict(type='ToyBackbone'), norm_cfg=None)
-loader = dict(num_workers=0, collate_fn=dict(type='default_collate'), dataset=dict(type='ToyDataset'))
-train_dataloader = dict(**loader, batch_size=2, sampler=dict(type='DefaultSampler', shuffle=True))
-val_dataloader = dict(**loader, batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False))
-test_dataloader = dict(**loader, batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False))
-val_evaluator = test_evaluator = dict(type='ToyMetric')
-train_cfg = dict(by_epoch=True, max_epochs=2)
-val_cfg = test_cfg = dict()
-optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
-randomness = dict(seed=0)
-"""
+from tests.testing import ROOT
+from tests.toy import write_config
 
 COCO = """
 default_scope = 'mmdet'
@@ -32,107 +14,103 @@ train_dataloader = dict(dataset=dict(type='CocoDataset', data_root='data/coco/',
 """
 
 
-def run(*command, folder, **environment):
-    """Run a tool from another folder than the repository's, on the CPU."""
-    environment = {
-        **os.environ,
-        'PYTHONPATH': str(TOYS),
-        'PYTHON': sys.executable,
-        'CUDA_VISIBLE_DEVICES': '',
-        'OMP_NUM_THREADS': '1',
-        **environment,
-    }
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        environment.pop(name, None)
-    command = [sys.executable, *command] if str(command[0]).endswith('.py') else ['bash', *command]
-    return subprocess.run(
-        [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.fixture
-def toy(tmp_path):
-    path = tmp_path / 'toy_config.py'
-    path.write_text(CONFIG)
-    return path
+def toy(tmp_path, monkeypatch):
+    """A configuration of two epochs, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return write_config(tmp_path, 'train_cfg.update(max_epochs=2, val_interval=1)\n')
 
 
 def weights(path):
     return torch.load(path, map_location='cpu', weights_only=False)['state_dict']
 
 
-def metrics(result):
-    assert result.returncode == 0, result.stdout + result.stderr
-    return re.findall(r'\((?:val|test)\).*(error: \d\.\d{4}  images: \d+)', result.stdout)
+def metrics(code, out, err):
+    assert code == 0, out + err
+    return re.findall(r'\((?:val|test)\).*(error: \d\.\d{4}  images: \d+)', out)
 
 
-def test_a_missing_data_set_is_one_sentence_and_code_2(tmp_path):
+def ended(process):
+    return process.returncode, process.stdout, process.stderr
+
+
+def test_a_missing_data_set_is_one_sentence_and_code_2(tmp_path, start_tool):
     (tmp_path / 'a.py').write_text(COCO)
-    result = run(TOOLS / 'train.py', 'a.py', folder=tmp_path)
-    assert result.returncode == 2
-    assert result.stdout == ''
-    assert result.stderr == (
+    assert ended(start_tool('train.py', 'a.py')) == (
+        2,
+        '',
         'The train data set cannot be used: data/coco/annotations/a.json does not exist; expected annotations/a.json '
-        "in COCO's format and its images in train/, below data/coco/, which --data-root DIR replaces.\n"
+        "in COCO's format and its images in train/, below data/coco/, which --data-root DIR replaces.\n",
     )
+
+
+def test_a_missing_checkpoint_is_one_sentence_and_code_2(toy, start_tool):
+    code, out, err = ended(start_tool('test.py', toy, 'absent.pth'))
+    assert (code, out) == (2, '')
+    assert err.startswith('The weight file absent.pth does not exist; ') and err.count('\n') == 1
 
 
 @pytest.mark.parametrize(
-    'command, sentence',
+    'arguments, sentence',
     [
-        (('train.py', 'absent.py'), 'The configuration absent.py does not exist; '),
-        (('test.py', 'toy_config.py', 'absent.pth'), 'The weight file absent.pth does not exist; '),
-        (
-            ('train.py', 'toy_config.py', '--data-root', 'absent'),
-            'The folder absent given by --data-root does not exist.',
-        ),
+        (['absent.py'], 'The configuration absent.py does not exist; '),
+        (['{toy}', '--data-root', 'absent'], 'The folder absent given by --data-root does not exist.'),
     ],
 )
-def test_mistakes_are_one_sentence_and_code_2(tmp_path, toy, command, sentence):
-    result = run(TOOLS / command[0], *command[1:], folder=tmp_path)
-    assert (result.returncode, result.stdout) == (2, '')
-    assert result.stderr.startswith(sentence) and result.stderr.count('\n') == 1
+def test_mistakes_are_one_sentence_and_code_2(toy, run_tool, arguments, sentence):
+    code, out, err = run_tool('train', *(argument.format(toy=toy) for argument in arguments))
+    assert (code, out) == (2, '')
+    assert err.startswith(sentence) and err.count('\n') == 1
+
+
+def test_every_option_reaches_its_function(toy, run_tool, monkeypatch):
+    calls = []
+    monkeypatch.setattr('mmengine_overlock.run.train', lambda **options: calls.append(options))
+    monkeypatch.setattr('mmengine_overlock.run.test', lambda **options: calls.append(options))
+    common = ['--work-dir', 'w', '--data-root', 'd', '--compile', '--amp', '--cfg-options', 'a.b=1', 'c=[x,y]']
+    launch = ['--launcher', 'slurm', '--local-rank', '1']
+    train = ['--resume', '--auto-scale-lr', '--tensorboard', '--weights', 'f']
+    test = ['--out', 'o.pkl', '--show-dir', 's', '--show', '--tta']
+    assert run_tool('train', 'c.py', *common, *launch, *train) == (0, '', '')
+    assert run_tool('test', 'c.py', 'c.pth', *common, *launch, *test) == (0, '', '')
+    both = dict(
+        config='c.py', work_dir='w', data_root='d', compile=True, amp=True, cfg_options={'a.b': 1, 'c': ['x', 'y']}
+    )
+    assert calls == [
+        dict(both, launcher='slurm', resume='auto', auto_scale_lr=True, tensorboard=True, weights='f'),
+        dict(both, launcher='slurm', checkpoint='c.pth', out='o.pkl', show_dir='s', show=True, tta=True),
+    ]
 
 
 @pytest.mark.slow
-def test_training_on_two_cpu_processes_equals_one(tmp_path, toy, port):
-    one = run(TOOLS / 'train.py', toy, '--work-dir', 'one', folder=tmp_path)
-    two = run(
-        TOOLS / 'dist_train.sh',
-        toy,
-        '2',
-        '--work-dir',
-        'two',
-        '--cfg-options',
-        'train_dataloader.batch_size=1',
-        folder=tmp_path,
-        PORT=port,
-    )
-    assert len(metrics(one)) == 2
-    assert metrics(two) == metrics(one)
+def test_training_on_two_cpu_processes_equals_one(tmp_path, toy, port, run_tool, start_tool):
+    one = run_tool('train', toy, '--work-dir', 'one')
+    options = ('--work-dir', 'two', '--cfg-options', 'train_dataloader.batch_size=1')
+    two = start_tool('dist_train.sh', toy, 2, *options, PORT=port)
+    assert len(metrics(*one)) == 2
+    assert metrics(*ended(two)) == metrics(*one)
     torch.testing.assert_close(weights(tmp_path / 'two' / 'epoch_2.pth'), weights(tmp_path / 'one' / 'epoch_2.pth'))
 
 
 @pytest.mark.slow
-def test_syncbn_trains_on_two_cpu_processes_and_tests_alike_on_one(tmp_path, toy, port):
-    toy.write_text(CONFIG.replace('norm_cfg=None', "norm_cfg=dict(type='SyncBN')"))
-    trained = run(TOOLS / 'dist_train.sh', toy, '2', '--work-dir', 'a', folder=tmp_path, PORT=port)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
+def test_syncbn_trains_on_two_cpu_processes_and_tests_alike_on_one(tmp_path, toy, port, run_tool, start_tool):
+    toy.write_text(f"{toy.read_text()}model['norm_cfg'] = dict(type='SyncBN')\n")
+    trained = start_tool('dist_train.sh', toy, 2, '--work-dir', 'a', PORT=port)
+    last = metrics(*ended(trained))[-1:]
     assert trained.stdout.count('SyncBN needs GPUs') == 1
     checkpoint = tmp_path / 'a' / 'epoch_2.pth'
-    two = run(TOOLS / 'dist_test.sh', toy, checkpoint, '2', folder=tmp_path, PORT=port)
-    one = run(TOOLS / 'test.py', toy, checkpoint, folder=tmp_path)
+    two = start_tool('dist_test.sh', toy, checkpoint, 2, PORT=port)
     # The last validation of the training, too: the statistics were averaged before both.
-    assert metrics(one) == metrics(two) == metrics(trained)[-1:]
+    assert metrics(*run_tool('test', toy, checkpoint)) == metrics(*ended(two)) == last
 
 
 @pytest.mark.parametrize(
     'name, arguments', [('dist_train.sh', 2), ('dist_test.sh', 3), ('slurm_train.sh', 4), ('slurm_test.sh', 4)]
 )
-def test_shells_tell_their_usage(tmp_path, name, arguments):
-    result = run(TOOLS / name, *['a'] * (arguments - 1), folder=tmp_path)
-    assert result.returncode == 2
-    assert re.match(rf'usage: \S*{name} ', result.stderr)
+def test_shells_tell_their_usage(start_tool, name, arguments):
+    code, _, err = ended(start_tool(name, *['a'] * (arguments - 1)))
+    assert code == 2
+    assert re.match(rf'usage: \S*{name} ', err)
 
 
 @pytest.mark.parametrize(
@@ -146,20 +124,14 @@ def test_shells_tell_their_usage(tmp_path, name, arguments):
         ('slurm_test.sh', ['part', 'job', 'c.py', 'c.pth', '--tta'], 'test.py c.py c.pth --launcher slurm --tta'),
     ],
 )
-def test_slurm_jobs_get_one_task_for_each_gpu(tmp_path, name, arguments, expected):
+def test_slurm_jobs_get_one_task_for_each_gpu(tmp_path, start_tool, name, arguments, expected):
     (tmp_path / 'srun').write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / 'srun').chmod(0o755)
-    result = run(
-        TOOLS / name,
-        *arguments,
-        folder=tmp_path,
-        PATH=f'{tmp_path}:{os.environ["PATH"]}',
-        GPUS='16',
-        SRUN_ARGS='--quotatype auto',
-        PYTHON='python3',
-    )
-    assert result.returncode == 0
-    assert result.stdout == (
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    result = start_tool(name, *arguments, PATH=path, GPUS='16', SRUN_ARGS='--quotatype auto', PYTHON='python3')
+    assert ended(result) == (
+        0,
         '--partition part --job-name job --gres gpu:8 --ntasks 16 --ntasks-per-node 8 --cpus-per-task 5 '
-        f'--kill-on-bad-exit=1 --quotatype auto python3 -u {TOOLS}/{expected}\n'
+        f'--kill-on-bad-exit=1 --quotatype auto python3 -u {ROOT}/tools/{expected}\n',
+        '',
     )

@@ -1,4 +1,7 @@
-"""A model, a data set and a metric that train in milliseconds, for configurations that name this module."""
+"""A model, a data set, a metric and a configuration of them that trains in milliseconds."""
+
+import uuid
+from pathlib import Path
 
 import torch
 from mmengine.evaluator import BaseMetric
@@ -6,6 +9,39 @@ from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import DATASETS, METRICS, MODELS
 from torch import nn
 from torch.utils.data import Dataset
+
+CONFIG = """
+custom_imports = dict(imports=['tests.toy'], allow_failed_imports=False)
+# mmengine shares loggers and message hubs between the runs of one process by this name.
+experiment_name = {name!r}
+model = dict(type='ToyModel', backbone=dict(type='ToyBackbone'))
+loader = dict(batch_size=2, num_workers=0, collate_fn=dict(type='default_collate'), dataset=dict(type='ToyDataset'))
+train_dataloader = dict(**loader, sampler=dict(type='DefaultSampler', shuffle=True))
+val_dataloader = dict(**loader, sampler=dict(type='DefaultSampler', shuffle=False))
+test_dataloader = dict(**loader, sampler=dict(type='DefaultSampler', shuffle=False))
+val_evaluator = test_evaluator = dict(type='ToyMetric')
+train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=4)
+val_cfg = test_cfg = dict()
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
+param_scheduler = [dict(type='MultiStepLR', by_epoch=True, milestones=[1, 3], gamma=0.5)]
+default_hooks = dict(logger=dict(type='LoggerHook', interval=4), checkpoint=dict(type='CheckpointHook', interval=1))
+randomness = dict(seed=0)
+"""
+
+BY_ITERATION = """
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=12, val_interval=12)
+train_dataloader = dict(**loader, sampler=dict(type='InfiniteSampler', shuffle=True))
+param_scheduler = [dict(type='PolyLR', by_epoch=False, power=1.0, eta_min=0.0, end=12)]
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=4))
+log_processor = dict(by_epoch=False)
+"""
+
+
+def write_config(folder: Path, more: str = '', by_iteration: bool = False) -> Path:
+    """Write the configuration into a folder, under a new name, with more statements at its end."""
+    path = folder / f'toy_{uuid.uuid4().hex[:8]}.py'
+    path.write_text(CONFIG.format(name=path.stem) + BY_ITERATION * by_iteration + more)
+    return path
 
 
 @DATASETS.register_module()
