@@ -7,19 +7,32 @@ import sys
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from torch import distributed
 
 from mmengine_overlock import backbone
 from mmengine_overlock.versions import require
 from overlock import OverLoCK
 from overlock.checkpoint import CheckpointError
-from tests.overlock.test_model import TINY
+from tests.testing import TINY
 
 TOOLBOXES = ['mmdet', 'mmseg']
+
+# Each toolbox by the custom_imports of a configuration alone.
+REGISTERED = """
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+for toolbox in ('mmdet', 'mmseg'):
+    cfg = Config.fromfile(f'{toolbox}_config.py')
+    with DefaultScope.overwrite_default_scope(toolbox):
+        model = MODELS.build(cfg.model)
+    print(type(model).__module__, model.overview_residual)
+"""
 
 
 @pytest.fixture(params=TOOLBOXES)
 def build(request):
-    """Builds the backbone by the registry of each toolbox."""
+    """Build the backbone by the registry of each toolbox."""
     importlib.import_module(f'{request.param}_overlock')
     models = importlib.import_module(f'{request.param}.registry').MODELS
     # An earlier run in this process may have left a scope of its own.
@@ -27,34 +40,15 @@ def build(request):
         yield lambda **kwargs: models.build(dict(type='OverLoCK', arch=TINY, **kwargs))
 
 
-def last_word(code, cwd):
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=cwd)
+def test_custom_imports_of_a_configuration_anywhere_register_each_form_in_a_fresh_interpreter(tmp_path):
+    for toolbox in TOOLBOXES:
+        (tmp_path / f'{toolbox}_config.py').write_text(
+            f"custom_imports = dict(imports=['{toolbox}_overlock'], allow_failed_imports=False)\n"
+            f"model = dict(type='OverLoCK', arch={TINY})\n"
+        )
+    result = subprocess.run([sys.executable, '-c', REGISTERED], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    return result.stdout.split()[-1]
-
-
-@pytest.mark.parametrize(('toolbox', 'overview_residual'), [('mmdet', 'True'), ('mmseg', 'False')])
-def test_import_alone_registers_each_form_in_a_fresh_interpreter(toolbox, overview_residual, tmp_path):
-    code = (
-        f'import {toolbox}_overlock; from {toolbox}.registry import MODELS; '
-        'print(MODELS.build(dict(type="OverLoCK", arch="xt")).overview_residual)'
-    )
-    assert last_word(code, tmp_path) == overview_residual
-
-
-@pytest.mark.parametrize('toolbox', TOOLBOXES)
-def test_custom_imports_of_a_configuration_anywhere_register_it(toolbox, tmp_path):
-    config = tmp_path / 'config.py'
-    config.write_text(
-        f"custom_imports = dict(imports=['{toolbox}_overlock'], allow_failed_imports=False)\n"
-        f"default_scope = '{toolbox}'\nmodel = dict(type='OverLoCK', arch='xt', out_indices=(3,))\n"
-    )
-    code = (
-        'from mmengine.config import Config; from mmengine.registry import MODELS, init_default_scope; '
-        f'cfg = Config.fromfile({str(config)!r}); init_default_scope(cfg.default_scope); '
-        'print(type(MODELS.build(cfg.model)).__module__)'
-    )
-    assert last_word(code, tmp_path) == f'{toolbox}_overlock.backbone'
+    assert result.stdout.split()[-4:] == ['mmdet_overlock.backbone', 'True', 'mmseg_overlock.backbone', 'False']
 
 
 def test_pretrained_weights_are_loaded_and_told_once(build, tmp_path, monkeypatch):
@@ -70,19 +64,17 @@ def test_pretrained_weights_are_loaded_and_told_once(build, tmp_path, monkeypatc
     assert torch.equal(model.base_net.stem[0].conv.weight, classifier.base_net.stem[0].conv.weight)
 
 
-def test_pretrained_weights_load_in_a_distributed_run(tmp_path):
-    torch.save(OverLoCK(TINY).state_dict(), tmp_path / 'imagenet.pth')
-    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'imagenet.pth'))
-    code = (
-        'import torch, logging; from mmdet_overlock import OverLoCK; '
-        f'store = torch.distributed.FileStore({str(tmp_path / "store")!r}, 1); '
-        'torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1); '
-        f'model = OverLoCK({TINY}, init_cfg={init_cfg}); logging.disable(); model.init_weights(); '
-        'stem = model.base_net.stem[0].conv.weight; '
-        f'given = torch.load({init_cfg["checkpoint"]!r})["base_net.stem.0.conv.weight"]; '
-        'print(torch.equal(stem, given))'
-    )
-    assert last_word(code, tmp_path) == 'True'
+def test_pretrained_weights_load_in_a_distributed_run(build, tmp_path):
+    classifier = OverLoCK(TINY)
+    torch.save(classifier.state_dict(), tmp_path / 'imagenet.pth')
+    model = build(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'imagenet.pth')))
+    store = distributed.FileStore(str(tmp_path / 'store'), 1)
+    distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        model.init_weights()
+    finally:
+        distributed.destroy_process_group()
+    assert torch.equal(model.base_net.stem[0].conv.weight, classifier.base_net.stem[0].conv.weight)
 
 
 def test_weights_of_another_variant_are_an_error(build, tmp_path):

@@ -1,9 +1,6 @@
 """The command lines that convert weight files."""
 
 import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,33 +8,18 @@ import torch
 
 from overlock import OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import load, to_published
-
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
-TINY = dict(
-    embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1), focus_groups=(2, 4)
-)
+from tests.testing import TINY
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Runs a tool in a folder with files to convert; its exit code, output and errors."""
+def run(monkeypatch, tmp_path, run_tool):
+    """`run_tool` in a folder with files to convert."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'path', [*sys.path])
     torch.save({'state_dict': to_published(OverLoCK(TINY).state_dict())}, 'classifier.pth')
     backbone = {f'backbone.{name}': value for name, value in OverLoCKBackbone(TINY).state_dict().items()}
     torch.save({'state_dict': {**backbone, 'neck.weight': torch.ones(2)}, 'meta': {}}, 'detector.pth')
     torch.save({'state_dict': {'conv1.weight': torch.ones(1)}}, 'resnet.pth')
-
-    def call(tool, *arguments):
-        monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *arguments])
-        try:
-            runpy.run_path(str(TOOLS / f'{tool}.py'), run_name='__main__')
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return (code, *capsys.readouterr())
-
-    return call
+    return run_tool
 
 
 def test_a_table_and_how_the_file_was_verified_are_printed(run):
@@ -92,9 +74,8 @@ def test_deploy_and_merge_exclude_each_other(run):
 
 
 @pytest.mark.slow
-def test_tool_runs_from_any_folder(run, tmp_path):
-    command = [sys.executable, str(TOOLS / 'convert_checkpoint.py'), 'detector.pth', 'out.pth', '--deploy']
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def test_tool_runs_from_any_folder(run, start_tool):
+    result = start_tool('convert_checkpoint.py', 'detector.pth', 'out.pth', '--deploy')
     assert (result.returncode, result.stderr) == (0, '')
     assert torch.load('out.pth', weights_only=True)['state_dict']['neck.weight'].tolist() == [1, 1]
 
