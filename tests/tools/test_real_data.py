@@ -6,23 +6,23 @@
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from overlock import OverLoCK
+from tests.testing import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get('OVERLOCK_DATA', 'not set'))
 
-pytestmark = pytest.mark.slow
-needs_data = pytest.mark.skipif(
-    not (DATA / 'coco_tiny').is_dir() or not (DATA / 'ade_tiny').is_dir(),
-    reason='OVERLOCK_DATA does not name a folder with coco_tiny and ade_tiny',
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (DATA / 'coco_tiny').is_dir() or not (DATA / 'ade_tiny').is_dir(),
+        reason='OVERLOCK_DATA does not name a folder with coco_tiny and ade_tiny',
+    ),
+]
 
 DETECTION = f"""
 _base_ = '{ROOT}/configs/mask_rcnn_overlock_xt_1x.py'
@@ -38,7 +38,8 @@ train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
     indices=6, pipeline=[dict(type='LoadImageFromFile'), load, small, dict(type='PackDetInputs')]))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(indices=4, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-train_cfg = dict(max_epochs=2, val_interval=2)
+val_evaluator = [{{{{_base_.val_evaluator}}}}, dict(type='DumpDetResults', out_file_path='val.pkl')]
+train_cfg = dict(max_epochs=2, val_interval=1)
 randomness = dict(seed=0)
 """
 
@@ -64,135 +65,83 @@ randomness = dict(seed=0)
 """
 
 
-def run(tool, *arguments, folder, data, processes=1, port=''):
-    """Run train or test on the CPU, by the shell where there are more processes; the output."""
-    # One thread each, as torchrun has it: sums in another order could tip untrained maps.
-    environment = {
-        **os.environ,
-        'OMP_NUM_THREADS': '1',
-        'CUDA_VISIBLE_DEVICES': '',
-        'PYTHON': sys.executable,
-        'PORT': port,
-    }
-    command = [sys.executable, ROOT / 'tools' / f'{tool}.py', *arguments]
-    if processes > 1:
-        config_and_checkpoint = 1 + (tool == 'test')
-        command = [
-            'bash',
-            ROOT / 'tools' / f'dist_{tool}.sh',
-            *arguments[:config_and_checkpoint],
-            processes,
-            *arguments[config_and_checkpoint:],
-        ]
-    result = subprocess.run(
-        [*map(str, command), '--data-root', str(DATA / data)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, port, run_tool, start_tool):
+    """Run train or test in a folder of its own, on two processes where asked for; the output."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    # As torchrun has it: sums in another order could tip untrained maps.
+    torch.set_num_threads(1)
+
+    def run(tool, *arguments, processes=1):
+        if processes == 1:
+            code, out, err = run_tool(tool, *arguments)
+        else:
+            inputs = 1 + (tool == 'test')
+            arguments = (*arguments[:inputs], processes, *arguments[inputs:])
+            result = start_tool(f'dist_{tool}.sh', *arguments, PORT=port)
+            code, out, err = result.returncode, result.stdout, result.stderr
+        assert code == 0, out + err
+        return out
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 def score(output, name):
     return re.findall(rf'{name}: (\d+\.\d+)', output)[-1]
 
 
-@needs_data
-def test_a_detector_trains_resumes_and_tests_alike_on_two_processes(tmp_path, port):
-    config = tmp_path / 'config.py'
-    config.write_text(DETECTION)
-    run(
-        'train',
-        config,
-        '--work-dir',
-        'a',
-        '--amp',
-        '--cfg-options',
-        'train_cfg.max_epochs=1',
-        folder=tmp_path,
-        data='coco_tiny',
-    )
-    resumed = run('train', config, '--work-dir', 'a', '--resume', folder=tmp_path, data='coco_tiny')
-    assert 'resumed epoch: 1, iter: 3' in resumed and 'loss: nan' not in resumed
-    one = run(
-        'test', config, 'a/epoch_2.pth', '--out', 'one.pkl', '--show-dir', 'drawn', folder=tmp_path, data='coco_tiny'
-    )
-    two = run(
-        'test', config, 'a/epoch_2.pth', '--out', 'two.pkl', folder=tmp_path, data='coco_tiny', processes=2, port=port
-    )
-    for name in ('coco/bbox_mAP', 'coco/segm_mAP'):
-        assert score(one, name) == score(two, name) == score(resumed, name)
-    assert '| person ' in one
-    assert len(list((tmp_path / 'drawn').glob('*.jpg'))) == 4
-    predictions = [pickle.loads((tmp_path / name).read_bytes()) for name in ('one.pkl', 'two.pkl')]
-    for first, second in zip(*predictions, strict=True):
-        assert len(first['pred_instances']['scores']) == 5
-        for key in ('bboxes', 'scores', 'labels'):
-            torch.testing.assert_close(first['pred_instances'][key], second['pred_instances'][key])
+def weights(path):
+    return torch.load(path, weights_only=False)['state_dict']
 
 
-@needs_data
-def test_a_detector_trains_from_imagenet_weights_on_two_processes(tmp_path, port):
-    config = tmp_path / 'config.py'
+def predictions(*paths):
+    return zip(*(pickle.loads(Path(path).read_bytes()) for path in paths), strict=True)
+
+
+def test_a_detector_trains_from_imagenet_weights_on_two_processes_and_tests_and_resumes_on_one(run):
+    config, data = Path('config.py'), ('--data-root', DATA / 'coco_tiny')
     config.write_text(DETECTION)
-    torch.save({'state_dict': OverLoCK('xt').state_dict()}, tmp_path / 'imagenet.pth')
-    trained = run(
-        'train',
-        config,
-        '--work-dir',
-        'a',
-        '--weights',
-        'imagenet.pth',
-        '--cfg-options',
-        'train_cfg.max_epochs=1',
-        folder=tmp_path,
-        data='coco_tiny',
-        processes=2,
-        port=port,
-    )
+    torch.save({'state_dict': OverLoCK('xt').state_dict()}, 'imagenet.pth')
+    options = ('--work-dir', 'a', '--weights', 'imagenet.pth', '--cfg-options', 'train_cfg.max_epochs=1')
+    trained = run('train', config, *data, *options, processes=2)
     # 1549 tensors of the trunk; the log is the first process's.
     assert trained.count('loaded 1549 tensors from imagenet.pth') == 1
-    weights = torch.load(tmp_path / 'a' / 'epoch_1.pth', weights_only=False)['state_dict']
-    assert all(value.isfinite().all() for value in weights.values())
+    assert all(value.isfinite().all() for value in weights('a/epoch_1.pth').values())
+
+    tested = run('test', config, 'a/epoch_1.pth', *data, '--out', 'test.pkl', '--show-dir', 'drawn')
+    for name in ('coco/bbox_mAP', 'coco/segm_mAP'):
+        assert score(tested, name) == score(trained, name)
+    assert '| person ' in tested
+    assert len(list(Path('drawn').glob('*.jpg'))) == 4
+    for one, two in predictions('test.pkl', 'val.pkl'):
+        assert len(one['pred_instances']['scores']) == 5
+        for key in ('bboxes', 'scores', 'labels'):
+            torch.testing.assert_close(one['pred_instances'][key], two['pred_instances'][key])
+
+    resumed = run('train', config, *data, '--work-dir', 'a', '--resume', '--amp')
+    assert 'resumed epoch: 1, iter: 2' in resumed and 'Epoch(val) [2][4/4]' in resumed and 'loss: nan' not in resumed
 
 
-@needs_data
-def test_a_segmenter_trains_and_tests_alike_on_two_processes(tmp_path, port):
-    config = tmp_path / 'config.py'
+def test_a_segmenter_trains_and_tests_alike_on_two_processes(run):
+    config, data = Path('config.py'), ('--data-root', DATA / 'ade_tiny')
     config.write_text(SEGMENTATION)
-    trained = run('train', config, '--work-dir', 'one', folder=tmp_path, data='ade_tiny')
-    run(
-        'train',
-        config,
-        '--work-dir',
-        'two',
-        '--cfg-options',
-        'train_dataloader.batch_size=1',
-        folder=tmp_path,
-        data='ade_tiny',
-        processes=2,
-        port=port,
-    )
-    weights = [torch.load(tmp_path / name / 'iter_4.pth', weights_only=False)['state_dict'] for name in ('one', 'two')]
-    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
-    middle = torch.load(tmp_path / 'one' / 'iter_2.pth', weights_only=False)['state_dict']
-    assert (weights[0]['decode_head.conv_seg.weight'] - middle['decode_head.conv_seg.weight']).abs().max() > 1e-3
-    resumed = run('train', config, '--work-dir', 'one', '--resume', 'one/iter_2.pth', folder=tmp_path, data='ade_tiny')
+    trained = run('train', config, *data, '--work-dir', 'one')
+    options = ('--work-dir', 'two', '--cfg-options', 'train_dataloader.batch_size=1')
+    run('train', config, *data, *options, processes=2)
+    last, middle = weights('one/iter_4.pth'), weights('one/iter_2.pth')
+    torch.testing.assert_close(weights('two/iter_4.pth'), last, rtol=1e-5, atol=1e-6)
+    assert (last['decode_head.conv_seg.weight'] - middle['decode_head.conv_seg.weight']).abs().max() > 1e-3
+
+    resumed = run('train', config, *data, '--work-dir', 'one', '--resume', 'one/iter_2.pth')
     assert 'resumed epoch: 0, iter: 2' in resumed
-    again = torch.load(tmp_path / 'one' / 'iter_4.pth', weights_only=False)['state_dict']
-    torch.testing.assert_close(again, weights[0])
-    one = run(
-        'test', config, 'one/iter_4.pth', '--out', 'one.pkl', '--show-dir', 'drawn', folder=tmp_path, data='ade_tiny'
-    )
-    two = run(
-        'test', config, 'one/iter_4.pth', '--out', 'two.pkl', folder=tmp_path, data='ade_tiny', processes=2, port=port
-    )
+    torch.testing.assert_close(weights('one/iter_4.pth'), last)
+
+    one = run('test', config, 'one/iter_4.pth', *data, '--out', 'one.pkl', '--show-dir', 'drawn')
+    two = run('test', config, 'one/iter_4.pth', *data, '--out', 'two.pkl', processes=2)
     assert score(one, 'mIoU') == score(two, 'mIoU') == score(trained, 'mIoU')
     assert re.search(r'\|\s+person\s+\|', one)
-    assert len(list((tmp_path / 'drawn').rglob('*.png'))) == 4
-    predictions = [pickle.loads((tmp_path / name).read_bytes()) for name in ('one.pkl', 'two.pkl')]
-    for first, second in zip(*predictions, strict=True):
+    assert len(list(Path('drawn').rglob('*.png'))) == 4
+    for first, second in predictions('one.pkl', 'two.pkl'):
         assert (first['pred_sem_seg'] == second['pred_sem_seg']).all()
