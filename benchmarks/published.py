@@ -31,7 +31,7 @@ def published(model: nn.Module, device: torch.device | str = 'cpu') -> nn.Module
         raise ValueError('the published pipeline runs unmerged, but the model given is merged for inference')
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    twin.memory_format = torch.contiguous_format
+    twin.memory_format = torch.contiguous_format  # type: ignore[assignment]
     for module in twin.modules():
         # The same attributes under another forward, for this instance alone.
         module.__class__ = FORMS.get(type(module), type(module))

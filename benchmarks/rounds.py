@@ -236,7 +236,7 @@ def measure(
     """
     # OpenMP's threads would otherwise spin while another worker has its turn.
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    rows = [{'name': name, 'task': dict(task)} for name, task in tasks.items()]
+    rows: list[dict[str, Any]] = [{'name': name, 'task': dict(task)} for name, task in tasks.items()]
     timed = []
     with ExitStack() as stack:
         for row in rows:

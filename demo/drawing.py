@@ -125,8 +125,8 @@ def _paint(rng: np.random.Generator, image: np.ndarray, cover: np.ndarray, color
     """Return the image with a shaded, striped shape and its soft shadow on it."""
     size = len(cover)
     shift = -size / 64
-    shadow = Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(size / 64))
-    shadow = np.asarray(shadow.transform(shadow.size, Image.Transform.AFFINE, (1, 0, shift, 0, 1, shift))) / 255
+    soft = Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(size / 64))
+    shadow = np.asarray(soft.transform(soft.size, Image.Transform.AFFINE, (1, 0, shift, 0, 1, shift))) / 255
     y, x = np.mgrid[:size, :size] / size - 0.5
     light, stripe = rng.uniform(0, 2 * np.pi, 2)
     shade = 1 + 0.25 * (x * np.cos(light) + y * np.sin(light))
@@ -145,7 +145,7 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray
 
 def _contrasting_color(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
     """Return the first vivid color that differs enough from those taken, else the most different one met."""
-    best, best_distance = None, -1.0
+    best, best_distance = np.zeros(3), -1.0
     for _ in range(_TRIES):
         color = _rgb(rng.uniform(), rng.uniform(0.5, 0.95), rng.uniform(0.55, 1.0))
         distance = min(float(np.abs(color - other).mean()) for other in taken)

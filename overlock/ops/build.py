@@ -32,9 +32,9 @@ def library_path() -> Path:
     Raises:
         RuntimeError: If the user has no home folder and no environment variable names a cache folder.
     """
-    folder = os.environ.get('OVERLOCK_CACHE')
-    if not folder:
-        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'overlock'
+    folder = os.environ.get('OVERLOCK_CACHE') or Path(
+        os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'overlock'
+    )
     content = b''.join(path.read_bytes() for path in SOURCES) + repr(compiler_flags()).encode()
     build = (
         f'torch{torch.__version__}',

@@ -46,7 +46,7 @@ def choose_target(environ: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         headers = [str(path) for path in sorted(Path(torch.__path__[0]).parent.glob('nvidia/*/include'))]
         path = os.pathsep.join([*headers, *filter(None, [environ.get('CPATH')])])
         key = f'cu{found}-sm{re.sub("[^0-9A-Za-z+]+", "_", gpus.replace(".", ""))}'
-        return key, {**variables, 'FORCE_CUDA': '1', 'CUDA_HOME': home, 'CPATH': path}
+        return key, {**variables, 'FORCE_CUDA': '1', 'CUDA_HOME': str(home), 'CPATH': path}
     obstacle = f'nvcc (PATH, CUDA_HOME) is {found}, torch is of CUDA {wanted}, TORCH_CUDA_ARCH_LIST is {gpus or "none"}'
     if forced == '1':
         sys.exit(f"FORCE_CUDA=1 asks for mmcv's CUDA operators, but {obstacle}")
