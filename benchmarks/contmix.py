@@ -25,6 +25,7 @@ from benchmarks import published
 from benchmarks.record import ARCHS, make_parser, show, size, write_result
 from benchmarks.rounds import Worker, compute_truth, deviation, is_timed, is_within, measure
 from overlock import contmix, get_arch
+from overlock.models.blocks import NUM_REGIONS
 from overlock.ops import explain
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -35,7 +36,6 @@ MODES = {'forward': {'train': False}, 'train': {'train': True}}
 PIPELINES = {'published': published.aggregate_natten, 'unfold': published.aggregate_unfold}
 # The only build of natten that a recent torch imports is for CPUs; Triton's interpreter there is for tests.
 ONLY_ON = {'cpp': 'cpu', 'natten': 'cpu', 'published': 'cpu', 'triton': 'cuda'}
-REGIONS = 7
 # For the reference, which makes every window in float64, and a few tensors of that size in its backward pass.
 REFERENCE_BYTES = 4 * 2**30
 
@@ -92,15 +92,15 @@ class OperatorCase:
         half, taps = self.channels // 2, sum(kernel**2 for kernel in self.kernel_sizes)
         shapes = [
             (self.batch, half, *size),
-            (self.batch, half, REGIONS, REGIONS),
+            (self.batch, half, NUM_REGIONS, NUM_REGIONS),
             (self.batch, 2 * half, *size),
-            (taps, REGIONS**2),
+            (taps, NUM_REGIONS**2),
             (taps,),
             *((self.groups, 2 * kernel - 1, 2 * kernel - 1) for kernel in self.kernel_sizes),
             (self.batch, 2 * half, *size),
         ]
         tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-        tensors[3] /= REGIONS
+        tensors[3] /= NUM_REGIONS
         # As in the network: on CPUs ours runs in channels_last, the published pipeline never does.
         ours = self.device.type == 'cpu' and self.backend not in PIPELINES
         layout = torch.channels_last if ours else torch.contiguous_format

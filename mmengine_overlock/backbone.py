@@ -22,7 +22,7 @@ class BackboneModule(OverLoCKBackbone, BaseModule):
 
     Args:
         *args: Those of `overlock.OverLoCKBackbone`.
-        init_cfg: Initialisation, in mmengine's form.
+        init_cfg: Initialization, in mmengine's form.
         **kwargs: Those of `overlock.OverLoCKBackbone`.
     """
 
@@ -31,7 +31,7 @@ class BackboneModule(OverLoCKBackbone, BaseModule):
         self.init_cfg = copy.deepcopy(init_cfg)
 
     def init_weights(self) -> None:
-        """Initialises by `init_cfg`, pretrained weights last.
+        """Initialize by `init_cfg`, pretrained weights last.
 
         Raises:
             overlock.checkpoint.CheckpointError: If pretrained weights cannot be found, read or used.

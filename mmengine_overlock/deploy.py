@@ -1,4 +1,4 @@
-"""Trained detectors and segmenters in the folded form, each with its configuration, shown to predict the same."""
+"""Fold trained detectors and segmenters, write their configurations, and check that they predict the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHARE = 0.98
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image.
+    """The prediction of a model for one image.
 
     Attributes:
         maps: Of its backbone, each (1, C, H, W).
@@ -55,7 +55,7 @@ def reparameterize(
     ema: bool = False,
     cfg_options: dict[str, Any] | None = None,
 ) -> str:
-    """Folds the backbone of a trained detector or segmenter, and writes it with the configuration that it then has.
+    """Fold the backbone of a trained detector or segmenter, and write it with its new configuration.
 
     Both files are read back and compared with the model before, on one image, on the CPU; they take their names only if
     the predictions are the same but for rounding.
@@ -110,7 +110,7 @@ def reparameterize(
 
 
 def _check_paths(config: Path, checkpoint: str, out: Path, image: str | Path | None) -> Path:
-    """The local file of the checkpoint, if the image can be read and nothing that is read would be overwritten."""
+    """Return the local file of the checkpoint; check that the image can be read and that no input is overwritten."""
     if out.suffix != '.pth' or out.is_dir() or out.with_suffix('.py').is_dir():
         raise UserError(f'the output must be a file that ends in .pth, got {out}')
     if image is not None:
@@ -131,7 +131,7 @@ def _check_paths(config: Path, checkpoint: str, out: Path, image: str | Path | N
 
 
 def deployed_config(cfg: Config) -> Config:
-    """A copy of a configuration with the backbone in the folded form, which starts from no other weights."""
+    """Copy a configuration with the backbone in the folded form and without pretrained weights."""
     cfg = deepcopy(cfg)
     cfg.model.backbone.deploy = True
     cfg.model.backbone.pop('init_cfg', None)
@@ -142,7 +142,7 @@ def deployed_config(cfg: Config) -> Config:
 
 
 def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
-    """The model of a configuration in evaluation, with all of its tensors from a state dict."""
+    """Build the model of a configuration in evaluation, with all of its tensors from a state dict."""
     settings = deepcopy(cfg.model)
     settings.backbone.pop('init_cfg', None)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
@@ -172,7 +172,7 @@ def _draw(path: Path) -> Path:
 
 @torch.no_grad()
 def predict(model: nn.Module, cfg: Config, image: Path) -> Prediction:
-    """What a model says of an image file, read by the test pipeline of its configuration."""
+    """Predict an image file, read by the test pipeline of the configuration."""
     pipeline = next(node['pipeline'] for node in nodes(cfg.test_dataloader) if 'pipeline' in node)
     # There is no truth to load.
     steps = [step for step in pipeline if 'Annotations' not in str(step['type'])]
@@ -188,7 +188,7 @@ def predict(model: nn.Module, cfg: Config, image: Path) -> Prediction:
 
 
 def compare(prediction: Prediction, expected: Prediction) -> tuple[bool, dict[str, str]]:
-    """Whether two predictions are the same but for rounding, and by what how far they are apart."""
+    """Tell whether two predictions are the same but for rounding, and how far they are apart."""
     deviation = largest_deviation(prediction.maps, expected.maps)
     share, account = 1.0, {}
     if 'pred_instances' in expected.sample:
@@ -200,7 +200,7 @@ def compare(prediction: Prediction, expected: Prediction) -> tuple[bool, dict[st
 
 
 def _compare_maps(found: Any, expected: Any) -> tuple[float, dict[str, str]]:
-    """The share of pixels of the same class, and the account of them."""
+    """Return the share of pixels of the same class, and the numbers behind it."""
     classes = found.pred_sem_seg.data, expected.pred_sem_seg.data
     share = (classes[0] == classes[1]).double().mean().item()
     deviation = largest_deviation(found.seg_logits.data, expected.seg_logits.data)
@@ -211,7 +211,7 @@ def _compare_maps(found: Any, expected: Any) -> tuple[float, dict[str, str]]:
 
 
 def _compare_instances(found: Any, expected: Any) -> tuple[float, dict[str, str]]:
-    """The share of boxes that both have, in any order as equal scores may come in another, and the account of them."""
+    """Return the share of boxes that both have, in any order as scores may be equal, and the numbers behind it."""
     counts = len(expected.scores), len(found.scores)
     account = {'boxes': f'{counts[0]} and {counts[1]}'}
     if 0 in counts:

@@ -1,4 +1,4 @@
-"""Weights: those that are published, names in files and ours, safe reading, and loading that tells what it did."""
+"""Weights: the published ones, their names and ours, safe reading, and loading with a report."""
 
 from overlock.checkpoint.download import find_file
 from overlock.checkpoint.fitting import LoadReport, load_pretrained, load_state_dict

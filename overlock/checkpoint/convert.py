@@ -1,4 +1,4 @@
-"""Weight files made into others: in names, form, parts and format, with an account of every tensor."""
+"""Convert weight files: their names, form, parts and format, with a report on every tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from overlock.utils.files import drafted, whole_file
 
 FATES = ('kept', 'renamed', 'folded', 'dropped', 'added')
 _SUFFIXES = ('.pth', '.safetensors')
-# What detectors' and segmenters' files say about their classes, in mmengine's names and the older ones.
+# The classes in files of detectors and segmenters, by mmengine's name and the older ones.
 _CLASSES = ('dataset_meta', 'CLASSES', 'PALETTE')
 # Of the outputs before and after folding, in float64 and relative to the largest: the weights are rounded to float32.
 _TOLERANCE = 1e-5
@@ -30,11 +30,11 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one tensor.
+    """The fate of one tensor.
 
     Attributes:
-        part: The part of the network that it is in, by our names.
-        fate: One of `FATES`: 'folded' are tensors that went into others, 'added' are those others.
+        part: Its part of the network, in our names.
+        fate: One of `FATES`: a 'folded' tensor became part of an 'added' one.
         given: Its name before; None if added.
         written: Its name now; None if folded or dropped.
     """
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every tensor of a state dict; as text a table by parts.
+    """The fate of every tensor of a state dict; as text a table by parts.
 
     Attributes:
         entries: Those of the state dict in its order, then the added ones.
@@ -58,7 +58,7 @@ class Report:
     verified: str = ''
 
     def names(self, fate: str) -> list[str]:
-        """The names of all entries of a fate: the new ones where added, else those before."""
+        """Return the names of all entries of a fate: the new ones if added, else those before."""
         return [entry.given or entry.written for entry in self.entries if entry.fate == fate]
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class Report:
         return '\n'.join(lines)
 
     def details(self) -> str:
-        """A line for each tensor: what became of it, its name before and its name now."""
+        """Return a line for each tensor: its fate, its name before and its name now."""
         return '\n'.join(f'{entry.fate:<8} {entry.given or "-"} -> {entry.written or "-"}' for entry in self.entries)
 
 
@@ -82,7 +82,7 @@ def convert(
     backbone: bool = False,
     source: str = 'the state dict',
 ) -> tuple[dict[str, Tensor], Report]:
-    """Converts the state dict of a classifier, backbone, detector or segmenter; heads of the last two stay as they are.
+    """Convert the state dict of a classifier, backbone, detector or segmenter; heads of the last two stay as they are.
 
     Args:
         state_dict: In our names or the published ones, of any form; it is not changed.
@@ -125,7 +125,7 @@ def _account(
     written: Mapping[str, str],
     prefix: str,
 ) -> Report:
-    """The report on a conversion.
+    """Report on a conversion.
 
     Args:
         state_dict: Before.
@@ -159,7 +159,7 @@ def _account(
 
 
 def _reform(tensors: Mapping[str, Tensor], network: Trunk, form: str) -> dict[str, Tensor]:
-    """The tensors of `network`, which is on the meta device, in another form."""
+    """Return tensors in another form, by way of `network`, which is on the meta device."""
     wide = {
         name: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
         for name, value in tensors.items()
@@ -169,17 +169,17 @@ def _reform(tensors: Mapping[str, Tensor], network: Trunk, form: str) -> dict[st
 
 
 def convert_file(
-    source: str | os.PathLike,
-    out: str | os.PathLike,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     names: str = 'ours',
     form: str | None = None,
     backbone: bool = False,
     ema: bool = False,
 ) -> Report:
-    """Converts a weight file; the new one takes its name when it was read back and loaded, and not before.
+    """Convert a weight file; the new file takes its name only after it was read back and loaded.
 
-    It holds a bare state dict; that of a whole detector or segmenter, as .pth, is wrapped as mmengine's are, with what
-    the old one tells about its classes.
+    It holds a bare state dict; a .pth file of a whole detector or segmenter is wrapped as mmengine does, with the names
+    and colors of its classes.
 
     Args:
         source: A name of published weights, a path, or a URL.
@@ -212,7 +212,7 @@ def convert_file(
 
 
 def _plain(value: Tensor) -> Tensor:
-    """A tensor with memory of its own, which files would write as a whole otherwise."""
+    """Copy a tensor into memory of its own: files hold the whole memory of a view."""
     return value.detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -231,7 +231,7 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None) 
 
 
 def _read_classes(path: Path) -> dict[str, Any]:
-    """What a detector's or segmenter's file tells about its classes; empty for a .safetensors file."""
+    """Read the classes from a file of a detector or segmenter; empty for a .safetensors file."""
     if path.suffix == '.safetensors':
         return {}
     content = read_pickled(path, 'meta')
@@ -241,7 +241,7 @@ def _read_classes(path: Path) -> dict[str, Any]:
 
 
 def _verify(draft: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Reads a file back, loads it strictly, and compares its outputs with the old ones where the form changed."""
+    """Read a file back, load it strictly, and compare its outputs with the old ones if the form changed."""
     read = load(draft)
     if read.keys() != tensors.keys() or not all(_same_bits(read[name], value) for name, value in tensors.items()):
         raise CheckpointError(
@@ -265,7 +265,7 @@ def _verify(draft: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tens
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    # As bytes: not-a-number is not equal to itself.
+    # As bytes: NaN is not equal to itself.
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
@@ -274,7 +274,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _loaded(state_dict: Mapping[str, Tensor]) -> Trunk:
-    """The network that a state dict is of, with its tensors."""
+    """Build the network of a state dict, with its tensors."""
     network = build_like(state_dict)
     network.load_state_dict(
         {name: state_dict[given] for name, given in network_entries(state_dict).items()}, strict=True, assign=True
@@ -284,19 +284,18 @@ def _loaded(state_dict: Mapping[str, Tensor]) -> Trunk:
 
 @torch.no_grad()
 def _outputs(network: Trunk) -> Tensor | tuple[Tensor, ...]:
-    """Those for one small random image, in float64: what is left is the rounding of the weights."""
-    channels = network.base_net.stem[0].conv.in_channels
-    x = torch.rand(1, channels, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    """Compute the outputs for a small random image in float64, so that only the weights are rounded."""
+    x = torch.rand(1, network.in_channels, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return network.double()(x)
 
 
 def largest_deviation(outs: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
-    """The largest deviation of one or several tensors, each relative to its largest magnitude; NaN where one is NaN."""
+    """Return the largest deviation of tensors, each relative to its largest magnitude; NaN if one is NaN."""
     if isinstance(outs, Tensor):
         outs, expected = [outs], [expected]
     deviations = [
         (a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
         for a, b in zip(outs, expected, strict=True)
     ]
-    # Python's max would pass over not-a-number.
+    # Python's max would ignore NaN.
     return torch.stack(deviations).max().item()

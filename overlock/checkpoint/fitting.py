@@ -1,4 +1,4 @@
-"""Whether a state dict fits a model, and the loading of weight files that do."""
+"""Compare a state dict with a model, and load weight files that fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from overlock.models.names import form_of, from_published
 from overlock.models.overlock import Trunk
 from overlock.utils.errors import CheckpointError
 
-# What a dense-prediction backbone adds to the ImageNet network, and what it leaves out.
+# Parts that a dense-prediction backbone adds to the ImageNet network, and parts that it leaves out.
 _NEW_PARTS = ('output_norms.', 'overview_proj.', 'overview_scale.')
 _DROPPED_PARTS = ('head.', 'aux_head.')
 _NETS = ('base_net.', 'overview_net.', 'focus_net.')

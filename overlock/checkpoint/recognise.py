@@ -1,4 +1,4 @@
-"""Which network a state dict is of, told by the names and shapes of its tensors."""
+"""Recognize the network of a state dict by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from overlock.utils.errors import CheckpointError
 # The first convolution, which every OverLoCK has, by our name and the published one.
 _FIRST = ('base_net.stem.0.conv.weight', 'patch_embed1.0.weight')
 
-# What stands for the nets that a backbone leaves out, where no published variant has the others.
+# Fields of the nets that a backbone leaves out, if no published variant has the others.
 _LEAST = Arch((4, 4, 4, 4), (1, 1, 1), 1, (1, 1), (1, 1))
 
 
 def prefix_of(names: Iterable[str], source: str = 'the state dict') -> str:
-    """What stands before the names of the one OverLoCK in a state dict: '' or, in a detector, 'backbone.'.
+    """Return the prefix of the one OverLoCK in a state dict: '' or, in a detector, 'backbone.'.
 
     Raises:
         CheckpointError: If there is no OverLoCK, or more than one.
@@ -47,7 +47,7 @@ def prefix_of(names: Iterable[str], source: str = 'the state dict') -> str:
 
 
 def network_entries(state_dict: Mapping[str, Tensor], source: str = 'the state dict') -> dict[str, str]:
-    """Our names of the entries of the network, without a prefix, each with its name in the state dict.
+    """Return our names of the entries of the network, without a prefix, each with its name in the state dict.
 
     Raises:
         CheckpointError: If there is no one OverLoCK, or an entry is there under both its names.
@@ -65,9 +65,9 @@ def network_entries(state_dict: Mapping[str, Tensor], source: str = 'the state d
 
 
 def arch_of(state_dict: Mapping[str, Tensor], source: str = 'the state dict') -> Arch:
-    """The variant of a classifier's, backbone's or detector's state dict of any form, in our names or the published.
+    """Return the variant of the OverLoCK in a state dict of any form, in our names or the published ones.
 
-    Of nets that the state dict lacks, for want of outputs behind them, what fits the others stands in.
+    Nets that the state dict lacks are taken from a variant that fits the others.
 
     Raises:
         CheckpointError: If it is not of one OverLoCK.
@@ -97,7 +97,7 @@ def _as_tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int | None, ...]]:
-    """The fields of `Arch` by the shapes of our entries; None for what they do not tell."""
+    """Return the fields of `Arch` by the shapes of our entries; None if they do not tell."""
 
     def side(name: str, axis: int = 0) -> int | None:
         shape = shapes.get(name, ())
@@ -136,7 +136,7 @@ def _fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int | None
 
 
 def build_like(state_dict: Mapping[str, Tensor], source: str = 'the state dict') -> Trunk:
-    """The classifier or backbone that a state dict is of, in its form, in evaluation and on the meta device.
+    """Build the classifier or backbone of a state dict, in its form, in evaluation and on the meta device.
 
     Raises:
         CheckpointError: If the state dict is not of one whole OverLoCK.

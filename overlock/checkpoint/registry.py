@@ -1,4 +1,4 @@
-"""The published weights: one table, from which configurations, timm, tables and the model index take names and URLs."""
+"""The published weights, in one table: configurations, timm, README and model index take names and URLs from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How weights expect their images, in evaluation: RGB in [0, 1], normalised by channel.
+    """The images that weights expect, in evaluation: RGB in [0, 1], normalized by channel.
 
     Attributes:
         size: Sides in pixels: of the square crop, or the short and the long side that the whole image is fitted into.
@@ -39,7 +39,7 @@ class Weights:
         url: Where it is published.
         arch: The variant: 'xt', 't', 's' or 'b'.
         task: 'classification', 'detection' or 'segmentation'.
-        form: 'training', or 'merged' for re-parameterised large kernels (see `overlock.models.names`).
+        form: 'training', or 'merged' for re-parameterized large kernels (see `overlock.models.names`).
         metrics: Paper-reported results, in percent.
         preprocessing: What the file expects of its images.
         config: The configuration that evaluates it, by its name in configs/; None for classifiers.

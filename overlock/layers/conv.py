@@ -1,13 +1,13 @@
-"""Convolutions with what always comes with them."""
+"""A convolution with its BatchNorm, and a depthwise convolution with its shortcut."""
 
 import torch
 from torch import Tensor, nn
 
-from overlock.layers.fold import fold_bn_into_previous, set_conv
+from overlock.layers.fold import BatchNorm, fold_bn_into_previous, set_conv
 
 
 class ConvNorm(nn.Module):
-    """A convolution without padding surprises, then BatchNorm, then an optional activation.
+    """A convolution, then BatchNorm, then an optional activation.
 
     Args:
         in_channels: Input channels.
@@ -33,19 +33,19 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
-        self.bn = nn.BatchNorm2d(out_channels)
+        self.bn: nn.Module = nn.BatchNorm2d(out_channels)
         self.act = act or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride))."""
-        return self.act(self.bn(self.conv(x)))
+        """Map (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride))."""
+        y: Tensor = self.act(self.bn(self.conv(x)))
+        return y
 
     def switch_to_deploy(self) -> None:
-        """Folds the BatchNorm into the convolution, in place; does nothing if that is done."""
-        if isinstance(self.bn, nn.Identity):
-            return
-        fold_bn_into_previous(self.conv, self.bn)
-        self.bn = nn.Identity()
+        """Fold the BatchNorm into the convolution, in place and idempotently."""
+        if isinstance(self.bn, BatchNorm):
+            fold_bn_into_previous(self.conv, self.bn)
+            self.bn = nn.Identity()
 
 
 class ResidualDWConv(nn.Conv2d):
@@ -55,12 +55,12 @@ class ResidualDWConv(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """Map (B, C, H, W) to the same shape."""
         return x + super().forward(x)
 
     @torch.no_grad()
     def without_shortcut(self) -> nn.Conv2d:
-        """The same map as a plain depthwise convolution, with 1 more in the centre of its kernels."""
+        """Return an equal plain depthwise convolution: its kernels have 1 more at the center."""
         plain = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, groups=self.groups, device='meta')
         plain.weight = self.weight
         weight = self.weight.double().clone()

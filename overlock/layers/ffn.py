@@ -26,15 +26,15 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """Map (B, C, H, W) to the same shape."""
         hidden = self.fc1(x)
         if hidden.requires_grad and is_eager():
-            # Of five maps as wide, this one alone is kept; the others are cheap to compute again, fc2 is not computed.
+            # Keep one wide map for the backward pass: the four after it are cheap to compute again.
             return checkpoint(self.rest, hidden, use_reentrant=False, preserve_rng_state=False)
         return self.rest(hidden)
 
     def rest(self, hidden: Tensor) -> Tensor:
-        """What comes behind `fc1`: (B, hidden, H, W) to (B, C, H, W)."""
+        """Map the output of `fc1` (B, hidden, H, W) to (B, C, H, W)."""
         y = self.dwconv(self.act(hidden))
         if self.grn.beta is None and is_eager() and len(y) == 1:
             # One sample has one scale: it goes into the weights, which are smaller than the map. On two AVX-512 cores
@@ -44,7 +44,7 @@ class ConvFFN(nn.Module):
         return self.fc2(self.grn(y))
 
     def switch_to_deploy(self) -> None:
-        """Folds the shortcut of the depthwise convolution and the shift of GRN, in place and idempotently."""
+        """Fold the shortcut of the depthwise convolution and the shift of GRN, in place and idempotently."""
         if self.grn.beta is None:
             return
         self.dwconv = self.dwconv.without_shortcut()

@@ -1,23 +1,25 @@
-"""Folding for inference: what is linear becomes part of the convolution before or behind it.
+"""Folding for inference: a linear step becomes part of the convolution before or after it.
 
-Computed in float64 and stored in the dtype of the convolution. A layer that has something to fold has a method
-`switch_to_deploy` for it; folding twice changes nothing.
+Folding computes in float64 and stores in the dtype of the convolution. A layer that can fold has a method
+`switch_to_deploy`; folding twice changes nothing. `overlock.models.names` explains the words.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 
 @torch.no_grad()
-def bn_affine(bn: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,), float64, that a BatchNorm in evaluation is."""
+def bn_affine(bn: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return the scale and shift (C,), float64, of a BatchNorm in evaluation."""
+    assert bn.running_mean is not None and bn.running_var is not None
     scale = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
     return scale, bn.bias.double() - bn.running_mean.double() * scale
 
 
 @torch.no_grad()
-def fuse_conv_bn(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias, float64, of the one convolution that a convolution and a BatchNorm in evaluation are."""
+def fuse_conv_bn(conv: nn.Conv2d, bn: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return weight and bias, float64, of the one convolution that equals `bn(conv(x))` in evaluation."""
     scale, shift = bn_affine(bn)
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
@@ -25,20 +27,20 @@ def fuse_conv_bn(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> tuple[
 
 
 def set_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    """Gives a convolution new tensors, in its own dtype; they are trained if its weight is."""
+    """Give a convolution new tensors, in its own dtype; they require gradients if its weight does."""
     dtype, trained = conv.weight.dtype, conv.weight.requires_grad
     conv.weight = nn.Parameter(weight.detach().to(dtype), trained)
     conv.bias = nn.Parameter(bias.detach().to(dtype), trained)
 
 
-def fold_bn_into_previous(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> None:
-    """Makes `conv` compute `bn(conv(x))`."""
+def fold_bn_into_previous(conv: nn.Conv2d, bn: BatchNorm) -> None:
+    """Make `conv` compute `bn(conv(x))`."""
     set_conv(conv, *fuse_conv_bn(conv, bn))
 
 
 @torch.no_grad()
 def fold_affine_into_previous(conv: nn.Conv2d, scale: Tensor | float, shift: Tensor) -> None:
-    """Makes `conv` compute `scale * conv(x) + shift`, both (C,)."""
+    """Make `conv` compute `scale * conv(x) + shift`, both (C,)."""
     scale = torch.as_tensor(scale, dtype=torch.float64, device=conv.weight.device).expand(conv.out_channels)
     bias = shift.double() if conv.bias is None else conv.bias.double() * scale + shift.double()
     set_conv(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias)
@@ -46,7 +48,7 @@ def fold_affine_into_previous(conv: nn.Conv2d, scale: Tensor | float, shift: Ten
 
 @torch.no_grad()
 def fold_affine_into_next(scale: Tensor | float, shift: Tensor, conv: nn.Conv2d) -> None:
-    """Makes a 1x1 `conv` compute `conv(scale * x + shift)`, both (C,).
+    """Make a 1x1 `conv` compute `conv(scale * x + shift)`, both (C,).
 
     Raises:
         ValueError: If `conv` has a window: padding would put zeros where the shift should be.
@@ -61,24 +63,25 @@ def fold_affine_into_next(scale: Tensor | float, shift: Tensor, conv: nn.Conv2d)
     set_conv(conv, weight * scale.view(1, -1, 1, 1), bias)
 
 
-def fold_bn_into_next(bn: nn.modules.batchnorm._BatchNorm, conv: nn.Conv2d) -> None:
-    """Makes a 1x1 `conv` compute `conv(bn(x))`."""
+def fold_bn_into_next(bn: BatchNorm, conv: nn.Conv2d) -> None:
+    """Make a 1x1 `conv` compute `conv(bn(x))`."""
     fold_affine_into_next(*bn_affine(bn), conv)
 
 
 def switch_to_deploy(model: nn.Module) -> nn.Module:
-    """Folds `model` and every layer below it in place, and returns it. Idempotent.
+    """Fold `model` and every layer below it, in place and idempotently, and return it.
 
-    A model that is to train further must stay unfolded: folding puts the running statistics into the weights.
+    Do not fold a model that is to train further: folding puts the running statistics into the weights.
     """
-    if hasattr(model, 'switch_to_deploy'):
-        model.switch_to_deploy()
-    else:
+    fold = getattr(model, 'switch_to_deploy', None)
+    if fold is None:
         switch_children(model)
+    else:
+        fold()
     return model
 
 
 def switch_children(module: nn.Module) -> None:
-    """Folds what is below `module`; for the `switch_to_deploy` methods of modules with foldable parts."""
+    """Fold the children of `module`; for `switch_to_deploy` methods."""
     for child in module.children():
         switch_to_deploy(child)

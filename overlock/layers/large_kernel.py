@@ -1,4 +1,4 @@
-"""The large depthwise kernel with parallel dilated branches (UniRepLKNet's dilated re-parameterised block)."""
+"""The large depthwise kernel with parallel dilated branches (UniRepLKNet's dilated re-parameterized block)."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
 class DilatedReparamConv(nn.Module):
     """A depthwise K x K convolution and dilated smaller ones, each with its BatchNorm, summed.
 
-    All of it is one K x K convolution with a bias once the statistics stand still: `switch_to_deploy`.
+    In evaluation the sum equals one K x K convolution with a bias: `switch_to_deploy` merges it.
 
     Args:
         channels: Channels in and out.
@@ -46,7 +46,7 @@ class DilatedReparamConv(nn.Module):
             self.branches[f'k{size}_d{dilation}'] = branch
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """Map (B, C, H, W) to the same shape."""
         y = self.bn(depthwise_conv2d(x, self.conv.weight, self.conv.bias))
         for branch in self.branches.values():
             y = y + branch.bn(depthwise_conv2d(x, branch.conv.weight, dilation=branch.conv.dilation[0]))
@@ -54,7 +54,7 @@ class DilatedReparamConv(nn.Module):
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
-        """Merges every branch into `conv`, in place; does nothing if that is done."""
+        """Merge every branch into `conv`, in place and idempotently."""
         if isinstance(self.bn, nn.Identity):
             return
         weight, bias = fuse_conv_bn(self.conv, self.bn)
@@ -69,7 +69,7 @@ class DilatedReparamConv(nn.Module):
 
 @torch.no_grad()
 def pad_kernel(weight: Tensor, dilation: int, size: int) -> Tensor:
-    """A dilated (C, 1, k, k) kernel as the equal undilated (C, 1, size, size) one.
+    """Return the undilated (C, 1, size, size) kernel that equals a dilated (C, 1, k, k) one.
 
     Raises:
         ValueError: If the dilated kernel is larger than `size`.
@@ -78,7 +78,7 @@ def pad_kernel(weight: Tensor, dilation: int, size: int) -> Tensor:
     if span > size or (size - span) % 2:
         raise ValueError(
             f'a {weight.shape[-1]}x{weight.shape[-1]} kernel with dilation {dilation} spans {span} '
-            f'pixels and does not fit centred into {size}'
+            f'pixels and does not fit centered into {size}'
         )
     padded = weight.new_zeros((*weight.shape[:2], size, size))
     start = (size - span) // 2

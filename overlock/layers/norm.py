@@ -1,4 +1,4 @@
-"""Normalisations over channels and over space."""
+"""Normalizations over channels and over space."""
 
 import torch
 from torch import Tensor, nn
@@ -15,32 +15,32 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same, in the dtype of `x`."""
+        """Map (B, C, H, W) to the same shape, in the dtype of `x`."""
         y, weight, bias = x.permute(0, 2, 3, 1), self.weight, self.bias
         if x.device.type == 'cpu' and torch.is_grad_enabled():
-            # On CPUs (PyTorch 2.11) the gradients of weight and bias are summed in the dtype of the map: bfloat16 keeps
-            # next to nothing of a sum over a large one.
+            # On CPUs (PyTorch 2.11) the gradients of weight and bias are summed in the dtype of the map: bfloat16 loses
+            # most of a sum over a large one.
             wide = torch.promote_types(x.dtype, torch.float32)
             y, weight, bias = (t if t is None else t.to(wide) for t in (y, weight, bias))
         y = F.layer_norm(y, self.normalized_shape, weight, bias, self.eps)
         y = y.permute(0, 3, 1, 2).to(x.dtype)
-        # The memory format of the input goes on; for channels_last there is nothing to copy.
+        # Keep the memory format of the input; for channels_last there is nothing to copy.
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
     def fold_affine_into(self, conv: nn.Conv2d) -> None:
-        """Moves scale and shift into the 1x1 convolution that alone takes the output."""
+        """Move scale and shift into the 1x1 convolution that takes the output; nothing else may take it."""
         fold_affine_into_next(self.weight, self.bias, conv)
         self.weight = self.bias = None
         self.elementwise_affine = False
 
 
 class GRN(nn.Module):
-    """Global response normalisation (ConvNeXt V2): `(gamma * N + 1) * x + beta`.
+    """Global response normalization (ConvNeXt V2): `(gamma * N + 1) * x + beta`.
 
-    N is the L2 norm of each channel over space, over its mean over channels plus 1e-6.
+    N is the L2 norm of each channel over space, divided by its mean over channels plus 1e-6.
 
     Attributes:
-        beta: (1, channels, 1, 1), or None once it is part of the convolution behind.
+        beta: (1, channels, 1, 1), or None once it is folded into the next convolution.
     """
 
     def __init__(self, channels: int) -> None:
@@ -49,16 +49,16 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same, in the dtype of `x`."""
+        """Map (B, C, H, W) to the same shape, in the dtype of `x`."""
         scale = self.scale(x).to(x.dtype)
         return x * scale if self.beta is None else torch.addcmul(self.beta.to(x.dtype), x, scale)
 
     def scale(self, x: Tensor) -> Tensor:
-        """`gamma * N + 1`: (B, C, H, W) to (B, C, 1, 1), in float32 at least."""
+        """Return `gamma * N + 1` (B, C, 1, 1) for a map (B, C, H, W), in float32 at least."""
         response = spatial_norm(x)
         return self.gamma * (response / (response.mean(dim=1, keepdim=True) + 1e-6)) + 1
 
     def fold_beta_into(self, conv: nn.Conv2d) -> None:
-        """Moves beta into the bias of the 1x1 convolution that alone takes the output."""
+        """Move beta into the bias of the 1x1 convolution that takes the output; nothing else may take it."""
         fold_affine_into_next(1.0, self.beta.flatten(), conv)
         self.beta = None

@@ -1,4 +1,4 @@
-"""Factors on maps: learned for each channel, computed by squeeze-and-excitation, random for each sample."""
+"""Scaling of maps: learned for each channel, by squeeze-and-excitation, at random for each sample."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ from overlock.layers.fold import fold_affine_into_previous
 
 
 class ChannelAffine(nn.Module):
-    """`weight * x + bias` for each channel, plus another map where there is one to add.
+    """`weight * x + bias` for each channel, plus another map if one is given.
 
     Args:
         channels: Channels of the map.
-        init_value: What every weight starts from; biases start from 0.
+        init_value: Initial value of every weight; biases start at 0.
 
     Attributes:
-        bias: (channels,), or None once it is part of what is added.
+        bias: (channels,), or None once it is folded into the added map.
     """
 
     def __init__(self, channels: int, init_value: float = 1.0) -> None:
@@ -26,7 +26,7 @@ class ChannelAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), and as much to add, to the same in the dtype of `x`."""
+        """Scale and shift a map (B, C, H, W) and add another of this shape, in the dtype of `x`."""
         weight = self.weight.view(1, -1, 1, 1).to(x.dtype)
         if self.bias is None:
             return torch.addcmul(addend, x, weight)
@@ -34,19 +34,19 @@ class ChannelAffine(nn.Module):
         return y if addend is None else y + addend
 
     def fold_bias_into(self, conv: nn.Conv2d) -> None:
-        """Moves the bias into the convolution whose output is the addend."""
+        """Move the bias into the convolution whose output is the addend."""
         fold_affine_into_previous(conv, 1.0, self.bias)
         self.bias = None
 
     @torch.no_grad()
     def move_bias_to(self, other: 'ChannelAffine') -> None:
-        """Moves the bias into the affine whose output is the addend."""
+        """Move the bias into the affine whose output is the addend."""
         bias = (other.bias.double() + self.bias.double()).to(other.bias.dtype)
         other.bias = nn.Parameter(bias, other.bias.requires_grad)
         self.bias = None
 
     def fold_into(self, conv: nn.Conv2d) -> None:
-        """Makes the convolution whose output this affine takes compute both."""
+        """Fold this affine into the convolution whose output it takes."""
         fold_affine_into_previous(conv, self.weight.flatten(), self.bias)
 
 
@@ -54,12 +54,12 @@ class Shortcut(nn.Module):
     """An unscaled shortcut, in the place of a `ChannelAffine`."""
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Their sum, (B, C, H, W)."""
+        """Add two maps (B, C, H, W)."""
         return x if addend is None else x + addend
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a sigmoid of the globally pooled map (Hu et al., 2018), GELU inside.
+    """Scale each channel by a sigmoid of the globally pooled map (Hu et al., 2018), GELU inside.
 
     Args:
         channels: Channels of the map.
@@ -74,23 +74,23 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """Map (B, C, H, W) to the same shape."""
         scale = self.fc2(self.act(self.fc1(x.mean(dim=(2, 3), keepdim=True))))
         return x * scale.sigmoid()
 
 
 class DropPath(nn.Module):
-    """Drops the whole branch of a sample with probability `rate` while training (Huang et al., 2016)."""
+    """Drop the whole branch of a sample with probability `rate` while training (Huang et al., 2016)."""
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        # A tensor: out of a number torch.compile would make one graph for each block, as the rates all differ.
+        # A tensor: from numbers, which all differ, torch.compile would make one graph for each block.
         self.register_buffer('keep', torch.empty(()), persistent=False)
         self.rate = rate
 
     @property
     def rate(self) -> float:
-        """The probability."""
+        """The probability of dropping a sample."""
         return self._rate
 
     @rate.setter
@@ -100,12 +100,12 @@ class DropPath(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> 'DropPath':
         super()._apply(fn, recurse)
-        # What was on the meta device has no value yet.
+        # A tensor from the meta device has no value yet.
         self.keep.fill_(1 - self._rate)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) to the same; survivors are scaled by 1 / (1 - rate)."""
+        """Map (B, ...) to the same shape; scale the samples that stay by 1 / (1 - rate)."""
         if not self.training or not self.drops:
             return x
         keep = self.keep.to(x.dtype).expand((x.shape[0],) + (1,) * (x.ndim - 1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ ARCHS: dict[str, Arch] = {
 }
 
 
-def get_arch(arch: str | Mapping | Arch) -> Arch:
-    """Returns the `Arch` that a name, a mapping of its fields or an `Arch` stands for.
+def get_arch(arch: str | Mapping[str, Any] | Arch) -> Arch:
+    """Return the `Arch` for a name, a mapping of its fields, or an `Arch`.
 
     Raises:
         ValueError: If the name is unknown or the fields do not make a network.

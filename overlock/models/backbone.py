@@ -1,11 +1,12 @@
 """The dense-prediction backbone."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from overlock.layers import ChannelAffine, LayerNorm2d
+from overlock.layers.fold import BatchNorm
 from overlock.models.arch import Arch
 from overlock.models.overlock import Trunk
 
@@ -13,7 +14,7 @@ from overlock.models.overlock import Trunk
 class OverLoCKBackbone(Trunk):
     """The dense-prediction backbone: four maps at strides 4, 8, 16 and 32.
 
-    It has no classifier and no auxiliary head, and of the nets only what `out_indices` needs: each parameter gets a
+    It has no classifier and no auxiliary head, and only the nets that `out_indices` needs: every parameter gets a
     gradient.
 
     Args:
@@ -36,7 +37,7 @@ class OverLoCKBackbone(Trunk):
 
     def __init__(
         self,
-        arch: str | Mapping | Arch = 'xt',
+        arch: str | Mapping[str, Any] | Arch = 'xt',
         in_channels: int = 3,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
@@ -58,7 +59,7 @@ class OverLoCKBackbone(Trunk):
         self.norm_eval = norm_eval
         channels = self.arch.out_channels
         self.out_channels = tuple(channels[i] for i in indices)
-        # Stage 3 takes the normed second output, so that norm is there even where the output is not asked for.
+        # Stage 3 takes the normed second output: build this norm even if the output is not returned.
         normed = sorted({*indices, 1}) if indices[-1] > 1 else indices
         self.output_norms = nn.ModuleDict({f'out{i}': LayerNorm2d(channels[i]) for i in normed})
         self.overview_residual = overview_residual and 3 in indices
@@ -72,7 +73,7 @@ class OverLoCKBackbone(Trunk):
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image (B, C, H, W), at least 32x32, to a map (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up, for each output.
+        """Map an image (B, C, H, W) to the outputs (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up.
 
         Raises:
             ValueError: If the image is smaller than 32x32.
@@ -80,12 +81,10 @@ class OverLoCKBackbone(Trunk):
         outs, overview = self.encode(x, self.output_norms['out1'] if self.num_outputs > 1 else None)
         normed = []
         for i in self.out_indices:
-            out = torch.cat(outs[i], dim=1) if i == 2 else outs[i]
-            if i != 1:
-                out = self.output_norms[f'out{i}'](out)
+            out = outs[i] if i == 1 else self.output_norms[f'out{i}'](outs[i])
             if i == 3 and self.overview_residual:
                 out = out + self.overview_scale(self.overview_proj(self.output_norms['overview'](overview)))
-            # mmcv's RoIAlign reads memory as if it were contiguous, whatever the format says.
+            # mmcv's RoIAlign reads memory as contiguous, whatever the format.
             normed.append(out.contiguous())
         return tuple(normed)
 
@@ -99,12 +98,7 @@ class OverLoCKBackbone(Trunk):
         return self
 
     def _rebuilt(self) -> 'OverLoCKBackbone':
-        return OverLoCKBackbone(
-            self.arch,
-            self.base_net.stem[0].conv.in_channels,
-            self.out_indices,
-            overview_residual=self.overview_residual,
-        )
+        return OverLoCKBackbone(self.arch, self.in_channels, self.out_indices, overview_residual=self.overview_residual)
 
     def _frozen_modules(self) -> list[nn.Module]:
         base = self.base_net
@@ -120,11 +114,11 @@ class OverLoCKBackbone(Trunk):
             module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'OverLoCKBackbone':
-        """Sets the mode; what is frozen, and under `norm_eval` each BatchNorm, stays in evaluation."""
+        """Set the mode; frozen modules, and under `norm_eval` every BatchNorm, stay in evaluation."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:
             for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, BatchNorm):
                     module.eval()
         return self

@@ -16,15 +16,15 @@ from overlock.layers import (
     Shortcut,
     SqueezeExcite,
 )
-from overlock.layers.fold import fold_bn_into_next, fold_bn_into_previous, switch_children
+from overlock.layers.fold import BatchNorm, fold_bn_into_next, fold_bn_into_previous, switch_children
 from overlock.ops import contmix
 
-# Each side of the grid of regions whose affinities make the kernels.
+# Side of the grid of regions; the affinities to them make the kernels.
 NUM_REGIONS = 7
 
 
 class StaticBlock(nn.Module):
-    """Large-kernel block: mixes space with a dilated re-parameterised convolution, then channels with a ConvFFN.
+    """Mix space with a dilated re-parameterized large kernel, then channels with a ConvFFN.
 
     Args:
         channels: Channels in and out.
@@ -53,18 +53,18 @@ class StaticBlock(nn.Module):
         self.ls = ChannelAffine(channels) if layer_scale else Shortcut()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """Map (B, C, H, W) to the same shape."""
         x = self.dwconv(x)
         y = self.se(self.bn(self.dilated(self.norm(x))))
         return self.ls(x, self.drop_path(self.ffn(y)))
 
     def switch_to_deploy(self) -> None:
-        """Folds all that is linear, in place and idempotently."""
-        if isinstance(self.bn, nn.Identity):
+        """Fold all linear steps, in place and idempotently."""
+        if not isinstance(self.bn, BatchNorm):
             return
         switch_children(self)
         self.dwconv = self.dwconv.without_shortcut()
-        # The affine of `norm` stays: the padding of `dilated` puts zeros where its shift would be.
+        # The affine of `norm` stays: `dilated` pads its output with zeros, not with its shift.
         fold_bn_into_previous(self.dilated.conv, self.bn)
         self.bn = nn.Identity()
         if isinstance(self.ls, ChannelAffine):
@@ -72,7 +72,7 @@ class StaticBlock(nn.Module):
 
 
 class DynamicBlock(nn.Module):
-    """Mixes features and context with kernels computed from the affinity of each pixel to 7x7 regions (ContMix).
+    """Mix features and context with kernels computed from the affinity of each pixel to 7x7 regions (ContMix).
 
     Args:
         channels: Channels C of the features.
@@ -84,7 +84,6 @@ class DynamicBlock(nn.Module):
         mlp_ratio: Hidden width of the feed-forward over C.
         drop_path_rate: Probability of dropping the branch of a sample.
         mix_prior: Whether the context is first mixed with its prior (all blocks of Focus-Net but the first).
-        split: Whether to split the output into features and context again.
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
 
@@ -99,7 +98,6 @@ class DynamicBlock(nn.Module):
         mlp_ratio: int = 3,
         drop_path_rate: float = 0.0,
         mix_prior: bool = True,
-        split: bool = True,
         contmix_backend: str = 'auto',
     ) -> None:
         super().__init__()
@@ -108,7 +106,6 @@ class DynamicBlock(nn.Module):
         self.kernel_sizes = (small_kernel_size, kernel_size)
         self.num_groups = num_groups
         self.scale = (channels / num_groups) ** -0.5
-        self.split = split
         self.contmix_backend = contmix_backend
 
         self.rpb_small, self.rpb_large = (
@@ -143,26 +140,24 @@ class DynamicBlock(nn.Module):
         self.ls2 = ChannelAffine(width)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        """Features (B, C, H, W), context and prior (B, P, H, W) to features and context, or (B, C + P, H, W)."""
+    def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Map features (B, C, H, W), their context and the prior (B, P, H, W) to new features and context."""
         if self.mix_prior:
             context = self.context_scale(context, self.prior_scale(prior))
         y = self.dwconv1(torch.cat([x, context], dim=1))
         y = self.ls1(y, self.drop_path(self.mix(self.norm1(y))))
         y = self.dwconv2(y)
         y = self.ls2(y, self.drop_path(self.ffn(self.norm2(y))))
-        if not self.split:
-            return y
         return y[:, : self.channels], y[:, self.channels :]
 
     def mix(self, x: Tensor) -> Tensor:
-        """The token mixer: (B, C + P, H, W) to the same."""
+        """Mix tokens: map (B, C + P, H, W) to the same shape."""
         value = self.fusion(x)
         y = self.dynamic_proj(self.dynamic_conv(x, value)) + self.local(value)
         return self.proj(self.se(y) * self.gate(value))
 
     def dynamic_conv(self, x: Tensor, value: Tensor) -> Tensor:
-        """ContMix of `value` (B, C, H, W) with kernels computed from `x` (B, C + P, H, W)."""
+        """Apply ContMix to `value` (B, C, H, W) with kernels computed from `x` (B, C + P, H, W)."""
         size = value.shape[2:]
         enlarged = _at_least(size, self.kernel_sizes[1])
         if enlarged != size:
@@ -185,14 +180,14 @@ class DynamicBlock(nn.Module):
         return F.adaptive_avg_pool2d(out, size) if enlarged != size else out
 
     def switch_to_deploy(self) -> None:
-        """Folds all that is linear, in place and idempotently."""
+        """Fold all linear steps, in place and idempotently."""
         dilated, bn = self.local
-        if isinstance(bn, nn.Identity):
+        if not isinstance(bn, BatchNorm):
             return
         switch_children(self)
         self.dwconv1 = self.dwconv1.without_shortcut()
         self.dwconv2 = self.dwconv2.without_shortcut()
-        # The affine of `norm1` and the shift of the GRN in `fusion` stay: padded convolutions take them.
+        # The affine of `norm1` and the shift of the GRN in `fusion` stay: padded convolutions follow.
         fold_bn_into_previous(dilated.conv, bn)
         self.local[1] = nn.Identity()
         fold_bn_into_next(*self.proj)
@@ -208,7 +203,7 @@ class DynamicBlock(nn.Module):
 
 
 def _at_least(size: torch.Size, minimum: int) -> torch.Size:
-    """`size`, or in proportion (rounded down) the size whose short side is `minimum`."""
+    """Return `size`, or the size in proportion, rounded down, whose short side is `minimum`."""
     height, width = size
     short = min(height, width)
     if short >= minimum:

@@ -117,8 +117,8 @@ _TABLE = {
 }
 
 
-def _compile(table: Mapping[str, str]) -> list[tuple[re.Pattern, str]]:
-    """(pattern, template) of each entry; a pattern takes a module's name and what stands behind it."""
+def _compile(table: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
+    """Return (pattern, template) of each entry; a pattern matches a module and its parameters."""
     rules = []
     for name, other in table.items():
         pattern = re.escape(name).replace(r'\#', r'(\d+)')
@@ -133,7 +133,7 @@ _TO_PUBLISHED = _compile({ours: published for published, ours in _TABLE.items()}
 
 @cache
 def _rename(name: str, to_ours: bool) -> str:
-    """`name` by the table; as it is where the table has nothing for it."""
+    """Return the other name of an entry, or `name` if the table has none."""
     for pattern, template in _TO_OURS if to_ours else _TO_PUBLISHED:
         match = pattern.fullmatch(name)
         if match:

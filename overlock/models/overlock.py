@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.layers import ConvNorm, DilatedReparamConv
-from overlock.layers.fold import fold_bn_into_next, switch_children
+from overlock.layers.fold import BatchNorm, fold_bn_into_next, switch_children
 from overlock.models.arch import Arch, get_arch
 from overlock.models.blocks import DynamicBlock, StaticBlock
 from overlock.models.names import check_form, form_of, from_published
@@ -21,7 +21,7 @@ MIN_SIZE = 32
 
 
 def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-    """Runs a block; under `with_cp` its activations are computed again in the backward pass and not kept."""
+    """Run a block; under `with_cp`, compute its activations again in the backward pass instead of keeping them."""
     if with_cp and torch.is_grad_enabled():
         # torch.compile makes the second run pure by itself, and takes no context for it.
         context = (
@@ -33,8 +33,8 @@ def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Tensor 
 
 @contextmanager
 def _same_statistics(block: nn.Module) -> Iterator[None]:
-    """Keeps the second run of a block from moving the running statistics of its BatchNorms again."""
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    """Keep the second run of a block from updating the running statistics of its BatchNorms again."""
+    norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, (_, count) in zip(norms, kept, strict=True):
         norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
@@ -46,7 +46,7 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def _static_stage(arch: Arch, stage: int, rates: Sequence[float]) -> nn.Sequential:
-    """The blocks of stage 0 to 3; the two deep stages have layer scale."""
+    """Build the blocks of stage 0 to 3; the two deep stages have layer scale."""
     return nn.Sequential(
         *(
             StaticBlock(
@@ -58,7 +58,7 @@ def _static_stage(arch: Arch, stage: int, rates: Sequence[float]) -> nn.Sequenti
 
 
 class BaseNet(nn.Module):
-    """Encodes the image: stem to stride 4, stages 1 to 3 at strides 4, 8 and 16.
+    """Encode the image: stem to stride 4, stages 1 to 3 at strides 4, 8 and 16.
 
     Args:
         arch: The variant.
@@ -91,7 +91,7 @@ class BaseNet(nn.Module):
             self.stage3 = _static_stage(arch, 2, rates[2])
 
     def forward(self, x: Tensor, stage2_norm: nn.Module | None = None) -> list[Tensor]:
-        """Encodes an image.
+        """Compute the maps of the stages.
 
         Args:
             x: (B, C, H, W).
@@ -117,7 +117,7 @@ class BaseNet(nn.Module):
 
 
 class OverviewNet(nn.Module):
-    """Looks at the whole scene: a few blocks at stride 32.
+    """Look at the whole scene: a few blocks at stride 32.
 
     Args:
         arch: The variant.
@@ -132,7 +132,7 @@ class OverviewNet(nn.Module):
         self.stage = _static_stage(arch, 3, rates)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C3, H / 16, W / 16) to the overview (B, C4, H / 32, W / 32)."""
+        """Map (B, C3, H / 16, W / 16) to the overview (B, C4, H / 32, W / 32)."""
         x = self.downsample(x)
         for block in self.stage:
             x = run_block(block, x, with_cp=self.with_cp)
@@ -140,7 +140,7 @@ class OverviewNet(nn.Module):
 
 
 class FocusNet(nn.Module):
-    """Looks closely under the guidance of the overview: dynamic blocks at strides 16 and 32.
+    """Look closely, guided by the overview: dynamic blocks at strides 16 and 32.
 
     Args:
         arch: The variant.
@@ -165,7 +165,6 @@ class FocusNet(nn.Module):
         self.context_proj = nn.Conv2d(c4, arch.context_dims, 1)
 
         def stage(index: int) -> nn.ModuleList:
-            last = len(rates[index]) - 1
             return nn.ModuleList(
                 DynamicBlock(
                     arch.embed_dims[2 + index],
@@ -177,7 +176,6 @@ class FocusNet(nn.Module):
                     arch.dynamic_mlp_ratio,
                     rate,
                     mix_prior=(index, i) != (0, 0),
-                    split=(index, i) != (1, last),
                     contmix_backend=contmix_backend,
                 )
                 for i, rate in enumerate(rates[index])
@@ -189,49 +187,51 @@ class FocusNet(nn.Module):
             self.context_downsample = ConvNorm(arch.context_dims, arch.context_dims, 3, stride=2)
             self.stage4 = stage(1)
 
-    def forward(self, x: Tensor, overview: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """Looks at `x` (B, C3, H / 16, W / 16) under the overview (B, C4, H / 32, W / 32).
+    def forward(self, x: Tensor, overview: Tensor) -> list[Tensor]:
+        """Look at `x` (B, C3, H / 16, W / 16) under the overview (B, C4, H / 32, W / 32).
 
         Returns:
-            Features (B, C3, ...) and context (B, P, ...) at stride 16, and the last map (B, C4 + P, H / 32, W / 32),
-            or None without the second stage.
+            The maps of the stages, each joined with its context: (B, C3 + P, H / 16, W / 16) and
+            (B, C4 + P, H / 32, W / 32).
         """
         coarse_prior = self.context_proj(overview)
         prior = F.interpolate(coarse_prior, x.shape[2:], mode='bilinear', align_corners=False)
-        context = prior
-        for block in self.stage3:
+        x, context = self._run(self.stage3, x, prior, prior)
+        outs = [torch.cat([x, context], dim=1)]
+        if self.num_stages == 2:
+            x, context = self.downsample(x), self.context_downsample(context)
+            outs.append(torch.cat(self._run(self.stage4, x, context, coarse_prior), dim=1))
+        return outs
+
+    def _run(self, stage: nn.ModuleList, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        for block in stage:
             x, context = run_block(block, x, context, prior, with_cp=self.with_cp)
-        if self.num_stages == 1:
-            return (x, context), None
-        y = self.downsample(x), self.context_downsample(context)
-        for block in self.stage4:
-            y = run_block(block, *y, coarse_prior, with_cp=self.with_cp)
-        return (x, context), y
+        return x, context
 
 
 class Trunk(nn.Module):
-    """Base-Net, Overview-Net and Focus-Net, as far as the outputs asked for need them.
+    """Base-Net, Overview-Net and Focus-Net, up to the last output that is needed.
 
-    Loads state dicts in its own and in the published names, at any prefix; once folded for inference also those of
-    unfolded networks.
+    It loads state dicts in our names and the published ones, at any prefix, of its own form and of earlier ones (see
+    `overlock.models.names`).
 
     Args:
         arch: 'xt', 't', 's', 'b', a dict of the fields of `overlock.Arch`, or one.
         in_channels: Channels of the image.
-        num_outputs: How many of the four outputs are computed; the nets behind the last of them are left out.
+        num_outputs: How many of the four outputs to compute; nets that only later ones need are left out.
         drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
         with_cp: Whether blocks recompute their activations in the backward pass to save memory.
         contmix_backend: Backend of `overlock.ops.contmix`.
 
     Attributes:
-        memory_format: What maps have inside; None for channels_last on CPUs and for that of the image elsewhere.
+        memory_format: Memory format of the maps inside; None means channels_last on CPUs, elsewhere that of the image.
     """
 
     memory_format: torch.memory_format | None = None
 
     def __init__(
         self,
-        arch: str | Mapping | Arch,
+        arch: str | Mapping[str, Any] | Arch,
         in_channels: int = 3,
         num_outputs: int = 4,
         drop_path_rate: float = 0.0,
@@ -243,6 +243,7 @@ class Trunk(nn.Module):
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         check_backend(contmix_backend)
         self.arch = get_arch(arch)
+        self.in_channels = in_channels
         # The published order: Base-Net, Overview-Net, Focus-Net.
         last = self.arch.num_blocks - 1
         rates = [drop_path_rate * i / last for i in range(last + 1)]
@@ -332,7 +333,7 @@ class Trunk(nn.Module):
         }
 
     def init_parameters(self) -> None:
-        """Truncated normal weights with std 0.02 and zero biases, for convolutions; the rest starts as built."""
+        """Give convolutions truncated normal weights with std 0.02 and zero biases; the rest stays as built."""
         for module in self.modules():
             # On the meta device there is nothing to draw, and torch takes seconds over it.
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
@@ -340,20 +341,31 @@ class Trunk(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def encode(
-        self, x: Tensor, stage2_norm: nn.Module | None = None
-    ) -> tuple[list[Tensor | tuple[Tensor, Tensor]], Tensor | None]:
-        """Image (B, C, H, W) to up to four outputs, the third a pair, and the overview.
+    def encode(self, x: Tensor, stage2_norm: nn.Module | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Compute the outputs that the network is built for, and the overview.
 
-        All are raw but the second, which is normed where `stage2_norm` is given (see `BaseNet`).
+        Args:
+            x: Image (B, in_channels, H, W), at least 32x32.
+            stage2_norm: See `BaseNet`.
+
+        Returns:
+            Up to four maps at strides 4, 8, 16 and 32, all raw but the second, which is normed by `stage2_norm`; and
+            the overview, if the third or fourth output is there.
 
         Raises:
-            ValueError: If the image is smaller than 32x32 or not a batch of maps.
+            ValueError: If the image is smaller, has other channels, or is not a batch.
         """
         if x.ndim != 4:
-            raise ValueError(f'input must have shape (B, C, H, W), got {tuple(x.shape)}')
+            raise ValueError(f'input must have shape (B, C, H, W), got {tuple(x.shape)}; stack images into a batch')
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'input must have {self.in_channels} channels, got {x.shape[1]}; build the network with '
+                f'in_channels={x.shape[1]}, or convert the image'
+            )
         if min(x.shape[2:]) < MIN_SIZE:
-            raise ValueError(f'input must be at least {MIN_SIZE}x{MIN_SIZE} pixels, got {x.shape[2]}x{x.shape[3]}')
+            raise ValueError(
+                f'input must be at least {MIN_SIZE}x{MIN_SIZE} pixels, got {x.shape[2]}x{x.shape[3]}; enlarge or pad it'
+            )
         # oneDNN's depthwise kernels are up to 20 times faster in channels_last.
         memory_format = self.memory_format or (torch.channels_last if x.device.type == 'cpu' else None)
         if memory_format is not None:
@@ -365,13 +377,43 @@ class Trunk(nn.Module):
         return [*outs[:2], *self.focus_net(outs[2], overview)], overview
 
     def switch_to_deploy(self) -> 'Trunk':
-        """Folds all that is linear for inference, in place and idempotently; returns self.
+        """Fold all linear steps for inference, in place and idempotently, and return self.
 
-        Running statistics become part of the weights whatever the mode, and no BatchNorm is left to move in `train`.
-        Drop path still drops branches there; the bias of a layer scale is then part of the branch.
+        The running statistics become part of the weights in either mode. In training drop path still drops branches,
+        with the bias of the layer scale that was folded into them.
         """
         switch_children(self)
         return self
+
+
+class Head(nn.Module):
+    """The classifier: 1x1 convolution to 1024 channels, average pooling, linear layer as a 1x1 convolution."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.proj: nn.Module = ConvNorm(channels, 1024, act=nn.SiLU())
+        self.pool: nn.Module = nn.AdaptiveAvgPool2d(1)
+        self.fc: nn.Module = nn.Conv2d(1024, num_classes, 1)
+
+
+class AuxHead(nn.Module):
+    """The classifier of Overview-Net: BatchNorm, average pooling, linear layer as a 1x1 convolution."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.bn: nn.Module = nn.BatchNorm2d(channels)
+        self.pool: nn.Module = nn.AdaptiveAvgPool2d(1)
+        self.fc: nn.Module = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the overview (B, C4, H, W) to logits (B, num_classes, 1, 1)."""
+        return self.fc(self.pool(self.bn(x)))
+
+    def switch_to_deploy(self) -> None:
+        """Fold the BatchNorm into the linear layer, in place and idempotently: pooling between them is linear too."""
+        if isinstance(self.bn, BatchNorm) and isinstance(self.fc, nn.Conv2d):
+            fold_bn_into_next(self.bn, self.fc)
+            self.bn = nn.Identity()
 
 
 class OverLoCK(Trunk):
@@ -390,7 +432,7 @@ class OverLoCK(Trunk):
 
     def __init__(
         self,
-        arch: str | Mapping | Arch = 'xt',
+        arch: str | Mapping[str, Any] | Arch = 'xt',
         in_channels: int = 3,
         num_classes: int = 1000,
         aux_head: bool = True,
@@ -402,42 +444,37 @@ class OverLoCK(Trunk):
         if num_classes < 1:
             raise ValueError(f'num_classes must be at least 1, got {num_classes}')
         super().__init__(arch, in_channels, 4, drop_path_rate, with_cp, contmix_backend)
-        self.head = nn.Sequential()
-        self.head.add_module('proj', ConvNorm(self.arch.out_channels[3], 1024, act=nn.SiLU()))
-        self.head.add_module('pool', nn.AdaptiveAvgPool2d(1))
-        self.head.add_module('fc', nn.Conv2d(1024, num_classes, 1))
-        self.aux_head = None
-        if aux_head:
-            self.aux_head = nn.Sequential()
-            self.aux_head.add_module('bn', nn.BatchNorm2d(self.arch.embed_dims[3]))
-            self.aux_head.add_module('pool', nn.AdaptiveAvgPool2d(1))
-            self.aux_head.add_module('fc', nn.Conv2d(self.arch.embed_dims[3], num_classes, 1))
+        self.num_classes = num_classes
+        self.head = Head(self.arch.out_channels[3], num_classes)
+        self.aux_head = AuxHead(self.arch.embed_dims[3], num_classes) if aux_head else None
         self.init_parameters()
         if deploy:
             self.switch_to_deploy()
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        """Image (B, C, H, W) to logits (B, num_classes); in training with `aux_head` to `main` and `aux` logits.
+        """Classify an image (B, C, H, W).
+
+        Returns:
+            Logits (B, num_classes); in training with `aux_head` a dict of `main` and `aux` logits.
 
         Raises:
-            ValueError: If the image is smaller than 32x32.
+            ValueError: If the image is smaller than 32x32 or has other channels.
         """
         outs, overview = self.encode(x)
-        logits = self.head(outs[3]).flatten(1)
+        logits = self.forward_head(outs[-1])
         if self.training and self.aux_head is not None:
             return {'main': logits, 'aux': self.aux_head(overview).flatten(1)}
         return logits
 
-    def switch_to_deploy(self) -> 'OverLoCK':
-        """See `Trunk.switch_to_deploy`."""
-        super().switch_to_deploy()
-        if self.aux_head is not None and not isinstance(self.aux_head.bn, nn.Identity):
-            # Pooling is linear too: the BatchNorm folds through it.
-            fold_bn_into_next(self.aux_head.bn, self.aux_head.fc)
-            self.aux_head.bn = nn.Identity()
-        return self
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map an image (B, C, H, W) to the last output (B, C4 + P, H / 32, W / 32), rounded up."""
+        return self.encode(x)[0][-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map the last output to logits (B, num_classes), or to the features (B, 1024) that `head.fc` takes."""
+        x = self.head.pool(self.head.proj(x))
+        x = x if pre_logits else self.head.fc(x)
+        return x.flatten(1)
 
     def _rebuilt(self) -> 'OverLoCK':
-        return OverLoCK(
-            self.arch, self.base_net.stem[0].conv.in_channels, self.head.fc.out_channels, self.aux_head is not None
-        )
+        return OverLoCK(self.arch, self.in_channels, self.head.fc.out_channels, self.aux_head is not None)

@@ -21,6 +21,7 @@ import overlock.timm
 from overlock import ARCHS, OverLoCK
 from overlock.checkpoint import WEIGHTS
 from overlock.layers import DropPath
+from overlock.timm.__main__ import main
 from overlock.utils.errors import UserError
 from tests.testing import TINY, image, randomise
 
@@ -382,7 +383,7 @@ def test_scripts_of_timm_run_with_the_models(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout == 'overlock.timm 8\n'
+    assert done.stdout == 'overlock.timm.model 8\n'
     assert done.returncode == 2 and 'nowhere.pth' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -390,5 +391,5 @@ def test_missing_script_is_told_in_one_sentence(monkeypatch, capsys):
     for arguments, got in (([], 'nothing'), (['missing.py', '--model', 'overlock_xt'], 'missing.py')):
         monkeypatch.setattr(sys, 'argv', ['timm.py', *arguments])
         with pytest.raises(SystemExit, match='2'):
-            overlock.timm.main()
+            main()
         assert capsys.readouterr().err.startswith(f'expected the path of a script, got {got}; those of timm')

@@ -13,7 +13,7 @@ from timm.utils import reparameterize_model
 from overlock import OverLoCK
 from overlock.checkpoint import WEIGHTS, CheckpointError, to_published
 from overlock.layers import DilatedReparamConv
-from tests.overlock.test_timm import FILES, NAMES, XT, arch_of, create, logits
+from tests.overlock.test_timm import FILES, LARGE, XT, arch_of, create, logits
 from tests.testing import TINY, TOLERANCES, assert_relative, image, published_weights, randomise
 
 
@@ -70,7 +70,9 @@ def test_pretrained_model_gives_the_published_logits(published, golden):
     assert_relative(logits(model, image(1, 224, 224)), golden['cls/xt/224x224/logits'], TOLERANCES[torch.float64])
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+    'name', ['overlock_xt_reparam', *(pytest.param(name, marks=pytest.mark.slow) for name in ('overlock_xt', *LARGE))]
+)
 def test_published_file_of_every_form_loads_whole(name, shapes, tmp_path, monkeypatch):
     file = publish(name, tmp_path, shapes, torch.float32)
     monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path))
@@ -92,7 +94,7 @@ def test_folded_model_takes_the_training_file_and_timm_folds_a_training_model(pu
     assert_relative(logits(by_timm, image(1, 160, 224)), expected, TOLERANCES[torch.float64])
 
 
-@pytest.mark.parametrize('name', XT)
+@pytest.mark.parametrize('name', ['overlock_xt_reparam', pytest.param('overlock_xt', marks=pytest.mark.slow)])
 def test_grey_images_and_other_classes_keep_the_rest_of_the_weights(name, published):
     grey = image(2, 64, 64)[:, :1]
     model = timm.create_model(name, pretrained=True, dtype=torch.float64, in_chans=1, num_classes=10)

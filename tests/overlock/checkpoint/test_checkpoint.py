@@ -105,12 +105,11 @@ def test_fewer_outputs_take_their_part_of_the_weights(shapes, tmp_path):
         assert report.loaded and all(name.startswith(('output_norms', 'overview_')) for name in report.new)
 
 
-@pytest.mark.parametrize(('arch', 'message'), [('t', 'another shape'), ('b', 'another shape')])
-def test_file_of_another_variant_is_an_error_and_changes_nothing(arch, message, shapes, tmp_path):
+def test_file_of_another_variant_is_an_error_and_changes_nothing(shapes, tmp_path):
     torch.save(published_weights(shapes['cls']['xt']), tmp_path / 'xt.pth')
-    model = OverLoCKBackbone(arch)
+    model = OverLoCKBackbone('t')
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match='another shape'):
         load_pretrained(model, tmp_path / 'xt.pth')
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

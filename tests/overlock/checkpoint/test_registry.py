@@ -41,8 +41,8 @@ def test_crops_and_results_are_the_published_ones():
     ('name', 'kind', 'prefix'),
     [
         ('overlock_xt_in1k', 'cls', ''),
-        ('mask_rcnn_overlock_t_1x_coco', 'det', 'backbone.'),
-        ('upernet_overlock_t_ade20k', 'seg', 'backbone.'),
+        pytest.param('mask_rcnn_overlock_t_1x_coco', 'det', 'backbone.', marks=pytest.mark.slow),
+        pytest.param('upernet_overlock_t_ade20k', 'seg', 'backbone.', marks=pytest.mark.slow),
     ],
 )
 def test_weights_load_by_name(name, kind, prefix, shapes, tmp_path, monkeypatch):

@@ -1,48 +1,33 @@
-"""timm: the classifier with timm's interface, and entry points for `timm.create_model`.
-
-`python -m overlock.timm SCRIPT ARGS...` runs one of the scripts of timm's repository with these models registered.
-"""
+"""The classifier with timm's interface."""
 
 from __future__ import annotations
 
 import logging
-import runpy
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import create_classifier
-from timm.models import (
-    adapt_input_conv,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import adapt_input_conv
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.checkpoint import WEIGHTS, Weights, find_file, from_published, load, load_state_dict
+from overlock.checkpoint import from_published, load, load_state_dict
 from overlock.layers import GRN, ChannelAffine
-from overlock.models.arch import ARCHS, Arch
-from overlock.models.overlock import MIN_SIZE, BaseNet, FocusNet, OverLoCK, OverviewNet
-from overlock.utils.distributed import exit_on_user_error
+from overlock.models.arch import Arch
+from overlock.models.overlock import BaseNet, FocusNet, OverLoCK, OverviewNet
 from overlock.utils.errors import UserError
-
-__all__ = ['TimmOverLoCK', 'checkpoint_filter_fn']
 
 _logger = logging.getLogger(__name__)
 
-_FIRST_CONV = 'base_net.stem.0.conv'
-_CLASSIFIERS = ('head.fc', 'aux_head.fc')
+FIRST_CONV = 'base_net.stem.0.conv'
+CLASSIFIERS = ('head.fc', 'aux_head.fc')
 _FEATURES = ('base_net.stage1', 'base_net.stage2', 'focus_net.stage3', 'focus_net.stage4')
 
-# In the order of the forward pass: a stage of blocks, and what stands before its first one (regular expressions).
+# In the order of the forward pass: a stage of blocks, and the layers before it (regular expressions).
 _STAGES = (
     (r'base_net\.stage1', r'base_net\.downsample1'),
     (r'base_net\.stage2', r'base_net\.downsample2'),
@@ -52,7 +37,7 @@ _STAGES = (
     (r'focus_net\.stage4', r'focus_net\.(?:context_)?downsample'),
 )
 
-# What only the output of this number, counted from 1, needs.
+# Modules that only the output of this number, counted from 1, needs.
 _NEEDED_BY = {
     4: ('focus_net.downsample', 'focus_net.context_downsample', 'focus_net.stage4'),
     3: ('focus_net', 'overview_net', 'base_net.downsample3', 'base_net.stage3'),
@@ -63,7 +48,7 @@ _NEEDED_BY = {
 class TimmOverLoCK(OverLoCK):
     """The ImageNet classifier with timm's interface.
 
-    State dicts are those of `OverLoCK`; entries for an auxiliary head that the model lacks are passed over.
+    State dicts are those of `OverLoCK`; entries for an auxiliary head that the model lacks are ignored.
 
     Args:
         arch: 'xt', 't', 's', 'b', a dict of the fields of `overlock.Arch`, or one.
@@ -87,7 +72,7 @@ class TimmOverLoCK(OverLoCK):
 
     def __init__(
         self,
-        arch: str | Mapping | Arch = 'xt',
+        arch: str | Mapping[str, Any] | Arch = 'xt',
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = 'avg',
@@ -119,25 +104,8 @@ class TimmOverLoCK(OverLoCK):
         self.to(dtype=dtype)
         self.reset_classifier(num_classes, global_pool)
 
-    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        """Image (B, C, H, W) to logits (B, num_classes); in training with `aux_head` to `main` and `aux` logits.
-
-        Raises:
-            ValueError: If the image is smaller than 32x32.
-        """
-        outs, overview = self.encode(x)
-        logits = self.forward_head(_joined(outs[self.num_outputs - 1]))
-        if self.training and self.aux_head is not None:
-            return {'main': logits, 'aux': self.aux_head(overview).flatten(1)}
-        return logits
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) to the last map (B, num_features, H / 32, W / 32), rounded up."""
-        outs, _ = self.encode(x)
-        return _joined(outs[self.num_outputs - 1])
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of `forward_features` to logits (B, num_classes), or to what the classifier takes."""
+        """Map what `forward_features` returns to logits (B, num_classes), or to what the classifier takes."""
         x = self.head.pool(self.head.proj(x))
         x = F.dropout(x, self.drop_rate, self.training)
         if not pre_logits:
@@ -153,7 +121,7 @@ class TimmOverLoCK(OverLoCK):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs at strides 4, 8, 16 and 32, raw, the third with its context.
+        """Compute the raw outputs at strides 4, 8, 16 and 32, the last two with their context.
 
         Args:
             x: Image (B, C, H, W).
@@ -170,13 +138,13 @@ class TimmOverLoCK(OverLoCK):
             raise UserError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take_indices, _ = feature_take_indices(self.num_outputs, indices)
         outs, _ = self.encode(x)
-        intermediates = [_joined(outs[i]) for i in take_indices]
-        return intermediates if intermediates_only else (_joined(outs[self.num_outputs - 1]), intermediates)
+        intermediates = [outs[i] for i in take_indices]
+        return intermediates if intermediates_only else (outs[-1], intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what the outputs `indices` do not need, in place, and returns them counted from the first.
+        """Remove all that the outputs `indices` do not need, in place, and return them counted from the first.
 
         Args:
             indices: See `forward_intermediates`.
@@ -201,11 +169,11 @@ class TimmOverLoCK(OverLoCK):
         return take_indices
 
     def get_classifier(self) -> nn.Module:
-        """The last layer of the head."""
+        """Return the last layer of the head."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Gives the heads new classifiers, or none where `num_classes` is 0, and new pooling if asked for."""
+        """Give the heads new classifiers, or none if `num_classes` is 0, and new pooling if asked for."""
         self.num_classes = num_classes
         pool_type = self.head.pool.pool_type if global_pool is None else global_pool
         proj = self.head.proj
@@ -224,13 +192,13 @@ class TimmOverLoCK(OverLoCK):
         return pool.train(self.training), fc.to(like.device, like.dtype).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks recompute their activations in the backward pass to save memory."""
+        """Make blocks recompute their activations in the backward pass, to save memory, or not."""
         for net in self.children():
             if isinstance(net, (BaseNet, OverviewNet, FocusNet)):
                 net.with_cp = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Scales, shifts and position biases that their shape does not exempt."""
+        """Return the scales, shifts and position biases that their shape does not exempt."""
         affine = {
             f'{prefix}.{name}'
             for prefix, module in self.named_modules()
@@ -240,7 +208,7 @@ class TimmOverLoCK(OverLoCK):
         return affine | {name for name, _ in self.named_parameters() if '.rpb_' in name}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int, ...] | None]]]:
-        """Parameters by depth, a group for each block (`coarse`: each stage); those of the heads are the last."""
+        """Group parameters by depth, a group for each block (`coarse`: each stage), the heads last."""
         groups = {'stem': r'^base_net\.stem\.'}
         for stage, entry in _STAGES:
             groups[stage] = (
@@ -249,12 +217,12 @@ class TimmOverLoCK(OverLoCK):
         return groups
 
     def load_pretrained(self, checkpoint_path: str) -> None:
-        """Loads a weight file of any form, adapted to the model's channels and classes; timm calls it for files.
+        """Load a weight file of any form, adapted to the channels and classes of the model; timm calls this for files.
 
-        Of a file that has a running average too, it takes the weights themselves.
+        If the file also has a running average, the weights themselves are loaded.
 
-        Images of other than three channels take timm's combination of the first weights. Classifiers stay as they are
-        where the model has other classes than `pretrained_cfg` says of the file.
+        For images of other than three channels timm combines the weights of the first convolution. Classifiers stay as
+        they are if the model has other classes than `pretrained_cfg` says of the file.
 
         Args:
             checkpoint_path: A name of published weights, a path, or a URL.
@@ -263,12 +231,12 @@ class TimmOverLoCK(OverLoCK):
             CheckpointError: If the file cannot be found or read, or is not of this model; nothing is loaded then.
         """
         given = from_published(load(checkpoint_path))
-        stem = given.get(f'{_FIRST_CONV}.weight')
+        stem = given.get(f'{FIRST_CONV}.weight')
         if stem is not None and stem.shape[1] == 3 != self.in_chans:
-            given[f'{_FIRST_CONV}.weight'] = adapt_input_conv(self.in_chans, stem)
+            given[f'{FIRST_CONV}.weight'] = adapt_input_conv(self.in_chans, stem)
         kept = {}
         if self.num_classes != getattr(self, 'pretrained_cfg', {}).get('num_classes', 1000):
-            kept = {name: value for name, value in self.state_dict().items() if name.startswith(_CLASSIFIERS)}
+            kept = {name: value for name, value in self.state_dict().items() if name.startswith(CLASSIFIERS)}
         report = load_state_dict(self, {**given, **kept}, checkpoint_path)
         _logger.info(
             '%s',
@@ -286,107 +254,3 @@ class TimmOverLoCK(OverLoCK):
         twin.prune_intermediate_layers([self.num_outputs - 1], prune_head=isinstance(self.head.proj, nn.Identity))
         twin.reset_classifier(self.num_classes, self.head.pool.pool_type)
         return twin
-
-
-def _joined(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """An output as one map: that at stride 16 is a pair of features and context."""
-    return out if isinstance(out, Tensor) else torch.cat(out, dim=1)
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of published or our names by ours, for the sources that timm reads itself."""
-    return from_published(state_dict)
-
-
-def _pretrained_cfg(weights: Weights) -> dict[str, Any]:
-    images = weights.preprocessing
-    return {
-        'url': weights.url,
-        'num_classes': 1000,
-        'input_size': (3, *images.size),
-        'min_input_size': (3, MIN_SIZE, MIN_SIZE),
-        'pool_size': tuple(side // 32 for side in images.size),
-        'crop_pct': images.crop_pct,
-        'interpolation': images.interpolation,
-        'mean': images.mean,
-        'std': images.std,
-        'first_conv': _FIRST_CONV,
-        'classifier': _CLASSIFIERS[0],
-        'paper_ids': 'arXiv:2502.20087',
-        'origin_url': 'https://github.com/LMMMEng/OverLoCK',
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        f'overlock_{arch}{suffix}.in1k': _pretrained_cfg(WEIGHTS[f'overlock_{arch}_in1k{suffix}'])
-        for arch in ARCHS
-        for suffix in ('', '_reparam')
-    }
-)
-
-
-def _create(
-    name: str,
-    weights: str,
-    pretrained: bool,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    overlay = dict(pretrained_cfg_overlay or {})
-    if kwargs.get('aux_head'):
-        overlay.setdefault('classifier', _CLASSIFIERS)
-    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
-    source = cfg.file or cfg.url
-    # Files we read ourselves: older versions of timm run what they hold, and all leave gaps where classes differ.
-    if pretrained and source and not (cfg.state_dict or cfg.hf_hub_id or cfg.source):
-        source = weights if source == WEIGHTS[weights].url else source
-        overlay |= {'file': str(find_file(source)), 'custom_load': True}
-    return build_model_with_cfg(
-        TimmOverLoCK,
-        name,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
-    )
-
-
-def _entry_point(arch: str, deploy: bool) -> Callable[..., nn.Module]:
-    suffix = '_reparam' if deploy else ''
-    name, weights = f'overlock_{arch}{suffix}', f'overlock_{arch}_in1k{suffix}'
-
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(name, weights, pretrained, **{'arch': arch, 'deploy': deploy, **kwargs})
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f'OverLoCK-{arch.upper()}{", folded for inference" if deploy else ""}.'
-    return register_model(create)
-
-
-def main() -> None:
-    """Runs the script that the command line names, with its arguments."""
-    with exit_on_user_error():
-        if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-            raise UserError(
-                f'expected the path of a script, got {" ".join(sys.argv[1:2]) or "nothing"}; those of timm '
-                '(train.py, validate.py, benchmark.py) are in its repository'
-            )
-        del sys.argv[0]
-        sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-        runpy.run_path(sys.argv[0], run_name='__main__')
-
-
-if __name__ == '__main__':
-    # This is a second copy of the module; the models are those of the one that others import.
-    from overlock import timm
-
-    timm.main()
-else:
-    for _arch in ARCHS:
-        for _deploy in (False, True):
-            _create_fn = _entry_point(_arch, _deploy)
-            globals()[_create_fn.__name__] = _create_fn
