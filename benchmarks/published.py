@@ -43,7 +43,7 @@ def published(model: nn.Module, device: torch.device | str = 'cpu') -> nn.Module
 def aggregation(device: torch.device | str) -> Callable[[Tensor, Tensor, int], Tensor]:
     """Return natten's kernel where it can run, else the unfold that people fall back to."""
     # The only build that a recent torch imports is the one for CPUs.
-    return aggregate_natten if torch.device(device).type == 'cpu' and not natten.available() else aggregate_unfold
+    return aggregate_natten if torch.device(device).type == 'cpu' and not natten.why_unavailable() else aggregate_unfold
 
 
 def contmix(

@@ -13,14 +13,14 @@ LANES = 16
 KERNEL_SIZES = range(3, 16, 2)
 
 
-def available() -> str:
+def why_unavailable() -> str:
     """Return '' if the C++ operators are compiled for this machine, else what to do."""
     from overlock.ops import build  # here, so that `python -m overlock.ops.build` is not imported before it runs
 
     return build.load()
 
 
-def supports(inputs: Inputs) -> str:
+def why_unsupported(inputs: Inputs) -> str:
     """Return '' if the maps are on the CPU and there is code for the kernel sizes, else the reason why not."""
     device = inputs.value.device.type
     if device != 'cpu':

@@ -12,20 +12,20 @@ from overlock.ops.tracing import is_exporting
 
 
 class Backend(Protocol):
-    """What each backend's module has."""
+    """The functions of each backend's module."""
 
-    def available(self) -> str:
+    def why_unavailable(self) -> str:
         """Return '' if the backend can run on this machine, else the reason why not."""
 
-    def supports(self, inputs: Inputs) -> str:
-        """Return '' if the backend, where it is available, can take these inputs, else the reason why not."""
+    def why_unsupported(self, inputs: Inputs) -> str:
+        """Return '' if the backend can take these inputs, on a machine that it runs on, else the reason why not."""
 
     def run(self, inputs: Inputs) -> Tensor:
         """Return the mixed map, (B, C, H, W)."""
 
 
 class Fused(Backend, Protocol):
-    """What the backends have that 'auto' considers before `eager`."""
+    """A backend that 'auto' considers before `eager`."""
 
     def preferred(self, inputs: Inputs) -> bool:
         """Return whether this backend is the fast one for these inputs."""
@@ -66,7 +66,7 @@ def choose(inputs: Inputs) -> str:
     if is_exporting():  # an exported graph must not contain operators of ours, which are unknown elsewhere
         return 'eager'
     for name, backend in FUSED.items():
-        if backend.preferred(inputs) and not backend.supports(inputs):
+        if backend.preferred(inputs) and not backend.why_unsupported(inputs):
             reason = _why_not(name)
             if not reason:
                 return name
@@ -75,7 +75,7 @@ def choose(inputs: Inputs) -> str:
 
 
 def _why_not(name: str) -> str:
-    return BACKENDS[name].available()
+    return BACKENDS[name].why_unavailable()
 
 
 @cache
@@ -131,7 +131,7 @@ def contmix(
     inputs.check_shapes()
     check_backend(backend)
     name = choose(inputs) if backend == 'auto' else ALIASES.get(backend, backend)
-    reason = BACKENDS[name].supports(inputs)
+    reason = BACKENDS[name].why_unsupported(inputs)
     if reason:
         raise RuntimeError(f'contmix backend {backend!r} was asked for but cannot take these inputs: {reason}')
     return BACKENDS[name].run(inputs)

@@ -19,12 +19,12 @@ from overlock.ops.tracing import is_exporting
 DENSE_LIMIT = 1.5
 
 
-def available() -> str:
+def why_unavailable() -> str:
     """Return '': plain PyTorch runs everywhere."""
     return ''
 
 
-def supports(inputs: Inputs) -> str:
+def why_unsupported(inputs: Inputs) -> str:
     """Return '': plain PyTorch takes all inputs."""
     return ''
 

@@ -1,4 +1,4 @@
-"""What the backends of ContMix take."""
+"""The inputs of the backends of ContMix."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Half(NamedTuple):
-    """What one of the two kernels takes: the small one and the first half of the value channels, or the large one."""
+    """The inputs of one of the two kernels: the small one and the first half of the value channels, or the large one."""
 
     size: int  # K
     kernel: Tensor  # (B, G, d, K^2)

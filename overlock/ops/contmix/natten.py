@@ -15,7 +15,7 @@ from overlock.ops.contmix.inputs import Inputs
 
 
 @cache
-def available() -> str:
+def why_unavailable() -> str:
     """Return '' if natten has `na2d_av` and imports here, else the reason why not."""
     if importlib.util.find_spec('natten') is None:
         return 'natten is not installed; install natten==0.17.5'
@@ -32,7 +32,7 @@ def available() -> str:
     return ''
 
 
-def supports(inputs: Inputs) -> str:
+def why_unsupported(inputs: Inputs) -> str:
     """Return '': natten takes all inputs."""
     return ''
 

@@ -6,12 +6,12 @@ from torch import Tensor
 from overlock.ops.contmix.inputs import Inputs
 
 
-def available() -> str:
+def why_unavailable() -> str:
     """Return '': the reference runs everywhere."""
     return ''
 
 
-def supports(inputs: Inputs) -> str:
+def why_unsupported(inputs: Inputs) -> str:
     """Return '': the reference takes all inputs."""
     return ''
 

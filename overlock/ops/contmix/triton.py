@@ -28,7 +28,7 @@ STEP = 4
 PARTIALS = 1024
 
 
-def available() -> str:
+def why_unavailable() -> str:
     """Return '' if Triton is installed and has a GPU, or its interpreter, to run on, else the reason why not."""
     missing = _missing()
     if missing or interpreted():
@@ -43,7 +43,7 @@ def available() -> str:
     return ''
 
 
-def supports(inputs: Inputs) -> str:
+def why_unsupported(inputs: Inputs) -> str:
     """Return '' if the maps are on a CUDA device, or the interpreter runs, else the reason why not."""
     device = inputs.value.device.type
     return '' if device == 'cuda' or interpreted() else f'it runs on CUDA devices and the maps are on {device}'

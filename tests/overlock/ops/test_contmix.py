@@ -342,7 +342,7 @@ def test_auto_takes_the_fused_backend_of_the_device_where_it_can_run(monkeypatch
         return choose(Inputs(*[value] * 7, kernel_sizes=(5, large), num_groups=1, scale=1))
 
     for module in (cpp, triton):
-        monkeypatch.setattr(module, 'available', lambda: '')
+        monkeypatch.setattr(module, 'why_unavailable', lambda: '')
     value = torch.zeros(1, 8, 20, 20)
     assert chosen(value) == 'cpp'
     assert chosen(value, 17) == 'eager'
@@ -351,7 +351,7 @@ def test_auto_takes_the_fused_backend_of_the_device_where_it_can_run(monkeypatch
     assert chosen(on_gpu) == 'triton'
     on_gpu.dtype = torch.float64
     assert chosen(on_gpu) == 'eager'
-    monkeypatch.setattr(cpp, 'available', lambda: 'not compiled')
+    monkeypatch.setattr(cpp, 'why_unavailable', lambda: 'not compiled')
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     assert chosen(value) == 'eager'
 
@@ -381,7 +381,7 @@ def test_unknown_backend_names_the_known_ones():
 
 
 def test_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
-    monkeypatch.setattr(natten, 'available', lambda: 'natten is not installed')
+    monkeypatch.setattr(natten, 'why_unavailable', lambda: 'natten is not installed')
     tensors, options = inputs(8, 8, 5)
     with pytest.raises(RuntimeError, match="'natten' was asked for but cannot run here: natten is not installed"):
         contmix(*tensors, **options, backend='natten')
@@ -397,7 +397,7 @@ def test_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
 )
 def test_backend_that_cannot_take_the_inputs_says_why(backend, device, kernel_size, message, monkeypatch):
     for module in (cpp, triton):
-        monkeypatch.setattr(module, 'available', lambda: '')
+        monkeypatch.setattr(module, 'why_unavailable', lambda: '')
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     tensors, options = inputs(20, 20, kernel_size)
     with pytest.raises(RuntimeError, match=f'{backend!r} was asked for but cannot take these inputs: {message}'):

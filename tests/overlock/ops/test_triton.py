@@ -47,9 +47,9 @@ SLOW_CASES = [
 def device():
     """A GPU that the kernels run on, or the CPU with Triton's interpreter for the time of this module."""
     with pytest.MonkeyPatch.context() as patch:
-        if backend.available() == 'no CUDA device':
+        if backend.why_unavailable() == 'no CUDA device':
             patch.setenv('TRITON_INTERPRET', '1')
-        if reason := backend.available():
+        if reason := backend.why_unavailable():
             pytest.skip(reason)
         yield torch.device('cpu' if backend.interpreted() else 'cuda')
 
@@ -237,7 +237,7 @@ def test_values_far_from_zero_cost_the_gradients_no_digits(device):
 def test_importing_the_backend_and_asking_whether_it_runs_leaves_triton_alone():
     code = (
         'import sys, torch; before = "triton" in sys.modules; from overlock.ops.contmix import triton; '
-        'triton.available(); assert before or "triton" not in sys.modules'
+        'triton.why_unavailable(); assert before or "triton" not in sys.modules'
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -245,7 +245,7 @@ def test_importing_the_backend_and_asking_whether_it_runs_leaves_triton_alone():
 
 @pytest.fixture
 def asked_afresh(monkeypatch):
-    """`available` looks again at what is installed, before and after the test, and no interpreter is asked for."""
+    """`why_unavailable` looks again at what is installed, before and after the test, and no interpreter is asked for."""
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     backend._missing.cache_clear()
     yield
@@ -255,25 +255,25 @@ def asked_afresh(monkeypatch):
 
 def test_a_missing_triton_is_named(monkeypatch, asked_afresh):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    assert backend.available() == 'triton is not installed'
+    assert backend.why_unavailable() == 'triton is not installed'
 
 
 @needs_triton
 def test_an_old_triton_is_named(monkeypatch, asked_afresh):
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '3.4.0')
-    assert backend.available() == 'triton 3.4.0 is older than 3.5'
+    assert backend.why_unavailable() == 'triton 3.4.0 is older than 3.5'
 
 
 @needs_triton
 def test_a_missing_or_old_gpu_is_named_and_the_interpreter_needs_none(monkeypatch, asked_afresh):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert backend.available() == 'no CUDA device'
+    assert backend.why_unavailable() == 'no CUDA device'
     monkeypatch.setenv('TRITON_INTERPRET', '1')
-    assert backend.available() == ''
+    assert backend.why_unavailable() == ''
     monkeypatch.setenv('TRITON_INTERPRET', '0')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (7, 5))
-    assert backend.available() == 'CUDA capability 7.5 is below 8.0'
+    assert backend.why_unavailable() == 'CUDA capability 7.5 is below 8.0'
 
 
 def compile_kernels(shapes: list[tuple]) -> None:
