@@ -59,7 +59,7 @@ class Report:
 
     def names(self, fate: str) -> list[str]:
         """Return the names of all entries of a fate: the new ones if added, else those before."""
-        return [entry.given or entry.written for entry in self.entries if entry.fate == fate]
+        return [name for entry in self.entries if entry.fate == fate and (name := entry.given or entry.written)]
 
     def __str__(self) -> str:
         parts = [*dict.fromkeys(entry.part for entry in self.entries), 'all']
@@ -291,7 +291,7 @@ def _outputs(network: Trunk) -> Tensor | tuple[Tensor, ...]:
 
 def largest_deviation(outs: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
     """Return the largest deviation of tensors, each relative to its largest magnitude; NaN if one is NaN."""
-    if isinstance(outs, Tensor):
+    if isinstance(outs, Tensor) and isinstance(expected, Tensor):
         outs, expected = [outs], [expected]
     deviations = [
         (a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)

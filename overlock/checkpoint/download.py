@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from filelock import FileLock
-from torch.hub import tqdm  # type: ignore[attr-defined]
+from torch.hub import tqdm
 
 from overlock.checkpoint.registry import WEIGHTS
 from overlock.utils.distributed import local_rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def arch_of(state_dict: Mapping[str, Tensor], source: str = 'the state dict') ->
             for value, ours in zip(values, _as_tuple(getattr(arch, field)), strict=True)
         ):
             return arch
-    filled = {}
+    filled: dict[str, Any] = {}
     for field, values in found.items():
         least = getattr(_LEAST, field)
         whole = tuple(other if value is None else value for value, other in zip(values, _as_tuple(least), strict=True))
@@ -145,17 +146,16 @@ def build_like(state_dict: Mapping[str, Tensor], source: str = 'the state dict')
     form = form_of(entries)
     shapes = {name: tuple(state_dict[given].shape) for name, given in entries.items()}
     try:
-        options = {'in_channels': shapes[_FIRST[0]][1]}
+        in_channels = shapes[_FIRST[0]][1]
+        model: Trunk
         with torch.device('meta'):
             if 'head.fc.weight' in entries:
-                model = OverLoCK(
-                    arch, num_classes=shapes['head.fc.weight'][0], aux_head='aux_head.fc.weight' in entries, **options
-                )
+                num_classes = shapes['head.fc.weight'][0]
+                model = OverLoCK(arch, in_channels, num_classes, aux_head='aux_head.fc.weight' in entries)
             else:
                 indices = [i for i in range(4) if f'output_norms.out{i}.weight' in entries]
-                model = OverLoCKBackbone(
-                    arch, out_indices=indices, overview_residual='overview_proj.weight' in entries, **options
-                )
+                overview_residual = 'overview_proj.weight' in entries
+                model = OverLoCKBackbone(arch, in_channels, indices, overview_residual=overview_residual)
     except (ValueError, IndexError) as error:
         raise CheckpointError(
             f'{source} is neither an OverLoCK classifier nor a backbone of one: expected head.fc or '

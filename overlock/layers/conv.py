@@ -49,21 +49,24 @@ class ConvNorm(nn.Module):
 
 
 class ResidualDWConv(nn.Conv2d):
-    """A depthwise 3x3 convolution around a shortcut: `x + conv(x)`."""
+    """A depthwise 3x3 convolution around a shortcut, `x + conv(x)`, which folding moves into the kernels."""
+
+    bias: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.shortcut = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        return x + super().forward(x)
+        y = super().forward(x)
+        return x + y if self.shortcut else y
 
     @torch.no_grad()
-    def without_shortcut(self) -> nn.Conv2d:
-        """Return an equal plain depthwise convolution: its kernels have 1 more at the center."""
-        plain = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, groups=self.groups, device='meta')
-        plain.weight = self.weight
-        weight = self.weight.double().clone()
-        weight[..., 1, 1] += 1
-        set_conv(plain, weight, self.bias)
-        return plain.train(self.training)
+    def switch_to_deploy(self) -> None:
+        """Fold the shortcut into the kernels, in place and idempotently: they get 1 more at the center."""
+        if self.shortcut:
+            weight = self.weight.double().clone()
+            weight[..., 1, 1] += 1
+            set_conv(self, weight, self.bias)
+            self.shortcut = False

@@ -45,7 +45,6 @@ class ConvFFN(nn.Module):
 
     def switch_to_deploy(self) -> None:
         """Fold the shortcut of the depthwise convolution and the shift of GRN, in place and idempotently."""
-        if self.grn.beta is None:
-            return
-        self.dwconv = self.dwconv.without_shortcut()
-        self.grn.fold_beta_into(self.fc2)
+        self.dwconv.switch_to_deploy()
+        if self.grn.beta is not None:
+            self.grn.fold_beta_into(self.fc2)

@@ -6,7 +6,9 @@ Folding computes in float64 and stores in the dtype of the convolution. A layer 
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNorm = _BatchNorm  # for maps of any number of axes, and synchronized ones
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from overlock.layers.conv import ConvNorm
-from overlock.layers.fold import fuse_conv_bn, set_conv
+from overlock.layers.fold import BatchNorm, fuse_conv_bn, set_conv
 from overlock.ops.depthwise import depthwise_conv2d
 
 # (kernel size, dilation) of the branches beside a large kernel.
@@ -32,13 +32,15 @@ class DilatedReparamConv(nn.Module):
         ValueError: If there are no branches for `kernel_size`.
     """
 
+    branches: dict[str, ConvNorm]  # nn.ModuleDict does not tell the type of its values
+
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         if kernel_size not in BRANCHES:
             raise ValueError(f'kernel_size must be one of {sorted(BRANCHES)}, got {kernel_size}')
         self.conv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
-        self.branches = nn.ModuleDict()
+        self.bn: nn.Module = nn.BatchNorm2d(channels)
+        self.branches = nn.ModuleDict()  # type: ignore[assignment]
         for size, dilation in BRANCHES[kernel_size]:
             branch = ConvNorm(channels, channels, size, groups=channels)
             branch.conv.dilation = (dilation, dilation)
@@ -55,16 +57,17 @@ class DilatedReparamConv(nn.Module):
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Merge every branch into `conv`, in place and idempotently."""
-        if isinstance(self.bn, nn.Identity):
+        if not isinstance(self.bn, BatchNorm):
             return
         weight, bias = fuse_conv_bn(self.conv, self.bn)
         for branch in self.branches.values():
+            assert isinstance(branch.bn, BatchNorm)
             branch_weight, branch_bias = fuse_conv_bn(branch.conv, branch.bn)
             weight = weight + pad_kernel(branch_weight, branch.conv.dilation[0], self.conv.kernel_size[0])
             bias = bias + branch_bias
         set_conv(self.conv, weight, bias)
         self.bn = nn.Identity()
-        self.branches = nn.ModuleDict()
+        self.branches.clear()
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape, in the dtype of `x`."""
-        y, weight, bias = x.permute(0, 2, 3, 1), self.weight, self.bias
+        y = x.permute(0, 2, 3, 1)
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if x.device.type == 'cpu' and torch.is_grad_enabled():
             # On CPUs (PyTorch 2.11) the gradients of weight and bias are summed in the dtype of the map: bfloat16 loses
             # most of a sum over a large one.
@@ -30,7 +32,8 @@ class LayerNorm2d(nn.LayerNorm):
     def fold_affine_into(self, conv: nn.Conv2d) -> None:
         """Move scale and shift into the 1x1 convolution that takes the output; nothing else may take it."""
         fold_affine_into_next(self.weight, self.bias, conv)
-        self.weight = self.bias = None
+        self.register_parameter('weight', None)
+        self.register_parameter('bias', None)
         self.elementwise_affine = False
 
 
@@ -61,4 +64,4 @@ class GRN(nn.Module):
     def fold_beta_into(self, conv: nn.Conv2d) -> None:
         """Move beta into the bias of the 1x1 convolution that takes the output; nothing else may take it."""
         fold_affine_into_next(1.0, self.beta.flatten(), conv)
-        self.beta = None
+        self.register_parameter('beta', None)

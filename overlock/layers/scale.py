@@ -36,14 +36,14 @@ class ChannelAffine(nn.Module):
     def fold_bias_into(self, conv: nn.Conv2d) -> None:
         """Move the bias into the convolution whose output is the addend."""
         fold_affine_into_previous(conv, 1.0, self.bias)
-        self.bias = None
+        self.register_parameter('bias', None)
 
     @torch.no_grad()
     def move_bias_to(self, other: 'ChannelAffine') -> None:
         """Move the bias into the affine whose output is the addend."""
         bias = (other.bias.double() + self.bias.double()).to(other.bias.dtype)
         other.bias = nn.Parameter(bias, other.bias.requires_grad)
-        self.bias = None
+        self.register_parameter('bias', None)
 
     def fold_into(self, conv: nn.Conv2d) -> None:
         """Fold this affine into the convolution whose output it takes."""
@@ -82,6 +82,8 @@ class SqueezeExcite(nn.Module):
 class DropPath(nn.Module):
     """Drop the whole branch of a sample with probability `rate` while training (Huang et al., 2016)."""
 
+    keep: Tensor
+
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         # A tensor: from numbers, which all differ, torch.compile would make one graph for each block.
@@ -90,7 +92,7 @@ class DropPath(nn.Module):
 
     @property
     def rate(self) -> float:
-        """The probability of dropping a sample."""
+        """Return the probability of dropping a sample."""
         return self._rate
 
     @rate.setter
@@ -98,7 +100,7 @@ class DropPath(nn.Module):
         self._rate, self.drops = rate, rate > 0
         self.keep.fill_(1 - rate)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> 'DropPath':
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'DropPath':
         super()._apply(fn, recurse)
         # A tensor from the meta device has no value yet.
         self.keep.fill_(1 - self._rate)

@@ -35,6 +35,8 @@ class OverLoCKBackbone(Trunk):
         out_channels: Channels of the outputs, in the order of `out_indices`.
     """
 
+    output_norms: dict[str, LayerNorm2d]  # nn.ModuleDict does not tell the type of its values
+
     def __init__(
         self,
         arch: str | Mapping[str, Any] | Arch = 'xt',
@@ -61,12 +63,12 @@ class OverLoCKBackbone(Trunk):
         self.out_channels = tuple(channels[i] for i in indices)
         # Stage 3 takes the normed second output: build this norm even if the output is not returned.
         normed = sorted({*indices, 1}) if indices[-1] > 1 else indices
-        self.output_norms = nn.ModuleDict({f'out{i}': LayerNorm2d(channels[i]) for i in normed})
+        self.output_norms = nn.ModuleDict({f'out{i}': LayerNorm2d(channels[i]) for i in normed})  # type: ignore[assignment]
         self.overview_residual = overview_residual and 3 in indices
         if self.overview_residual:
             self.output_norms['overview'] = LayerNorm2d(self.arch.embed_dims[3])
             self.overview_proj = nn.Conv2d(self.arch.embed_dims[3], channels[3], 1)
-            self.overview_scale = ChannelAffine(channels[3], init_value=1e-5)
+            self.overview_scale: ChannelAffine | nn.Identity = ChannelAffine(channels[3], init_value=1e-5)
         self.init_parameters()
         if deploy:
             self.switch_to_deploy()
@@ -89,7 +91,7 @@ class OverLoCKBackbone(Trunk):
         return tuple(normed)
 
     def switch_to_deploy(self) -> 'OverLoCKBackbone':
-        """See `Trunk.switch_to_deploy`."""
+        """Fold all linear steps for inference, as `Trunk.switch_to_deploy` does."""
         super().switch_to_deploy()
         if self.overview_residual and not isinstance(self.overview_scale, nn.Identity):
             self.output_norms['overview'].fold_affine_into(self.overview_proj)
@@ -102,7 +104,7 @@ class OverLoCKBackbone(Trunk):
 
     def _frozen_modules(self) -> list[nn.Module]:
         base = self.base_net
-        stages = [[base.stem], [base.stage1]]
+        stages: list[list[nn.Module]] = [[base.stem], [base.stage1]]
         if self.num_outputs > 1:
             stages.append([base.downsample2, base.stage2])
         if self.num_outputs > 2:

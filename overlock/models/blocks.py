@@ -46,7 +46,7 @@ class StaticBlock(nn.Module):
         self.dwconv = ResidualDWConv(channels)
         self.norm = LayerNorm2d(channels)
         self.dilated = DilatedReparamConv(channels, kernel_size)
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn: nn.Module = nn.BatchNorm2d(channels)
         self.se = SqueezeExcite(channels)
         self.ffn = ConvFFN(channels, channels * mlp_ratio)
         self.drop_path = DropPath(drop_path_rate)
@@ -63,7 +63,6 @@ class StaticBlock(nn.Module):
         if not isinstance(self.bn, BatchNorm):
             return
         switch_children(self)
-        self.dwconv = self.dwconv.without_shortcut()
         # The affine of `norm` stays: `dilated` pads its output with zeros, not with its shift.
         fold_bn_into_previous(self.dilated.conv, self.bn)
         self.bn = nn.Identity()
@@ -169,7 +168,7 @@ class DynamicBlock(nn.Module):
             key,
             value,
             self.weight_proj.weight.flatten(1),
-            self.weight_proj.bias,
+            self.weight_proj.bias,  # type: ignore[arg-type]
             self.rpb_small,
             self.rpb_large,
             kernel_sizes=self.kernel_sizes,
@@ -177,23 +176,22 @@ class DynamicBlock(nn.Module):
             scale=self.scale,
             backend=self.contmix_backend,
         )
-        return F.adaptive_avg_pool2d(out, size) if enlarged != size else out
+        return F.adaptive_avg_pool2d(out, (size[0], size[1])) if enlarged != size else out
 
     def switch_to_deploy(self) -> None:
         """Fold all linear steps, in place and idempotently."""
-        dilated, bn = self.local
-        if not isinstance(bn, BatchNorm):
+        (dilated, local_bn), (proj_bn, proj) = self.local, self.proj
+        if not (isinstance(local_bn, BatchNorm) and isinstance(proj_bn, BatchNorm)):
             return
+        assert isinstance(dilated, DilatedReparamConv) and isinstance(proj, nn.Conv2d)
         switch_children(self)
-        self.dwconv1 = self.dwconv1.without_shortcut()
-        self.dwconv2 = self.dwconv2.without_shortcut()
         # The affine of `norm1` and the shift of the GRN in `fusion` stay: padded convolutions follow.
-        fold_bn_into_previous(dilated.conv, bn)
+        fold_bn_into_previous(dilated.conv, local_bn)
         self.local[1] = nn.Identity()
-        fold_bn_into_next(*self.proj)
+        fold_bn_into_next(proj_bn, proj)
         self.proj[0] = nn.Identity()
         self.norm2.fold_affine_into(self.ffn.fc1)
-        self.ls1.fold_bias_into(self.proj[1])
+        self.ls1.fold_bias_into(proj)
         self.ls2.fold_bias_into(self.ffn.fc2)
         if self.mix_prior:
             self.context_scale.move_bias_to(self.prior_scale)

@@ -20,11 +20,11 @@ from overlock.utils.errors import CheckpointError
 MIN_SIZE = 32
 
 
-def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Any:
     """Run a block; under `with_cp`, compute its activations again in the backward pass instead of keeping them."""
     if with_cp and torch.is_grad_enabled():
         # torch.compile makes the second run pure by itself, and takes no context for it.
-        context = (
+        context: dict[str, Any] = (
             {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _same_statistics(block))}
         )
         return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **context)
@@ -37,7 +37,7 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
     norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, (_, count) in zip(norms, kept, strict=True):
-        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
+        norm.momentum, norm.num_batches_tracked = 0.0, count if count is None else count.clone()
     try:
         yield
     finally:
@@ -257,7 +257,7 @@ class Trunk(nn.Module):
 
     @property
     def form(self) -> str:
-        """The form of the network: 'training', 'merged' or 'folded' (see `overlock.models.names`)."""
+        """Return the form of the network: 'training', 'merged' or 'folded' (see `overlock.models.names`)."""
         return form_of(self.state_dict()) or 'training'
 
     def to_form(self, form: str) -> 'Trunk':
@@ -477,4 +477,5 @@ class OverLoCK(Trunk):
         return x.flatten(1)
 
     def _rebuilt(self) -> 'OverLoCK':
+        assert isinstance(self.head.fc, nn.Conv2d)
         return OverLoCK(self.arch, self.in_channels, self.head.fc.out_channels, self.aux_head is not None)

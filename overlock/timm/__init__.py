@@ -68,7 +68,7 @@ def _create(
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
     source = cfg.file or cfg.url
     # Read files here: older versions of timm run what they hold, and all leave gaps where classes differ.
-    if pretrained and source and not (cfg.state_dict or cfg.hf_hub_id or cfg.source):
+    if pretrained and isinstance(source, str) and source and not (cfg.state_dict or cfg.hf_hub_id or cfg.source):
         source = weights if source == WEIGHTS[weights].url else source
         overlay |= {'file': str(find_file(source)), 'custom_load': True}
     return build_model_with_cfg(

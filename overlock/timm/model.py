@@ -9,17 +9,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import create_classifier
+from timm.layers import SelectAdaptivePool2d, create_classifier
 from timm.models import adapt_input_conv
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.checkpoint import from_published, load, load_state_dict
-from overlock.layers import GRN, ChannelAffine
+from overlock.layers import GRN, ChannelAffine, ConvNorm
 from overlock.models.arch import Arch
 from overlock.models.overlock import BaseNet, FocusNet, OverLoCK, OverviewNet
 from overlock.utils.errors import UserError
+
+# The form that `group_with_matcher` of `timm.models` takes.
+Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]
 
 _logger = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ class TimmOverLoCK(OverLoCK):
                 contmix_backend=contmix_backend,
             )
         self.in_chans = in_chans
+        self.global_pool = global_pool
         self.drop_rate = drop_rate
         self.num_features = self.arch.out_channels[3]
         self.feature_info = [
@@ -110,7 +114,7 @@ class TimmOverLoCK(OverLoCK):
         x = F.dropout(x, self.drop_rate, self.training)
         if not pre_logits:
             x = self.head.fc(x)
-        return x.flatten(1) if self.head.pool.pool_type else x
+        return x.flatten(1) if self.global_pool else x
 
     def forward_intermediates(
         self,
@@ -175,18 +179,19 @@ class TimmOverLoCK(OverLoCK):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the heads new classifiers, or none if `num_classes` is 0, and new pooling if asked for."""
         self.num_classes = num_classes
-        pool_type = self.head.pool.pool_type if global_pool is None else global_pool
+        if global_pool is not None:
+            self.global_pool = global_pool
         proj = self.head.proj
-        width = self.num_features if isinstance(proj, nn.Identity) else proj.conv.out_channels
-        self.head.pool, self.head.fc = self._new_classifier(width, pool_type)
-        self.head_hidden_size = width * self.head.pool.feat_mult()
+        width = proj.conv.out_channels if isinstance(proj, ConvNorm) else self.num_features
+        pool, self.head.fc = self._new_classifier(width, self.global_pool)
+        self.head.pool, self.head_hidden_size = pool, width * pool.feat_mult()
         if self.aux_head is not None:
             _, self.aux_head.fc = self._new_classifier(self.arch.embed_dims[3], 'avg')
 
-    def _new_classifier(self, channels: int, pool_type: str) -> tuple[nn.Module, nn.Module]:
+    def _new_classifier(self, channels: int, pool_type: str) -> tuple[SelectAdaptivePool2d, nn.Module]:
         like = next(self.parameters())
         pool, fc = create_classifier(channels, self.num_classes, pool_type, use_conv=True)
-        if isinstance(fc, nn.Conv2d):
+        if isinstance(fc, nn.Conv2d) and fc.bias is not None:
             nn.init.trunc_normal_(fc.weight, std=0.02)
             nn.init.zeros_(fc.bias)
         return pool.train(self.training), fc.to(like.device, like.dtype).train(self.training)
@@ -207,9 +212,9 @@ class TimmOverLoCK(OverLoCK):
         }
         return affine | {name for name, _ in self.named_parameters() if '.rpb_' in name}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int, ...] | None]]]:
+    def group_matcher(self, coarse: bool = False) -> Groups:
         """Group parameters by depth, a group for each block (`coarse`: each stage), the heads last."""
-        groups = {'stem': r'^base_net\.stem\.'}
+        groups: Groups = {'stem': r'^base_net\.stem\.'}
         for stage, entry in _STAGES:
             groups[stage] = (
                 rf'^(?:{entry}|{stage})\.' if coarse else [(rf'^{entry}\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
@@ -252,5 +257,5 @@ class TimmOverLoCK(OverLoCK):
     def _rebuilt(self) -> TimmOverLoCK:
         twin = TimmOverLoCK(self.arch, self.in_chans, 0, aux_head=self.aux_head is not None)
         twin.prune_intermediate_layers([self.num_outputs - 1], prune_head=isinstance(self.head.proj, nn.Identity))
-        twin.reset_classifier(self.num_classes, self.head.pool.pool_type)
+        twin.reset_classifier(self.num_classes, self.global_pool)
         return twin

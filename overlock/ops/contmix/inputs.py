@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Half(NamedTuple):
-    """The inputs of one of the two kernels: the small one and the first half of the value channels, or the large one."""
+    """The inputs of one kernel: the small one with the first half of the value channels, or the large one."""
 
     size: int  # K
     kernel: Tensor  # (B, G, d, K^2)

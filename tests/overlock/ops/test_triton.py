@@ -245,7 +245,7 @@ def test_importing_the_backend_and_asking_whether_it_runs_leaves_triton_alone():
 
 @pytest.fixture
 def asked_afresh(monkeypatch):
-    """`why_unavailable` looks again at what is installed, before and after the test, and no interpreter is asked for."""
+    """Let `why_unavailable` look again at what is installed, before and after the test, with no interpreter."""
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     backend._missing.cache_clear()
     yield
