@@ -121,7 +121,7 @@ def pick(backend: str) -> Callable[..., Tensor]:
 
 
 class Gate:
-    """Compares backends with the reference in float64 on the same inputs, on a smaller map if that is too large."""
+    """Compare backends with the reference in float64 on the same inputs, on a smaller map if that is too large."""
 
     def __init__(self, task: dict[str, Any], threads: int | None) -> None:
         self.threads, self.dtype, self.size = threads, task['dtype'], check_map(task)
@@ -129,7 +129,7 @@ class Gate:
 
     @cached_property
     def truth(self) -> dict[str, Tensor]:
-        """Output and gradients of the reference."""
+        """Return the output and gradients of the reference."""
         return compute_truth(OperatorCase, self.task, self.threads)
 
     def __call__(self, name: str, worker: Worker) -> dict[str, Any]:

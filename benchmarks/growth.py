@@ -23,7 +23,7 @@ from overlock.utils.files import whole_file
 SIZES = [(224, 224), (320, 320), (512, 512), (640, 1024), (800, 1344), (1024, 1536), (1280, 2048)]
 # Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS = dict(zip(ARCHS, ('#0072B2', '#009E73', '#D55E00', '#CC79A7'), strict=True))
-STYLE = {
+STYLE: dict[Any, Any] = {
     'font.size': 9,
     'axes.titlesize': 10,
     'axes.spines.top': False,

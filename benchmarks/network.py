@@ -29,7 +29,7 @@ CHECK_PIXELS = 2 * 512 * 512
 
 
 class Gate:
-    """Compares presets with the published pipeline in float64 on the same weights and images.
+    """Compare presets with the published pipeline in float64 on the same weights and images.
 
     A row in bfloat16 must pass in float32 too. The published pipeline itself is timed whatever it deviates by in
     bfloat16.
@@ -45,12 +45,12 @@ class Gate:
 
     @cached_property
     def truth(self) -> dict[str, Tensor]:
-        """Outputs and gradients in float64."""
+        """Return the outputs and gradients in float64."""
         return self._published('fp64')
 
     @cached_property
     def own(self) -> dict[str, float]:
-        """Deviation of the published pipeline in float32."""
+        """Return the deviation of the published pipeline in float32."""
         return deviation(self._published('fp32'), self.truth)
 
     def __call__(self, name: str, worker: Worker) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.published import aggregation, published
 from overlock import OverLoCK, OverLoCKBackbone, keep_freed_memory
+from overlock.models.overlock import Trunk
 
 FORWARD = ('published', 'train', 'deploy', 'compile')
 # A merged model does not train: there `compile` compiles the training form.
@@ -74,7 +75,7 @@ class NetworkCase:
                 if self.mode == 'forward':
                     return found
                 wide = torch.promote_types(image.dtype, torch.float32)
-                loss = sum(out.to(wide).square().mean() for out in found.values())
+                loss = torch.stack([out.to(wide).square().mean() for out in found.values()]).sum()
         parameters = dict(self.model.named_parameters())
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         # torch.compile puts the model behind `_orig_mod`.
@@ -90,7 +91,7 @@ class NetworkCase:
         return image.to(self.device, next(self.model.parameters()).dtype)
 
 
-def prepare(model: nn.Module, preset: str) -> nn.Module:
+def prepare(model: Trunk, preset: str) -> nn.Module:
     """Bring our model to the form of a preset.
 
     Raises:
@@ -106,32 +107,32 @@ def prepare(model: nn.Module, preset: str) -> nn.Module:
         return published(model, next(model.parameters()).device)
     if preset != 'train':
         model = deploy(model)
-    return torch.compile(model, dynamic=False) if preset == 'compile' else model
+    return torch.compile(model, dynamic=False) if preset == 'compile' else model  # type: ignore[return-value]
 
 
-def deploy(model: nn.Module) -> nn.Module:
+def deploy(model: Trunk) -> Trunk:
     """Return the model in the form of its mode: merged in evaluation, as it is in training."""
     return model if model.training else model.switch_to_deploy()
 
 
-def channels_last(model: nn.Module) -> nn.Module:
+def channels_last(model: Trunk) -> Trunk:
     """Set the memory format; the preset 'benchmarks.presets:channels_last'."""
     model = deploy(model)
     model.memory_format = torch.channels_last
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def keep_memory(model: nn.Module) -> nn.Module:
+def keep_memory(model: Trunk) -> Trunk:
     """Keep freed memory in this process; the preset 'benchmarks.presets:keep_memory'."""
     keep_freed_memory()
     return deploy(model)
 
 
-def checkpointed(model: nn.Module) -> nn.Module:
+def checkpointed(model: Trunk) -> Trunk:
     """Set `with_cp=True`; the preset 'benchmarks.presets:checkpointed'."""
     for module in model.modules():
         if hasattr(module, 'with_cp'):
-            module.with_cp = True
+            module.with_cp = True  # type: ignore[assignment]
     return model
 
 

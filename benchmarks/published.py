@@ -9,15 +9,16 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.layers import GRN, ChannelAffine, ConvFFN, DilatedReparamConv, LayerNorm2d
 from overlock.models.blocks import NUM_REGIONS, DynamicBlock
+from overlock.models.overlock import Trunk
 from overlock.ops.contmix import natten
 
 
-def published(model: nn.Module, device: torch.device | str = 'cpu') -> nn.Module:
+def published(model: Trunk, device: torch.device | str = 'cpu') -> Trunk:
     """Return a copy of a model of ours that runs the published pipeline on the same parameters and buffers.
 
     Args:
@@ -31,7 +32,7 @@ def published(model: nn.Module, device: torch.device | str = 'cpu') -> nn.Module
         raise ValueError('the published pipeline runs unmerged, but the model given is merged for inference')
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    twin.memory_format = torch.contiguous_format  # type: ignore[assignment]
+    twin.memory_format = torch.contiguous_format
     for module in twin.modules():
         # The same attributes under another forward, for this instance alone.
         module.__class__ = FORMS.get(type(module), type(module))
@@ -41,7 +42,7 @@ def published(model: nn.Module, device: torch.device | str = 'cpu') -> nn.Module
 
 
 def aggregation(device: torch.device | str) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """Return natten's kernel where it can run, else the unfold that people fall back to."""
+    """Return natten's kernel where it can run, else its usual replacement, an unfold."""
     # The only build that a recent torch imports is the one for CPUs.
     return aggregate_natten if torch.device(device).type == 'cpu' and not natten.why_unavailable() else aggregate_unfold
 
@@ -51,7 +52,7 @@ def contmix(
     key: Tensor,
     value: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     rpb_small: Tensor,
     rpb_large: Tensor,
     kernel_sizes: tuple[int, int],
@@ -117,7 +118,7 @@ def aggregate_natten(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor
 
 
 def aggregate_unfold(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:
-    """Do the same with an unfold, whose border windows are replicated for the queries near the border."""
+    """Sum values under tap weights with an unfold; queries near the border share the outermost windows."""
     batch, groups, dims, height, width = value.shape
     radius = kernel_size // 2
     windows = F.unfold(value.flatten(0, 1), kernel_size)
@@ -133,7 +134,7 @@ class PublishedDynamicBlock(DynamicBlock):
     aggregate: Callable[[Tensor, Tensor, int], Tensor]
 
     def dynamic_conv(self, x: Tensor, value: Tensor) -> Tensor:
-        size = value.shape[2:]
+        size = value.shape[2], value.shape[3]
         short, large = min(size), self.kernel_sizes[1]
         if short < large:
             grown = [large if side == short else int(large / short * side) for side in size]

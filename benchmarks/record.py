@@ -36,7 +36,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the options that all benchmarks share; its help tells the default of each."""
+    """Return a parser of the options that all benchmarks share; its help gives the defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     parser.add_argument('--device', default=device, help='cpu or cuda')

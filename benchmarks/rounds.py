@@ -38,7 +38,7 @@ class WorkerError(RuntimeError):
 
 
 class Host:
-    """Holds the case of a worker process and measures it."""
+    """Build and measure the case of a worker process."""
 
     def build(self, make: Callable[..., Any], task: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
         """Build the case and take the memory in use after that as the base."""

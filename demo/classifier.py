@@ -64,7 +64,7 @@ def _table(last: Validation, average: Validation) -> str:
 
 
 def draw(root: str | os.PathLike, train: int = 200, val: int = 40, size: int = 96, seed: int = 0) -> Path:
-    """Draw `train/` and `val/` with so many images of `size` pixels of each class, unless they are there complete.
+    """Draw `train/` and `val/` with images of `size` pixels for each class, unless both are complete already.
 
     Raises:
         UserError: If a number is out of range, or `root` holds something else than a drawn data set.

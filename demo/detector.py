@@ -78,12 +78,12 @@ def run_demo(config: str | Path, work_dir: str | Path, cfg_options: dict[str, An
 
 
 def _options(step: str, cfg_options: dict[str, Any] | None) -> dict[str, Any]:
-    """Add a visualizer of its own: mmengine keeps them by name, and one kept writes into an earlier run's log."""
+    """Name the visualizer uniquely: mmengine reuses one of the same name, which writes to an earlier run's log."""
     return {**(cfg_options or {}), 'visualizer.name': f'{step}-{time.time_ns()}'}
 
 
 def draw(root: str | os.PathLike, train: int = 320, val: int = 48, size: int = 128, seed: int = 0) -> Path:
-    """Draw `train` and `val` square images of `size` pixels, unless they are there complete.
+    """Draw `train` and `val` square images of `size` pixels, unless both splits are complete already.
 
     The same scenes are written twice: `coco/` (`annotations/instances_{train,val}2017.json`, `train2017/`,
     `val2017/`; masks, boxes and areas of the visible parts) and `ade/` (`images/{training,validation}/`,

@@ -83,7 +83,7 @@ def draw_once(root: str | os.PathLike, write: Callable[[Path], None], **paramete
 
 
 def is_drawn(root: str | os.PathLike) -> bool:
-    """Return whether a drawn data set lies in the folder, with whatever parameters."""
+    """Return whether the folder holds a drawn data set, whatever its parameters."""
     return any(Path(root, name).is_file() for name in (_STAMP, _OLD_STAMP))
 
 
@@ -104,7 +104,7 @@ def clear_results(work_dir: Path, paths: Iterable[Path]) -> None:
 
 
 def _is_complete(root: Path, parameters: dict[str, int]) -> bool:
-    """Return whether the stamp of the folder has these parameters, and its files are there in full."""
+    """Return whether the folder's stamp has these parameters and all its files are complete."""
     try:
         stamp = json.loads((root / _STAMP).read_text())
     except (OSError, ValueError):

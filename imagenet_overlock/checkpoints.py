@@ -50,7 +50,7 @@ def training_facts(path: Path) -> dict[str, Any]:
 
 
 def starting_weights(source: str) -> tuple[dict[str, Tensor], str]:
-    """Return the weights of a file to train from, and what to call them: averaged ones if a checkpoint has them.
+    """Return weights to train from, averaged ones if the file has them, and their name for messages.
 
     Raises:
         CheckpointError: If the file cannot be found or read.

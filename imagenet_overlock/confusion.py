@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which."""
+"""Find the classes that a classifier confuses, and write the matrix of them."""
 
 from __future__ import annotations
 

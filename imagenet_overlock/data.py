@@ -1,4 +1,4 @@
-"""Images to batches, by timm's data sets, transforms and loaders."""
+"""Turn images into batches with timm's data sets, transforms and loaders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from overlock.utils.errors import UserError
 
 
 class EveryImage(ImageDataset):
-    """timm's data set, but an image that cannot be decoded is an error: timm puts the next one in its place."""
+    """timm's data set, except that an image that cannot be decoded is an error; timm takes the next one instead."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, target = self.reader.samples[index]
@@ -25,7 +25,7 @@ class EveryImage(ImageDataset):
 
 
 def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -> PrefetchLoader:
-    """Return augmented batches of this process, already on its device; incomplete ones are dropped.
+    """Return augmented batches of this process, already on its device, without incomplete ones.
 
     Raises:
         UserError: If timm does not know the augmentation.
@@ -67,7 +67,7 @@ def val_loader(
     crop_pct: float | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> PrefetchLoader:
-    """Return batches of this process's share of a split, on its device: every image is in one share, once.
+    """Return batches of this process's share of a split, on its device; each image is in exactly one share.
 
     The model's `pretrained_cfg` gives the preprocessing where `img_size` (pixels) and `crop_pct` (side of the center
     crop over that of the resized image) are None; images above the model's size are not cropped. `classes` are those of
@@ -99,7 +99,7 @@ def _loader(
 
 
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:
-    """Make all that is random in an epoch of a process, workers included, depend on these numbers alone."""
+    """Make everything random in an epoch of a process, workers included, depend only on these numbers."""
     random_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0]))
 
 

@@ -1,4 +1,4 @@
-"""Runs of one process or of many, on one machine or several."""
+"""Run in one process or in many, on one machine or on several."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class World:
 
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
-    """Join the other processes that torchrun or Slurm started, if it did; leave together with them.
+    """Join the processes that torchrun or Slurm started, if any, and leave together with them.
 
     Args:
         device: 'cuda', 'cpu' or another device of torch; None for the GPU where there is one.
@@ -112,12 +112,12 @@ def join_world(device: str | None = None) -> Iterator[World]:
 
 
 def is_first_process() -> bool:
-    """Return whether this process is the first of its run, before the run is joined too."""
+    """Return whether this process is the first of its run, even before it joins the others."""
     return world_info_from_env()[1] == 0
 
 
 def log_to_terminal() -> None:
-    """Send the log of this package and of overlock to stderr; of the processes of a run that of the first alone."""
+    """Send the log of this package and of overlock to stderr, from the first process of a run only."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
     for name in ('imagenet_overlock', 'overlock'):

@@ -1,19 +1,21 @@
-"""Accuracy of a classifier on a split, exact however many processes share the work."""
+"""Measure the exact accuracy of a classifier on a split that any number of processes share."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from timm.data.loader import PrefetchLoader
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from imagenet_overlock.distributed import World
 from imagenet_overlock.model import both_logits
+from overlock.timm import TimmOverLoCK
 from overlock.utils.errors import UserError
 
 T = TypeVar('T')
@@ -21,7 +23,7 @@ T = TypeVar('T')
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world: World, amp: bool = False
+    model: TimmOverLoCK, batches: PrefetchLoader, world: World, amp: bool = False
 ) -> tuple[dict[str, float], Tensor]:
     """Evaluate this process's share of a split and sum up over all processes.
 
@@ -54,9 +56,7 @@ def evaluate(
     return figures, sums['confusion']
 
 
-def _count(
-    model: nn.Module, batches: Collection[tuple[Tensor, Tensor]], world: World, amp: bool
-) -> tuple[dict[str, Tensor], float]:
+def _count(model: TimmOverLoCK, batches: PrefetchLoader, world: World, amp: bool) -> tuple[dict[str, Tensor], float]:
     """Return sums over the images of this process, and its images per second."""
     classes = model.num_classes
     heads = ('main', 'aux') if model.aux_head is not None else ('main',)
@@ -84,7 +84,7 @@ def _count(
 
 
 def _plain_errors(batches: Iterable[T]) -> Iterator[T]:
-    """Yield the batches; a UserError of a loader's worker loses the traceback that stands before the sentence."""
+    """Yield the batches; strip the traceback from the message of a UserError that a loader's worker raised."""
     try:
         yield from batches
     except UserError as error:

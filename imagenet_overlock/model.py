@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from typing import cast
 
 import timm
-from torch import Tensor, nn
+from torch import Tensor
 
-import overlock.timm  # noqa: F401  registers the models
 from overlock.checkpoint import CheckpointError, from_published, load, load_state_dict
+
+# This import registers the models.
+from overlock.timm import TimmOverLoCK
 from overlock.utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -19,17 +22,18 @@ _CLASSIFIERS = ('head.fc', 'aux_head.fc')
 
 def create_model(
     name: str, num_classes: int, aux_head: bool, drop_path: float = 0.0, pretrained: bool = False
-) -> nn.Module:
-    """Build a classifier of timm's registry; published weights get new classifiers unless there are 1000 classes.
+) -> TimmOverLoCK:
+    """Build a classifier from timm's registry; published weights get new classifiers unless there are 1000 classes.
 
     Raises:
         UserError: If there is no such model.
         CheckpointError: If the weights cannot be found.
     """
     check_model(name)
-    return timm.create_model(
+    model = timm.create_model(
         name, pretrained=pretrained, num_classes=num_classes, aux_head=aux_head, drop_path_rate=drop_path
     )
+    return cast(TimmOverLoCK, model)
 
 
 def check_model(name: str) -> None:
@@ -43,7 +47,7 @@ def check_model(name: str) -> None:
         raise UserError(f'There is no model {name}; the models are {", ".join(names)}.')
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+def load_weights(model: TimmOverLoCK, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Load weights to train from; heads start anew where the file has other classes, or no auxiliary head.
 
     Raises:
@@ -62,8 +66,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 
 def load_for_validation(
     model_name: str, source: str | os.PathLike, num_classes: int, aux_head: bool, ema: bool
-) -> nn.Module:
-    """Build a classifier with the weights, or their running average, of a published name, a path or a URL.
+) -> TimmOverLoCK:
+    """Build a classifier with the weights, or their running average, from a published name, path or URL.
 
     Raises:
         CheckpointError: If the file is not of this model or has other classes.
@@ -74,7 +78,7 @@ def load_for_validation(
     classes = given['head.fc.weight'].shape[0] if 'head.fc.weight' in given else num_classes
     if classes != num_classes:
         raise CheckpointError(
-            f'{source} tells {classes} classes apart, but the image folder has {num_classes}; give '
+            f'{source} has {classes} classes, but the image folder has {num_classes}; give '
             'the folder that it was trained on, or train on this one first.'
         )
     model = create_model(model_name, num_classes, aux_head)
@@ -82,7 +86,7 @@ def load_for_validation(
     return model
 
 
-def both_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def both_logits(model: TimmOverLoCK, images: Tensor) -> dict[str, Tensor]:
     """Return `main` logits, and `aux` logits where the model has that head, in evaluation too.
 
     Args:

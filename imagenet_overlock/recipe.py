@@ -33,7 +33,7 @@ def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flag
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a classifier is trained; names are those of timm's training script where it has the setting.
+    """The settings of a training run, named as in timm's training script where it has them.
 
     The published settings (total batch 2048, learning rate 2e-3) are met by 8 processes of 256 images: the learning
     rate follows the total batch. Where the paper is silent the settings are DeiT's, which it names, but no image is
@@ -116,15 +116,15 @@ class Recipe:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in training."""
+        """Return whether images are mixed in training."""
         return self.mixup > 0 or self.cutmix > 0
 
     def total_batch(self, processes: int) -> int:
-        """Return the images in an update of so many processes."""
+        """Return the number of images in an update over all processes."""
         return self.batch_size * self.grad_accum_steps * processes
 
     def learning_rate(self, processes: int) -> float:
-        """Return the highest learning rate of the schedule for so many processes."""
+        """Return the highest learning rate of the schedule with this number of processes."""
         return self.lr_base * self.total_batch(processes) / self.lr_base_size if self.lr is None else self.lr
 
 

@@ -32,6 +32,7 @@ from imagenet_overlock.evaluate import evaluate
 from imagenet_overlock.folder import Split, check_folder
 from imagenet_overlock.model import create_model, load_weights
 from imagenet_overlock.recipe import Recipe
+from overlock.timm import TimmOverLoCK
 from overlock.utils.errors import UserError
 from overlock.utils.files import whole_file
 
@@ -48,14 +49,14 @@ def train(
 ) -> list[dict[str, float]]:
     """Train a classifier and validate it after each epoch.
 
-    `output` receives `last.pth` (all that is needed to go on), `best.pth` (the weights of the best epoch, by the top-1
-    accuracy of the averaged weights where there are such) and `summary.csv`.
+    `output` receives `last.pth` (all that resuming needs), `best.pth` (the weights of the best epoch, by the top-1
+    accuracy of the averaged weights if there are any) and `summary.csv`.
 
     Args:
         recipe: The settings.
         data_dir: Image folder with the splits `train/` and `val/` or `validation/`.
         output: Folder to write.
-        resume: Checkpoint to go on from, or 'auto' for `last.pth` in `output`, if there is one.
+        resume: Checkpoint to resume, or 'auto' for `last.pth` in `output`, if there is one.
         device: Device of torch; None for the GPU where there is one.
         tensorboard: Whether to write scalars for TensorBoard too.
 
@@ -81,9 +82,9 @@ def train(
 
 
 class Trainer:
-    """A training run: what it needs to go on, and its loop.
+    """A training run: its state and its loop.
 
-    A run that is resumed has weights of its own: only one `from_start` loads those that the recipe starts from.
+    Only a run `from_start` loads the weights that the recipe starts from; a resumed run has its own.
 
     Raises:
         UserError: If the settings do not fit each other or the images, or the weights cannot be used.
@@ -101,7 +102,8 @@ class Trainer:
         self.val_loader = val_loader(
             val_split, world, self.model, recipe.batch_size, recipe.workers, recipe.img_size, recipe.crop_pct
         )
-        self.mixup, self.loss = None, LabelSmoothingCrossEntropy(recipe.smoothing)
+        self.mixup: Mixup | None = None
+        self.loss: nn.Module = LabelSmoothingCrossEntropy(recipe.smoothing)
         if recipe.mixes:
             self.mixup = Mixup(
                 recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(self.classes)
@@ -113,7 +115,7 @@ class Trainer:
             self.optimizer,
             'cosine',
             recipe.epochs,
-            warmup_epochs=recipe.warmup_epochs,
+            warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]  # takes fractions too
             warmup_lr=recipe.warmup_lr,
             min_lr=recipe.min_lr,
             step_on_epochs=False,
@@ -137,7 +139,7 @@ class Trainer:
         )
 
     def resume(self, path: Path) -> None:
-        """Take up the state of a checkpoint, if it is of this model and these classes."""
+        """Restore the state of a checkpoint that has this model and these classes."""
         content = checkpoints.read_checkpoint(path)
         checkpoints.check_resumable(content, path, self.recipe, self.classes, self.world.size)
         self.model.load_state_dict(content['state_dict'])
@@ -170,7 +172,7 @@ class Trainer:
 
     @property
     def _lr(self) -> float:
-        """The learning rate of the layers that have the highest."""
+        """Return the highest learning rate of all layers."""
         return max(group['lr'] for group in self.optimizer.param_groups)
 
     @property
@@ -179,7 +181,7 @@ class Trainer:
 
     @property
     def _eta(self) -> str:
-        """When the run ends, if it goes on at the pace so far."""
+        """Return the remaining time at the pace so far."""
         left = (self.recipe.epochs * self.updates - self.done) / (self.done - self.first)
         return f'ETA {timedelta(seconds=round((time.perf_counter() - self.begin) * left))}'
 
@@ -221,17 +223,17 @@ class Trainer:
         return {'train_loss': loss, **heads, 'train_images_per_second': rate}
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Do one update; return the losses of this process: total, main and auxiliary, (3,)."""
-        recipe, world = self.recipe, self.world
+        """Run one update and return the losses of this process: total, main and auxiliary, (3,)."""
+        recipe, world, parallel = self.recipe, self.world, self.parallel
         losses = torch.zeros(3, dtype=torch.float64, device=world.device)
         for step in range(recipe.grad_accum_steps):
             images, targets = next(batches)
             if self.mixup:
                 images, targets = self.mixup(images, targets)
-            waits = world.is_distributed and step < recipe.grad_accum_steps - 1
-            with self.parallel.no_sync() if waits else nullcontext():
+            last = step == recipe.grad_accum_steps - 1
+            with nullcontext() if last or not isinstance(parallel, DistributedDataParallel) else parallel.no_sync():
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.amp):
-                    logits = self.parallel(images)
+                    logits = parallel(images)
                 if not isinstance(logits, dict):
                     logits = {'main': logits}
                 main = self.loss(logits['main'].float(), targets)
@@ -299,7 +301,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, file)
 
 
-def _build(recipe: Recipe, num_classes: int, from_start: bool) -> nn.Module:
+def _build(recipe: Recipe, num_classes: int, from_start: bool) -> TimmOverLoCK:
     pretrained = recipe.pretrained and from_start
     model = create_model(recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path, pretrained)
     if recipe.initial_checkpoint and from_start:
@@ -308,7 +310,7 @@ def _build(recipe: Recipe, num_classes: int, from_start: bool) -> nn.Module:
     return model
 
 
-def _create_optimizer(recipe: Recipe, world: World, model: nn.Module) -> torch.optim.Optimizer:
+def _create_optimizer(recipe: Recipe, world: World, model: TimmOverLoCK) -> torch.optim.Optimizer:
     lr = recipe.learning_rate(world.size)
     if lr < recipe.min_lr:
         raise UserError(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg_value
 from torch import Tensor
 
 from imagenet_overlock.checkpoints import training_facts
@@ -27,7 +28,7 @@ from overlock.utils.files import whole_file
 
 @dataclass(frozen=True)
 class Validation:
-    """What was validated, at which side of the images in pixels, and the figures."""
+    """The result of a validation: its settings, with the side of the images in pixels, and its figures."""
 
     model: str
     weights: str
@@ -120,7 +121,7 @@ def validate(
         source = os.fspath(checkpoint or _published(model))
         network = load_for_validation(model, source, len(classes), aux, ema).to(world.device)
         args = trained.get('args', {})
-        trained_size = args.get('img_size', network.pretrained_cfg['input_size'][-1])
+        trained_size = args.get('img_size', resolve_data_config({}, model=network)['input_size'][-1])
         img_size = img_size or trained_size
         if crop_pct is None:
             crop_pct = 1.0 if img_size > trained_size else args.get('crop_pct')
@@ -137,12 +138,12 @@ def validate(
 def _published(model: str) -> str:
     """Return the name of a model's published weights."""
     check_model(model)
-    url = timm.get_pretrained_cfg(model).url
+    url = get_pretrained_cfg_value(model, 'url')
     return next(name for name, weights in WEIGHTS.items() if weights.url == url)
 
 
 def _classes(trained: Mapping[str, Any], split: Split, source: str | None) -> tuple[str, ...]:
-    """Return the names of a model's classes: those that it was trained on if the weights tell, else the folder's."""
+    """Return the names of a model's classes: those that its checkpoint lists, else those of the folder."""
     classes = tuple(trained.get('classes', split.classes))
     unknown = sorted(set(split.classes) - set(classes))
     if unknown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -17,8 +18,8 @@ class BackboneModule(OverLoCKBackbone, BaseModule):
     """`overlock.OverLoCKBackbone` with mmengine's `init_cfg`.
 
     `init_cfg=dict(type='Pretrained', checkpoint=...)` takes a name in `overlock.checkpoint.WEIGHTS`, a path or a URL.
-    It loads ImageNet weights, or those of the backbone in a detector's or segmenter's file, tells in the log what was
-    loaded and what was not, and refuses a file of another variant. `prefix` says where else in the file they are.
+    It loads ImageNet weights, or those of the backbone in a detector's or segmenter's file, logs what was loaded
+    and what was not, and refuses a file of another variant. `prefix` says where else in the file they are.
 
     Args:
         *args: Those of `overlock.OverLoCKBackbone`.
@@ -26,7 +27,7 @@ class BackboneModule(OverLoCKBackbone, BaseModule):
         **kwargs: Those of `overlock.OverLoCKBackbone`.
     """
 
-    def __init__(self, *args, init_cfg: dict | list[dict] | None = None, **kwargs) -> None:
+    def __init__(self, *args: Any, init_cfg: dict | list[dict] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.init_cfg = copy.deepcopy(init_cfg)
 

@@ -33,7 +33,7 @@ def check_data(cfg: Config, *splits: str) -> None:
         splits: Which of 'train', 'val' and 'test' the run uses.
 
     Raises:
-        UserError: Files are missing, empty or of another format; the message tells the expected layout.
+        UserError: Files are missing, empty or of another format; the message gives the expected layout.
     """
     checked: list[dict] = []
     for split in splits:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmengine_overlock.config import load_config, nodes
 from overlock.checkpoint import find_file, load
@@ -141,7 +141,7 @@ def deployed_config(cfg: Config) -> Config:
     return cfg
 
 
-def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> BaseModel:
     """Build the model of a configuration in evaluation, with all of its tensors from a state dict."""
     settings = deepcopy(cfg.model)
     settings.backbone.pop('init_cfg', None)
@@ -171,7 +171,7 @@ def _draw(path: Path) -> Path:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, cfg: Config, image: Path) -> Prediction:
+def predict(model: BaseModel, cfg: Config, image: Path) -> Prediction:
     """Predict an image file, read by the test pipeline of the configuration."""
     pipeline = next(node['pipeline'] for node in nodes(cfg.test_dataloader) if 'pipeline' in node)
     # There is no truth to load.
@@ -188,9 +188,9 @@ def predict(model: nn.Module, cfg: Config, image: Path) -> Prediction:
 
 
 def compare(prediction: Prediction, expected: Prediction) -> tuple[bool, dict[str, str]]:
-    """Tell whether two predictions are the same but for rounding, and how far they are apart."""
+    """Return whether two predictions are equal up to rounding, and how far apart they are."""
     deviation = largest_deviation(prediction.maps, expected.maps)
-    share, account = 1.0, {}
+    share, account = 1.0, dict[str, str]()
     if 'pred_instances' in expected.sample:
         share, account = _compare_instances(prediction.sample.pred_instances, expected.sample.pred_instances)
     if 'pred_sem_seg' in expected.sample:

@@ -1,4 +1,4 @@
-"""Distributed runs, on machines without a GPU too."""
+"""Set up distributed runs, also on machines without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faster runs: compiled blocks, and backbones in bfloat16 for a test."""
+"""Make runs faster: compile blocks, and test with backbones in bfloat16."""
 
 from __future__ import annotations
 

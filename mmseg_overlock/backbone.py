@@ -1,5 +1,7 @@
 """The segmentation form of the backbone."""
 
+from typing import Any
+
 from mmseg.registry import MODELS
 
 from mmengine_overlock.backbone import BackboneModule
@@ -15,5 +17,5 @@ class OverLoCK(BackboneModule):
         **kwargs: Those of `overlock.OverLoCKBackbone`, and `init_cfg`.
     """
 
-    def __init__(self, arch: str | dict = 'xt', overview_residual: bool = False, **kwargs) -> None:
+    def __init__(self, arch: str | dict = 'xt', overview_residual: bool = False, **kwargs: Any) -> None:
         super().__init__(arch, overview_residual=overview_residual, **kwargs)

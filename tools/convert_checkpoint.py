@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a weight file: its names, form, parts and format; prints what became of its tensors."""
+"""Convert the names, form, parts or format of a weight file and print what became of its tensors."""
 
 import argparse
 import sys

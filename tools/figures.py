@@ -1,4 +1,4 @@
-"""The figures of docs/architecture.md, as Mermaid graphs, drawn from imports and from a run of the network."""
+"""Draw the figures of docs/architecture.md as Mermaid graphs, from imports and from a run of the network."""
 
 from __future__ import annotations
 

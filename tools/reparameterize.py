@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make a trained detector or segmenter into its deploy form, with the configuration for it, and show equal results."""
+"""Fold a trained detector or segmenter for deployment, write its configuration and compare the predictions."""
 
 import argparse
 import sys

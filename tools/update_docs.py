@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write what documents take from the code: tables of weights, model-index.yml, and the figures of the architecture."""
+"""Write the generated parts of documents: tables of weights, model-index.yml and figures of the architecture."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _RESULTS = {
 
 @cache
 def parameters(arch: str, form: str = 'training') -> int:
-    """Parameters of a classifier in one of the published forms, both heads included."""
+    """Return the number of parameters of a classifier in one of the published forms, both heads included."""
     with torch.device('meta'):
         model = OverLoCK(arch).to_form(form)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def model_index() -> dict[str, Any]:
-    """The published weights in the form of OpenMMLab's model-index.yml; results are paper-reported."""
+    """Return the published weights in the form of OpenMMLab's model-index.yml; results are paper-reported."""
     collection = dict(
         Name='OverLoCK',
         README='README.md',
@@ -119,9 +119,8 @@ def fill_in(document: str, parts: dict[str, str]) -> str:
     """
     for name, part in parts.items():
         opening = f'<!-- {name} -->\n'
-        document, places = re.subn(
-            rf'{opening}.*?(?=<!-- end -->)', lambda _, new=opening + part: new, document, flags=re.DOTALL
-        )
+        new = (opening + part).replace('\\', r'\\')
+        document, places = re.subn(rf'{opening}.*?(?=<!-- end -->)', new, document, flags=re.DOTALL)
         if places != 1:
             raise ValueError(f'expected one place for {name}, got {places}')
     return document

@@ -217,7 +217,7 @@ def test_classes_that_a_checkpoint_does_not_know_are_one_sentence(drawn, trained
 
 def test_weights_of_other_classes_are_one_sentence(drawn, tmp_path):
     torch.save(tiny.TimmOverLoCK(tiny.ARCH, num_classes=1000).state_dict(), tmp_path / 'in1k.pth')
-    with pytest.raises(CheckpointError, match='tells 1000 classes apart, but the image folder has 10; give the folder'):
+    with pytest.raises(CheckpointError, match='has 1000 classes, but the image folder has 10; give the folder'):
         validate(drawn, 'overlock_tiny', str(tmp_path / 'in1k.pth'), workers=0)
     with pytest.raises(UserError, match='The weights do not tell their model; name it with --model'):
         validate(drawn, checkpoint=str(tmp_path / 'in1k.pth'), workers=0)
@@ -226,7 +226,7 @@ def test_weights_of_other_classes_are_one_sentence(drawn, tmp_path):
 def test_published_weights_are_found_where_they_are_stored(drawn, tmp_path, monkeypatch):
     monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path))
     torch.save(tiny.TimmOverLoCK('xt', num_classes=1000).state_dict(), tmp_path / 'overlock_xt_in1k_224.pth')
-    with pytest.raises(CheckpointError, match='overlock_xt_in1k tells 1000 classes apart, but the image folder has 10'):
+    with pytest.raises(CheckpointError, match='overlock_xt_in1k has 1000 classes, but the image folder has 10'):
         validate(drawn, 'overlock_xt', pretrained=True, workers=0)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class SetupError(Exception):
-    """What stopped the set-up, in words for the user."""
+    """The set-up failed; the message tells the user why."""
 
 
 def progress(output: str, seconds: float) -> str:

@@ -10,7 +10,7 @@ import sys
 
 # Stands above the imports, unannotated: an older Python must get as far as this sentence.
 def check_python(version, python):
-    """Stop with a sentence unless this version of Python is supported."""
+    """Exit with a message unless this version of Python is supported."""
     if not (3, 10) <= tuple(version[:2]) <= (3, 12):
         got = f'{".".join(map(str, version[:3]))} ({python}): name another, as in `PYTHON=python3.11 make test`'
         sys.exit(f'setup: Python 3.10, 3.11 or 3.12 is needed, got {got}')
@@ -70,7 +70,7 @@ def stamp(root: Path, found: SimpleNamespace, environ: Mapping[str, str]) -> str
 
 
 def is_set_up(venv: Path, root: Path, environ: Mapping[str, str]) -> bool:
-    """Tell whether a finished set-up of the same requirements is in `venv`, for the torch that is there now."""
+    """Return whether `venv` holds a finished set-up of the same requirements for its current torch."""
     with contextlib.suppress(OSError, SetupError):
         return (venv / 'overlock-stamp').read_text() == stamp(root, probe(venv / 'bin/python'), environ)
     return False
@@ -129,7 +129,7 @@ def install_packages(found: SimpleNamespace, root: Path, venv: Path, tested: boo
 
 
 def set_up(venv: Path, root: Path, environ: Mapping[str, str]) -> None:
-    """Bring an environment from wherever it is to complete; raise `SetupError` with what stops that."""
+    """Complete an environment from whatever state it is in; raise `SetupError` if that fails."""
     log, own, marker = venv / 'overlock-setup.log', venv == root / '.venv', venv / 'overlock-tested'
     log.write_text('')
     print(f'[1/4] environment {venv}; log: {log}', flush=True)

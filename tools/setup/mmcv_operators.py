@@ -55,7 +55,7 @@ def choose_target(environ: Mapping[str, str]) -> tuple[str, dict[str, str]]:
 
 
 def succeeds(command: list[str], variables: Mapping[str, str] | None = None) -> bool:
-    """Run a command with these variables added, and tell whether it succeeded."""
+    """Run a command with these variables added and return whether it succeeded."""
     return subprocess.run(command, env={**os.environ, **(variables or {})}).returncode == 0
 
 
