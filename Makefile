@@ -11,6 +11,8 @@ BIN = $(abspath $(VENV))/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 # Without bytecode on disk every process compiles torch and OpenMMLab anew, which takes several seconds.
 unexport PYTHONDONTWRITEBYTECODE
+# Two processes with a thread each; files stay whole, as some share a trained network.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -43,10 +45,10 @@ lint: setup  ## check style, formatting, types, shell scripts and the generated 
 	$(RUN) tools/update_docs.py --check
 
 test: setup  ## run the tests that take seconds
-	$(RUN) -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: setup  ## run the tests that take longer
-	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-natten: setup  ## build natten 0.17.5, some minutes, and run ContMix's tests with it
 	$(RUN) -m pip install cmake ninja wheel
