@@ -231,7 +231,7 @@ def test_the_model_has_every_tensor_of_the_file(old):
 def test_a_file_without_one_tensor_of_a_head_is_refused(old, tmp_path):
     weights = {name: value for name, value in old.weights.items() if name != 'roi_head.mask_head.upsample.bias'}
     file = legacy.save(tmp_path / 'cut.pth', weights, mmdet_version='2.28.2')
-    with pytest.raises(CheckpointError, match=r'1 tensors missing .*roi_head.mask_head.upsample.bias'):
+    with pytest.raises(CheckpointError, match=r'1 tensor missing .*roi_head.mask_head.upsample.bias'):
         old.loop.runner.load_checkpoint(str(file))
 
 
