@@ -1,6 +1,8 @@
 """Shared by tests: tiny networks, tolerances, deterministic weights, comparisons."""
 
 import copy
+import gzip
+import json
 import zlib
 from pathlib import Path
 
@@ -22,6 +24,11 @@ def assert_relative(actual, expected, tolerance: float) -> None:
     assert actual.shape == expected.shape
     deviation = (actual - expected).abs().max().item()
     assert deviation <= tolerance * expected.abs().max().item(), f'deviates by {deviation:.2e}'
+
+
+def published_shapes() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """Return the published shapes: by kind ('cls', 'cls_reparam', 'det', 'seg'), variant and name."""
+    return json.loads(gzip.decompress((DATA / 'state_dicts.json.gz').read_bytes()))
 
 
 def published_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:

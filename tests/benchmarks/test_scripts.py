@@ -31,6 +31,7 @@ def run(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_network_times_presets_that_agree_and_refuses_one_that_is_wrong(run, capsys):
     status, record = run(
         network, '--size', '32x64', '--presets', 'train', 'deploy', 'tests.benchmarks.wrong:one_norm_off'
@@ -77,6 +78,7 @@ def test_operator_times_what_is_right_and_says_of_the_rest_why_not(run):
     assert status == 1 and eager['stage'] == 4 and eager['image'] == [64, 64]
 
 
+@pytest.mark.slow
 def test_growth_writes_a_row_for_each_shape_and_draws_them(run, tmp_path):
     from PIL import Image
 

@@ -69,6 +69,7 @@ def call_tool(monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_training_resuming_and_validating_from_the_command_line(two_classes, call_tool, capsys, tmp_path):
     output = tmp_path / 'run'
     command = [TRAIN, two_classes, *TINY, '-b', 2, '-j', 0, '--output', output]

@@ -179,7 +179,7 @@ def test_options_stay_in_the_new_configuration(trained, tmp_path):
             'detector.pth',
             CheckpointError,
             r'detector.pth is not for this model: \d+ tensors missing from the file \(first decode_head.*\), \d+ '
-            r'tensors that the model does not have \(first neck',
+            r'tensors that the model does not have \(first backbone.output_norms.overview',
         ),
         (
             CONFIGS['segmenter'].replace(BACKBONE, "backbone=dict(_delete_=True, type='MobileNetV2')"),

@@ -1,18 +1,15 @@
 """Published shapes and golden values."""
 
-import gzip
-import json
-
 import numpy as np
 import pytest
 
-from tests.testing import DATA
+from tests.testing import DATA, published_shapes
 
 
 @pytest.fixture(scope='session')
 def shapes() -> dict[str, dict[str, dict[str, list[int]]]]:
     """Published shapes: kind ('cls', 'cls_reparam', 'det', 'seg'), variant, name."""
-    return json.loads(gzip.decompress((DATA / 'state_dicts.json.gz').read_bytes()))
+    return published_shapes()
 
 
 @pytest.fixture(scope='session')

@@ -316,6 +316,7 @@ def test_compiled_model_is_one_graph():
     torch.testing.assert_close(logits(compiled, x), logits(model, x))
 
 
+@pytest.mark.slow
 def test_training_as_in_timms_script_ends_in_a_checkpoint_that_validation_loads(tmp_path):
     from PIL import Image
 

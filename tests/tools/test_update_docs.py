@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from overlock.checkpoint import WEIGHTS
+from tests.testing import published_shapes
 from tools.update_docs import fill_in, parameters, parts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,8 @@ def test_index_lists_every_file_with_its_result_and_configuration():
             assert (ROOT / model['Config']).is_file()
 
 
-def test_parameters_are_those_of_the_published_state_dicts(shapes):
+def test_parameters_are_those_of_the_published_state_dicts():
+    shapes = published_shapes()
     buffers = ('running_mean', 'running_var', 'num_batches_tracked')
     for kind, form in (('cls', 'training'), ('cls_reparam', 'merged')):
         total = 0

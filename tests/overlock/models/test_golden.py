@@ -115,7 +115,8 @@ def test_inner_activations_are_those_of_the_published_backbone(shapes, golden):
         assert_relative(sample(seen[name], 2048), golden[f'{key}/sample'], DOUBLE)
 
 
-@pytest.mark.parametrize('with_cp', [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize('with_cp', [False, True])
 def test_training_loss_and_every_gradient_norm_are_those_of_the_published_backbone(with_cp, shapes, golden):
     model = OverLoCKBackbone('xt', with_cp=with_cp).double()
     model.load_state_dict(published_weights(shapes['det']['xt']))
