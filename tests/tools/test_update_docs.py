@@ -57,6 +57,6 @@ def test_parts_replace_what_stands_between_the_comments():
 def test_figures_show_shapes_and_only_arrows_that_point_down():
     readme, architecture = parts().values()
     assert all(table.startswith('| weights |') for table in readme.values())
-    assert 'focus_net.stage4<br>' in architecture['figure: network']
+    assert 'focus_net.stage4<br>336x16x16 + 84x16x16' in architecture['figure: network']
     assert 'overlock_checkpoint --> overlock_models' in architecture['figure: packages']
     assert 'overlock_models --> overlock_checkpoint' not in architecture['figure: packages']
