@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Without bytecode on disk every process compiles torch and OpenMMLab anew, which takes several seconds.
 unexport PYTHONDONTWRITEBYTECODE
 # Two processes with a thread each; files stay whole, as some share a trained network.
-PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 PYTEST_ADDOPTS="-n 2 --dist loadfile $$PYTEST_ADDOPTS" $(RUN) -m pytest
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
