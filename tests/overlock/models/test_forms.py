@@ -10,6 +10,7 @@ from overlock import OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import CheckpointError, load_pretrained, to_published
 from overlock.models.names import form_of
 from tests.testing import (
+    MODELS,
     TINY,
     TOLERANCES,
     assert_relative,
@@ -21,15 +22,10 @@ from tests.testing import (
     same,
 )
 
-MODELS = {
-    'classifier': lambda **kwargs: OverLoCK(TINY, **kwargs),
-    'detection': lambda **kwargs: OverLoCKBackbone(TINY, **kwargs),
-    'segmentation': lambda **kwargs: OverLoCKBackbone(TINY, overview_residual=False, **kwargs),
-    'first output': lambda **kwargs: OverLoCKBackbone(TINY, out_indices=(0,), **kwargs),
-}
+KINDS = ('classifier', 'detection', 'segmentation', 'outputs (0,)')
 
 
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_forms_are_told_by_names(kind):
     model = MODELS[kind]()
     for form in ('training', 'merged', 'folded'):
@@ -39,7 +35,7 @@ def test_forms_are_told_by_names(kind):
 
 @pytest.mark.parametrize('published', [False, True], ids=['our names', 'published names'])
 @pytest.mark.parametrize('form', ['training', 'merged'])
-@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_folded_model_loads_unfolded_forms_strictly(kind, form, published):
     model = randomise(MODELS[kind]().double()).eval()
     state = in_form(model, form)
