@@ -39,7 +39,7 @@ def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -
         ) from error
     loader = _loader(
         ImageDataset(str(split.root), class_map=_class_map(split.classes)),
-        resolve_data_config({'img_size': recipe.img_size}, model=model),
+        resolve_data_config({'img_size': recipe.img_size, 'interpolation': recipe.train_interpolation}, model=model),
         recipe.batch_size,
         recipe.workers,
         world,

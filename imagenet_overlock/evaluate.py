@@ -23,7 +23,7 @@ T = TypeVar('T')
 
 @torch.no_grad()
 def evaluate(
-    model: TimmOverLoCK, batches: PrefetchLoader, world: World, amp: bool = False
+    model: TimmOverLoCK, batches: PrefetchLoader, world: World, autocast: torch.dtype | None = None
 ) -> tuple[dict[str, float], Tensor]:
     """Evaluate this process's share of a split and sum up over all processes.
 
@@ -31,7 +31,7 @@ def evaluate(
         model: Classifier; it is left in evaluation mode.
         batches: Images (B, 3, H, W) and classes (B,) on the device of `world`.
         world: The processes that each have a share.
-        amp: Whether to run in bfloat16 autocast.
+        autocast: The dtype of autocast; None for none.
 
     Returns:
         Figures by name: `images`, how many; `loss`, mean cross-entropy of the main head in nats; `top1` and `top5`,
@@ -42,7 +42,7 @@ def evaluate(
     Raises:
         UserError: If an image cannot be decoded; in all processes.
     """
-    sums, rate = world.together(lambda: _count(model.eval(), batches, world, amp))
+    sums, rate = world.together(lambda: _count(model.eval(), batches, world, autocast))
     sums = {name: world.sum(value).cpu() for name, value in sums.items()}
     images = int(sums['confusion'].sum())
     figures = {'images': images, 'loss': sums['loss'].item() / max(images, 1)}
@@ -56,7 +56,9 @@ def evaluate(
     return figures, sums['confusion']
 
 
-def _count(model: TimmOverLoCK, batches: PrefetchLoader, world: World, amp: bool) -> tuple[dict[str, Tensor], float]:
+def _count(
+    model: TimmOverLoCK, batches: PrefetchLoader, world: World, autocast: torch.dtype | None
+) -> tuple[dict[str, Tensor], float]:
     """Return sums over the images of this process, and its images per second."""
     classes = model.num_classes
     heads = ('main', 'aux') if model.aux_head is not None else ('main',)
@@ -66,7 +68,7 @@ def _count(model: TimmOverLoCK, batches: PrefetchLoader, world: World, amp: bool
     timed, start = 0, 0.0
     shown = world.is_first and sys.stderr.isatty()
     for images, targets in tqdm(_plain_errors(batches), 'validation', len(batches), leave=False, disable=not shown):
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(world.device.type, autocast, enabled=autocast is not None):
             logits = both_logits(model, images)
         for head in heads:
             sums[head] += count_hits(logits[head], targets)

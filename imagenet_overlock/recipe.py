@@ -11,6 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from overlock.utils.errors import UserError
@@ -25,6 +26,8 @@ _KINDS = {
     'tuple[float, float]': (tuple, 'two numbers'),
 }
 
+_CHOICES = {'train_interpolation': ('random', 'bilinear', 'bicubic'), 'amp_dtype': ('float16', 'bfloat16')}
+
 
 def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flags: tuple[str, ...] = ()) -> Any:
     """Return a field with what the command line and the checks need to know of it."""
@@ -35,9 +38,9 @@ def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flag
 class Recipe:
     """The settings of a training run, named as in timm's training script where it has them.
 
-    The published settings (total batch 2048, learning rate 2e-3) are met by 8 processes of 256 images: the learning
-    rate follows the total batch. Where the paper is silent the settings are DeiT's, which it names, but no image is
-    augmented several times in an epoch.
+    The defaults are the authors' settings. Their total batch of 2048 and learning rate of 2e-3 are met by 8 processes
+    of 256 images: the learning rate follows the total batch. As in timm's script, 1-D parameters and biases do not
+    decay.
 
     Raises:
         UserError: If a setting is of the wrong type or out of range.
@@ -63,12 +66,16 @@ class Recipe:
     grad_accum_steps: int = _setting(1, 'steps whose gradients make one update', 1)
     workers: int = _setting(8, 'processes that read images, for each training process', 0, flags=('-j',))
 
-    epochs: int = _setting(300, 'epochs', 1)
+    epochs: int = _setting(300, 'epochs of warm-up and cosine', 1)
+    cooldown_epochs: int = _setting(10, 'epochs at the last learning rate, after the others', 0)
+    sched_on_updates: bool = _setting(
+        False, 'step the learning rate after each update, not each epoch: short runs need the smoother curve'
+    )
     opt: str = _setting('adamw', "one of timm's optimizers")
     lr: float | None = _setting(None, 'learning rate (default: from --lr-base)', 0)
     lr_base: float = _setting(1e-3, 'learning rate for --lr-base-size images in an update, scaled linearly', 0)
     lr_base_size: int = _setting(1024, 'images in an update that --lr-base is for', 1)
-    weight_decay: float = _setting(0.05, 'weight decay; none on norms and biases', 0)
+    weight_decay: float = _setting(0.05, 'weight decay; none on 1-D parameters and biases', 0)
     layer_decay: float | None = _setting(
         None, 'factor from the learning rate of a layer to that of the one before', 0.01, 1
     )
@@ -81,6 +88,7 @@ class Recipe:
     hflip: float = _setting(0.5, 'probability of a horizontal flip', 0, 1)
     color_jitter: float = _setting(0.4, 'color jitter, where --aa is empty', 0)
     aa: str = _setting('rand-m9-mstd0.5-inc1', 'automatic augmentation, by the name that timm gives it')
+    train_interpolation: str = _setting('random', 'resizing of training images: random (of the two), bilinear, bicubic')
     reprob: float = _setting(0.25, 'probability of random erasing', 0, 1)
     mixup: float = _setting(0.8, "alpha of mixup's beta distribution; 0 is off", 0)
     cutmix: float = _setting(1.0, "alpha of cutmix's beta distribution; 0 is off", 0)
@@ -88,7 +96,10 @@ class Recipe:
 
     model_ema: bool = _setting(True, 'average the weights over the updates')
     model_ema_decay: float = _setting(0.9999, 'decay of that average in an update', 0, 1)
-    amp: bool = _setting(False, 'train and validate in bfloat16 autocast')
+    amp: bool = _setting(True, 'train and validate in autocast; CPUs are faster without')
+    amp_dtype: str = _setting(
+        'float16', 'dtype of autocast: float16, with gradient scaling, or bfloat16, whose range needs none'
+    )
     grad_checkpointing: bool = _setting(False, 'recompute activations in the backward pass to save memory')
     seed: int = _setting(42, 'seed of everything random', 0, 2**32 - 1)
     log_interval: int = _setting(50, 'updates between two log lines', 1)
@@ -99,6 +110,9 @@ class Recipe:
             object.__setattr__(self, item.name, _checked(item, getattr(self, item.name)))
         if self.scale[0] > self.scale[1]:
             raise UserError(f'The setting scale takes the smaller number first, got {list(self.scale)}.')
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f'The setting {name} must be {" or ".join(known)}, got {getattr(self, name)}.')
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f'warmup_epochs must be below epochs, got {self.warmup_epochs} of {self.epochs}; lower warmup_epochs.'
@@ -118,6 +132,11 @@ class Recipe:
     def mixes(self) -> bool:
         """Return whether images are mixed in training."""
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Return the dtype of autocast, if it is on."""
+        return getattr(torch, self.amp_dtype) if self.amp else None
 
     def total_batch(self, processes: int) -> int:
         """Return the number of images in an update over all processes."""

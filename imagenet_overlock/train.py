@@ -18,7 +18,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, random_seed
+from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -32,6 +32,7 @@ from imagenet_overlock.evaluate import evaluate
 from imagenet_overlock.folder import Split, check_folder
 from imagenet_overlock.model import create_model, load_weights
 from imagenet_overlock.recipe import Recipe
+from overlock.layers.sync_norm import synchronize_on_cpus
 from overlock.timm import TimmOverLoCK
 from overlock.utils.errors import UserError
 from overlock.utils.files import whole_file
@@ -98,6 +99,10 @@ class Trainer:
         self.recipe, self.classes, self.output, self.world = recipe, train_split.classes, output, world
         random_seed(recipe.seed)
         self.model = _build(recipe, len(self.classes), from_start).to(world.device)
+        if world.is_distributed:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            if world.device.type == 'cpu':
+                synchronize_on_cpus(self.model)
         self.loader = train_loader(recipe, train_split, world, self.model)
         self.val_loader = val_loader(
             val_split, world, self.model, recipe.batch_size, recipe.workers, recipe.img_size, recipe.crop_pct
@@ -111,20 +116,21 @@ class Trainer:
             self.loss = SoftTargetCrossEntropy()
         self.updates = len(self.loader) // recipe.grad_accum_steps
         self.optimizer = _create_optimizer(recipe, world, self.model)
-        self.scheduler, _ = create_scheduler_v2(
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.autocast is torch.float16)
+        self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
             'cosine',
             recipe.epochs,
             warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]  # takes fractions too
             warmup_lr=recipe.warmup_lr,
             min_lr=recipe.min_lr,
-            step_on_epochs=False,
+            cooldown_epochs=recipe.cooldown_epochs,
+            step_on_epochs=not recipe.sched_on_updates,
             updates_per_epoch=self.updates,
         )
         self.ema = ModelEmaV3(self.model, recipe.model_ema_decay) if recipe.model_ema else None
         self.parallel: nn.Module = self.model
         if world.is_distributed:
-            # Each process has its own running statistics in an epoch, and their mean after it.
             self.parallel = DistributedDataParallel(
                 self.model, [world.device] if world.device.type == 'cuda' else None, broadcast_buffers=False
             )
@@ -146,16 +152,18 @@ class Trainer:
         if self.ema:
             self.ema.module.load_state_dict(content['state_dict_ema'])
         self.optimizer.load_state_dict(content['optimizer'])
+        if content.get('amp_scaler'):
+            self.scaler.load_state_dict(content['amp_scaler'])
         self.history = content['history']
         self.epoch = content['epoch'] + 1
         self.done = self.epoch * self.updates
-        self.scheduler.step_update(self.done)
-        _logger.info('resumed from %s after epoch %d of %d', path, self.epoch, self.recipe.epochs)
+        self._schedule()
+        _logger.info('resumed from %s after epoch %d of %d', path, self.epoch, self.epochs)
 
     def fit(self, writer: Any = None) -> list[dict[str, float]]:
         """Train from the current epoch to the last; return the figures of all, and write them for TensorBoard."""
         self.begin, self.first = time.perf_counter(), self.done
-        while self.epoch < self.recipe.epochs:
+        while self.epoch < self.epochs:
             start = time.perf_counter()
             row = {'epoch': self.epoch, **self._train_epoch(), 'lr': self._lr, **self._validate()}
             row['seconds'] = time.perf_counter() - start
@@ -168,7 +176,13 @@ class Trainer:
                     writer.add_scalar(name.replace('_', '/', 1), value, self.epoch + 1)
                 writer.flush()
             self.epoch += 1
+            self._schedule()
         return self.history
+
+    def _schedule(self) -> None:
+        """Set the learning rate for the updates and epochs done."""
+        self.scheduler.step_update(self.done)
+        self.scheduler.step(self.epoch)
 
     @property
     def _lr(self) -> float:
@@ -177,12 +191,12 @@ class Trainer:
 
     @property
     def _title(self) -> str:
-        return f'epoch {self.epoch + 1}/{self.recipe.epochs}'
+        return f'epoch {self.epoch + 1}/{self.epochs}'
 
     @property
     def _eta(self) -> str:
         """Return the remaining time at the pace so far."""
-        left = (self.recipe.epochs * self.updates - self.done) / (self.done - self.first)
+        left = (self.epochs * self.updates - self.done) / (self.done - self.first)
         return f'ETA {timedelta(seconds=round((time.perf_counter() - self.begin) * left))}'
 
     def _train_epoch(self) -> dict[str, float]:
@@ -215,9 +229,6 @@ class Trainer:
                     bar.set_postfix_str(status)
                     if not on_terminal:
                         _logger.info('%s, update %d/%d: %s', self._title, update, self.updates, status)
-        if world.is_distributed:
-            for model in (self.model, *([self.ema.module] if self.ema else [])):
-                distribute_bn(model, world.size, reduce=True)
         loss, main, aux = (sums / self.updates).tolist()
         heads = {'train_loss_main': main, 'train_loss_aux': aux} if recipe.aux_weight else {}
         return {'train_loss': loss, **heads, 'train_images_per_second': rate}
@@ -232,18 +243,20 @@ class Trainer:
                 images, targets = self.mixup(images, targets)
             last = step == recipe.grad_accum_steps - 1
             with nullcontext() if last or not isinstance(parallel, DistributedDataParallel) else parallel.no_sync():
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.amp):
+                with torch.autocast(world.device.type, recipe.autocast, enabled=recipe.amp):
                     logits = parallel(images)
                 if not isinstance(logits, dict):
                     logits = {'main': logits}
                 main = self.loss(logits['main'].float(), targets)
                 aux = self.loss(logits['aux'].float(), targets) if 'aux' in logits else torch.zeros_like(main)
                 loss = main + recipe.aux_weight * aux
-                (loss / recipe.grad_accum_steps).backward()
+                self.scaler.scale(loss / recipe.grad_accum_steps).backward()
             losses += torch.stack([loss, main, aux]).detach().double() / recipe.grad_accum_steps
         if recipe.clip_grad:
+            self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad(self.model.parameters(), recipe.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.done += 1
         self.scheduler.step_update(self.done)
@@ -256,7 +269,7 @@ class Trainer:
         models = {'val_': self.model, **({'val_ema_': self.ema.module} if self.ema else {})}
         row: dict[str, float] = {}
         for prefix, model in models.items():
-            figures, _ = evaluate(model, self.val_loader, self.world, self.recipe.amp)
+            figures, _ = evaluate(model, self.val_loader, self.world, self.recipe.autocast)
             row |= {f'{prefix}{name}': value for name, value in figures.items() if not name.startswith('images')}
         self._check_finite(row['val_loss'])
         return row
@@ -269,7 +282,7 @@ class Trainer:
         kept = f'{last} holds the state of epoch {self.epoch}' if last.exists() else 'there is no checkpoint yet'
         raise UserError(
             f'The loss became {loss} in epoch {self.epoch + 1}; {kept}. Lower --lr-base, raise '
-            f'--warmup-epochs{", or leave out --amp" if self.recipe.amp else ""}.'
+            f'--warmup-epochs{", or take --no-amp" if self.recipe.amp else ""}.'
         )
 
     def _save(self) -> None:
@@ -293,7 +306,10 @@ class Trainer:
             _write(self.output / checkpoints.BEST, content)
         write_csv(self.output / 'summary.csv', [list(best), *(list(row.values()) for row in self.history)])
         # Last, so that a run that is cut off before it writes the others again.
-        _write(self.output / LAST, {**content, 'optimizer': self.optimizer.state_dict()})
+        _write(
+            self.output / LAST,
+            {**content, 'optimizer': self.optimizer.state_dict(), 'amp_scaler': self.scaler.state_dict()},
+        )
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

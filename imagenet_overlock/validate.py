@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg_value
 from torch import Tensor
@@ -126,7 +127,9 @@ def validate(
         if crop_pct is None:
             crop_pct = 1.0 if img_size > trained_size else args.get('crop_pct')
         loader = val_loader(split, world, network, batch_size, workers, img_size, crop_pct, classes)
-        found = Validation(model, source, ema, img_size, classes, *evaluate(network, loader, world, amp))
+        found = Validation(
+            model, source, ema, img_size, classes, *evaluate(network, loader, world, torch.bfloat16 if amp else None)
+        )
         if world.is_first and confusion is not None:
             write_confusion(Path(confusion), found.confusion, classes)
         if world.is_first and results is not None:

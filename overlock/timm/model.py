@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.checkpoint import from_published, load, load_state_dict
-from overlock.layers import GRN, ChannelAffine, ConvNorm
+from overlock.layers import ConvNorm
 from overlock.models.arch import Arch
 from overlock.models.overlock import BaseNet, FocusNet, OverLoCK, OverviewNet
 from overlock.utils.errors import UserError
@@ -201,16 +201,6 @@ class TimmOverLoCK(OverLoCK):
         for net in self.children():
             if isinstance(net, (BaseNet, OverviewNet, FocusNet)):
                 net.with_cp = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the scales, shifts and position biases that their shape does not exempt."""
-        affine = {
-            f'{prefix}.{name}'
-            for prefix, module in self.named_modules()
-            if isinstance(module, (ChannelAffine, GRN))
-            for name, _ in module.named_parameters()
-        }
-        return affine | {name for name, _ in self.named_parameters() if '.rpb_' in name}
 
     def group_matcher(self, coarse: bool = False) -> Groups:
         """Group parameters by depth, a group for each block (`coarse`: each stage), the heads last."""

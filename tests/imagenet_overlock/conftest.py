@@ -29,8 +29,10 @@ def recipe():
         batch_size=10,
         workers=0,
         epochs=3,
+        cooldown_epochs=0,
         warmup_epochs=1,
         lr=1e-3,
+        amp=False,
         model_ema_decay=0.9,
     )
     return lambda **settings: Recipe(**{**defaults, **settings})

@@ -15,7 +15,8 @@ from imagenet_overlock.validate import validate
 from tests.imagenet_overlock import tiny
 from tests.imagenet_overlock.conftest import TRAIN, VALIDATE
 
-TINY = '--model overlock_tiny --img-size 32 --epochs 2 --warmup-epochs 0 --lr 1e-3 --device cpu'.split()
+EPOCHS = '--epochs 2 --warmup-epochs 0 --cooldown-epochs 0'
+TINY = f'--model overlock_tiny --img-size 32 {EPOCHS} --lr 1e-3 --no-amp --device cpu'.split()
 
 # Runs the training tool; afterwards each process writes its state, unless all die in the second epoch.
 SCRIPT = """
@@ -40,6 +41,30 @@ def update_or_die(self, batches):
 Trainer.fit, Trainer._update = fit_and_tell, update_or_die
 sys.argv[0] = {train!r}
 runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+# Saves the weights after three updates with fixed images, of which each process has a share.
+SHARES = """
+import sys, torch
+from imagenet_overlock import Recipe
+from imagenet_overlock.train import Trainer, train
+
+def fit(self, writer):
+    rank, size = self.world.rank, self.world.size
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3, 64, 64), torch.randint(2, (4,))) for _ in range(3)]
+    batches = iter([(images[rank::size], classes[rank::size]) for images, classes in batches])
+    self.parallel.train()
+    for _ in range(3):
+        self._update(batches)
+    torch.save(dict(self.model.state_dict()), f'{sys.argv[2]}/{size}-{rank}.pth')
+
+Trainer.fit = fit
+# Not AdamW: it makes a whole step of a gradient that is zero but for rounding.
+settings = dict(opt='sgd', lr=0.05, min_lr=0.0, mixup=0.0, cutmix=0.0, amp=False)
+recipe = Recipe(model='overlock_tiny', img_size=64, warmup_epochs=0, batch_size=2, workers=0, **settings)
+train(recipe, sys.argv[1], sys.argv[2] + '/run', device='cpu')
 """
 
 
@@ -133,6 +158,18 @@ def test_two_processes_train_resume_and_validate(two_classes, run_tool, tmp_path
     for name in ('top1', 'top5', 'aux_top1', 'aux_top5'):
         assert one[name] == two[name] == content['history'][-1][f'val_ema_{name}']
     assert one['loss'] == pytest.approx(two['loss'], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_images_each_learn_what_one_learns_of_all(two_classes, run_tool, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(SHARES)
+    for processes in (1, 2):
+        done = run_tool(script, two_classes, tmp_path, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, *two = (torch.load(tmp_path / f'{name}.pth', weights_only=True) for name in ('1-0', '2-0', '2-1'))
+    for weights in two:
+        torch.testing.assert_close(weights, one, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import overlock.checkpoint
 from imagenet_overlock import Recipe
@@ -14,6 +15,7 @@ from imagenet_overlock.distributed import World
 from imagenet_overlock.folder import check_folder
 from imagenet_overlock.train import Trainer, train
 from overlock.checkpoint import CheckpointError
+from overlock.models.names import to_published
 from overlock.utils.errors import UserError
 from tests.imagenet_overlock import tiny
 
@@ -150,7 +152,38 @@ def test_a_run_without_auxiliary_head_average_and_mixing_works(drawn, recipe, tm
     assert not [name for name in content['state_dict'] if name.startswith('aux_head.')]
 
 
-def test_the_learning_rate_rises_falls_and_ends_at_the_minimum(drawn, recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def trainer(drawn, recipe, tmp_path, monkeypatch):
+    """Make a trainer that has not begun."""
+
+    def make(**settings):
+        trainers = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, 'fit', lambda self, writer: trainers.append(self))
+            train(recipe(**settings), drawn, tmp_path / 'run')
+        return trainers[0]
+
+    return make
+
+
+def test_the_published_learning_rate_follows_the_formula_in_every_epoch(trainer):
+    settings = {name: getattr(Recipe(), name) for name in ('epochs', 'cooldown_epochs', 'warmup_epochs')}
+    run = trainer(**settings, lr=2e-3)
+    rates = []
+    for epoch in range(run.epochs):
+        run.epoch, run.done = epoch, epoch * run.updates
+        run._schedule()
+        for update in range(run.updates):
+            run.scheduler.step_update(run.done + update)
+            rates.append(run._lr)
+    assert len(rates) == 310 * 2
+    for epoch, (first, second) in enumerate(zip(rates[::2], rates[1::2], strict=True)):
+        cosine = 1e-5 + (2e-3 - 1e-5) * (1 + math.cos(math.pi * min(epoch, 300) / 300)) / 2
+        warmup = 1e-6 + (2e-3 - 1e-6) * epoch / 5
+        assert first == second == pytest.approx(warmup if epoch < 5 else cosine, rel=1e-9)
+
+
+def test_the_learning_rate_can_follow_the_updates(drawn, recipe, tmp_path, monkeypatch):
     rates = []
     original = Trainer._update
 
@@ -159,34 +192,46 @@ def test_the_learning_rate_rises_falls_and_ends_at_the_minimum(drawn, recipe, tm
         return original(self, batches)
 
     monkeypatch.setattr(Trainer, '_update', update)
-    train(recipe(lr=1e-3, warmup_lr=1e-6, min_lr=1e-5, epochs=3, warmup_epochs=1), drawn, tmp_path)
-    assert len(rates) == 6
+    train(recipe(sched_on_updates=True, warmup_lr=1e-6, min_lr=1e-5, cooldown_epochs=1), drawn, tmp_path)
+    assert len(rates) == 8
     expected = [1e-6 + (1e-3 - 1e-6) * i / 2 for i in range(2)]
-    expected += [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(2, 6)]
+    expected += [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * min(i, 6) / 6)) / 2 for i in range(2, 8)]
     assert rates == pytest.approx(expected)
 
 
-def test_norms_biases_and_scales_do_not_decay(drawn, recipe, tmp_path, monkeypatch):
-    trainers = []
-    monkeypatch.setattr(Trainer, 'fit', lambda self, writer: trainers.append(self))
-    train(recipe(weight_decay=0.05), drawn, tmp_path)
-    train(recipe(weight_decay=0.05, layer_decay=0.7), drawn, tmp_path)
-    for trainer in trainers:
-        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-        decays = {
-            names[id(parameter)]: group['weight_decay']
-            for group in trainer.optimizer.param_groups
-            for parameter in group['params']
-        }
-        assert decays.keys() == set(names.values())
-        assert {name for name in names.values() if decays[name]} == {
-            name
-            for name, parameter in trainer.model.named_parameters()
-            if parameter.ndim > 1 and name not in trainer.model.no_weight_decay()
-        }
-        assert not any(decays[name] for name in names.values() if name.endswith('bias') or '.bn.' in name)
-    scales = [group.get('lr_scale', 1) for group in trainers[1].optimizer.param_groups]
+def _decays(trainer):
+    """Return the weight decay of each parameter."""
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    groups = trainer.optimizer.param_groups
+    return {names[parameter]: group['weight_decay'] for group in groups for parameter in group['params']}
+
+
+def test_weights_decay_as_the_published_names_say_by_the_rule_of_timm(trainer):
+    run = trainer(weight_decay=0.05)
+    decays = _decays(run)
+    published = to_published({name: torch.full_like(p, decays[name]) for name, p in run.model.named_parameters()})
+    assert decays.keys() == dict(run.model.named_parameters()).keys()
+    for name, marked in published.items():
+        expected = 0.0 if marked.ndim <= 1 or name.endswith('.bias') else 0.05
+        assert marked.unique().tolist() == pytest.approx([expected]), name
+    decayed = [name for name, marked in published.items() if marked.any()]
+    for part in ('.rpb1', '.gamma', '.beta', '.ls1.weight'):
+        assert any(part in name for name in decayed), part
+
+
+def test_layer_decay_scales_rates_and_leaves_weight_decay(trainer):
+    run = trainer(weight_decay=0.05, layer_decay=0.7)
+    assert _decays(run) == _decays(trainer(weight_decay=0.05))
+    scales = [group['lr_scale'] for group in run.optimizer.param_groups]
     assert max(scales) == 1 and min(scales) < 0.7**3
+
+
+@pytest.mark.parametrize(('name', 'kinds'), [('random', {'bilinear', 'bicubic'}), ('bilinear', {'bilinear'})])
+def test_training_images_are_resized_as_the_recipe_says(trainer, name, kinds):
+    run = trainer(train_interpolation=name)
+    (crop,) = (t for t in run.loader.dataset.transform.transforms if isinstance(t, RandomResizedCropAndInterpolation))
+    found = crop.interpolation if isinstance(crop.interpolation, tuple) else (crop.interpolation,)
+    assert {mode.value for mode in found} == kinds
 
 
 def test_gradient_checkpointing_changes_no_figures(drawn, recipe, tmp_path):
@@ -313,7 +358,7 @@ def test_fine_tuning_starts_from_the_averaged_weights_of_a_run(trained):
 @pytest.fixture(scope='module')
 def trained(drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
-    settings = dict(model='overlock_tiny', img_size=32, batch_size=10, workers=0, lr=1e-3)
+    settings = dict(model='overlock_tiny', img_size=32, batch_size=10, workers=0, lr=1e-3, cooldown_epochs=0, amp=False)
     train(Recipe(epochs=1, warmup_epochs=0, **settings), drawn, folder)
     return folder
 
@@ -370,11 +415,15 @@ def test_resume_does_not_ask_for_the_weights_of_the_start(drawn, recipe, trained
     assert train(recipe(initial_checkpoint='absent.pth'), drawn, trained, resume='auto') == 1
 
 
-def test_bfloat16_trains_and_keeps_the_weights_in_float32(drawn, recipe, tmp_path):
-    rows = train(recipe(model='overlock_wide', amp=True, epochs=2), drawn, tmp_path)
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_autocast_trains_and_keeps_the_weights_in_float32(drawn, recipe, tmp_path, dtype):
+    rows = train(recipe(model='overlock_wide', amp=True, amp_dtype=dtype, epochs=5), drawn, tmp_path)
     assert rows[-1]['train_loss'] == pytest.approx(1.4 * math.log(10), rel=0.3)
     content = read_checkpoint(tmp_path / 'last.pth')
     assert {tensor.dtype for tensor in content['state_dict'].values()} == {torch.float32, torch.int64}
+    # The scale of the gradients falls until none overflows; updates before that are left out.
+    assert content['optimizer']['state']
+    assert (content['amp_scaler'].get('scale', 1) > 1) == (dtype == 'float16')
 
 
 def test_other_settings_on_resume_are_told(drawn, recipe, trained, monkeypatch, caplog):

@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models import FeatureInfo, group_parameters, load_checkpoint
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ModelEmaV2
 from torch import nn
@@ -287,16 +287,6 @@ def test_layer_decay_rises_block_by_block_from_stem_to_head(name):
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert len(set(coarse.values())) == 8
     assert coarse['base_net.stage3.0.norm.weight'] == coarse['base_net.stage3.2.norm.weight'] == 3
-
-
-@pytest.mark.parametrize('name', XT)
-def test_weights_of_convolutions_alone_decay(name):
-    model = create(name)
-    names = {p: key for key, p in model.named_parameters()}
-    assert model.no_weight_decay() <= set(names.values())
-    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    decayed = {names[p] for group in groups if group['weight_decay'] for p in group['params']}
-    assert decayed == {f'{key}.weight' for key, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 @pytest.mark.parametrize('name', XT)

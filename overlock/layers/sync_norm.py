@@ -1,0 +1,52 @@
+"""BatchNorm with the statistics of all processes of a run, on CPUs."""
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+
+from overlock.layers.fold import BatchNorm
+
+
+class CPUSyncBatchNorm(BatchNorm):
+    """`torch.nn.SyncBatchNorm` for CPUs, where PyTorch has none; state dicts are the same.
+
+    It is not a subclass of that: DistributedDataParallel refuses those on CPUs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, ...) to the same shape; in training, normalize by the statistics of all processes."""
+        if not (self.training and distributed.is_initialized()):
+            return super().forward(x)
+        axes = [0, *range(2, x.ndim)]
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        sums = all_reduce(torch.cat([wide.sum(axes), wide.new_full((1,), x.numel() / x.shape[1])]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centered = wide - mean.view(shape)
+        squares = all_reduce(centered.square().sum(axes))
+        y = centered * (squares / count + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        if self.track_running_stats:
+            self._track(mean.detach(), squares.detach() / (count - 1))
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None and self.running_var is not None
+        self.num_batches_tracked += 1
+        rate = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Take maps of any number of axes."""
+
+
+def synchronize_on_cpus(model: nn.Module) -> None:
+    """Make each `torch.nn.SyncBatchNorm` of a model, in place, a `CPUSyncBatchNorm`."""
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = CPUSyncBatchNorm  # type: ignore[assignment]

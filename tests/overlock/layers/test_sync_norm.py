@@ -1,0 +1,61 @@
+"""Synchronized BatchNorm on CPUs: two processes give what one gives for all images."""
+
+import torch
+from torch import distributed, multiprocessing, nn
+
+from overlock.layers.sync_norm import CPUSyncBatchNorm, synchronize_on_cpus
+
+# Shares of different sizes.
+SHARES = (slice(0, 3), slice(3, 5))
+
+
+def _network():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3, momentum=None, affine=False))
+    nn.init.normal_(network[0].weight)
+    return network.double(), torch.randn(5, 4, 6, 7, dtype=torch.float64) * 3 + 1
+
+
+def _step(network, images):
+    """Run two training steps; return the output, the state and the gradients of the weights and images."""
+    images = images.clone().requires_grad_()
+    for _ in range(2):
+        output = network(images)
+        (output.pow(3).sum() + output.sin().sum()).backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    return output.detach(), dict(network.state_dict()), gradients, images.grad
+
+
+def _share(rank, folder):
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    network, images = _network()
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    synchronize_on_cpus(network)
+    assert isinstance(network[0], CPUSyncBatchNorm)
+    torch.save(_step(network, images[SHARES[rank]]), f'{folder}/{rank}.pth')
+    evaluated = network.eval()(images)
+    if rank == 0:
+        torch.save(evaluated.detach(), f'{folder}/evaluated.pth')
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_output_statistics_and_gradients_of_one(tmp_path):
+    multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
+    network, images = _network()
+    output, state, gradients, image_gradients = _step(network, images)
+    shares = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
+    for rank, (share, found) in enumerate(zip(SHARES, shares, strict=True)):
+        torch.testing.assert_close(found[0], output[share], rtol=1e-12, atol=1e-12, msg=f'output of {rank}')
+        torch.testing.assert_close(found[1], state, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found[3], image_gradients[share], rtol=1e-10, atol=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shares[0][2][name] + shares[1][2][name], gradient, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.load(tmp_path / 'evaluated.pth'), network.eval()(images).detach())
+
+
+def test_one_process_needs_no_group():
+    network, images = _network()
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(_network()[0])
+    synchronize_on_cpus(synced)
+    torch.testing.assert_close(_step(synced, images), _step(network, images))
