@@ -5,17 +5,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from overlock.utils.errors import UserError
 from overlock.utils.files import whole_file
 
-# Above, names are too small to read in a picture.
-MOST_IN_PICTURE = 50
+# Above, names and figures are too small to read in a picture, and left out.
+MOST_NAMES = 50
 
 
 def confused_pairs(confusion: Tensor, classes: tuple[str, ...], count: int = 10) -> list[tuple[str, str, int]]:
@@ -37,26 +35,6 @@ def worst_classes(confusion: Tensor, classes: tuple[str, ...], count: int = 5) -
     accuracy = 100 * confusion.diagonal() / totals.clamp(min=1)
     present = [i for i in accuracy.argsort(stable=True).tolist() if totals[i]]
     return [(classes[i], accuracy[i].item()) for i in present[:count]]
-
-
-def check_confusion_file(path: Path, classes: int) -> None:
-    """Check, before any work, that the matrix can be written.
-
-    Raises:
-        UserError: If the name ends in neither .csv nor .png, or a picture cannot be drawn.
-    """
-    if path.suffix not in ('.csv', '.png'):
-        raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {path}.')
-    if path.suffix == '.png' and find_spec('matplotlib') is None:
-        raise UserError(
-            '--confusion FILE.png needs the package matplotlib; install it with `pip install matplotlib` '
-            'or write a .csv.'
-        )
-    if path.suffix == '.png' and classes > MOST_IN_PICTURE:
-        raise UserError(
-            f'A picture of {classes} classes is not readable, at most {MOST_IN_PICTURE} are; write '
-            f'{path.with_suffix(".csv").name} instead.'
-        )
 
 
 def write_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> None:
@@ -88,12 +66,14 @@ def _draw(confusion: Tensor, classes: tuple[str, ...]) -> Any:
     from matplotlib.figure import Figure
 
     shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-    side = 2.5 + 0.42 * len(classes)
+    side = 2.5 + 0.42 * min(len(classes), MOST_NAMES)
     figure = Figure((side + 1, side), layout='constrained')
     axes = figure.add_subplot(xlabel='taken for', ylabel='true class')
     figure.colorbar(
         axes.imshow(shares, cmap='Blues', vmin=0, vmax=100), label='images of the true class (%)', shrink=0.8
     )
+    if len(classes) > MOST_NAMES:
+        return figure
     names = [name.replace('_', ' ') for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)

@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg_value
 from torch import Tensor
 
 from imagenet_overlock.checkpoints import training_facts
-from imagenet_overlock.confusion import check_confusion_file, confused_pairs, worst_classes, write_confusion
+from imagenet_overlock.confusion import confused_pairs, worst_classes, write_confusion
 from imagenet_overlock.data import val_loader
 from imagenet_overlock.distributed import join_world
 from imagenet_overlock.evaluate import evaluate
@@ -107,6 +107,8 @@ def validate(
     for name, path in (('--confusion', confusion), ('--results', results)):
         if path is not None and Path(path).is_dir():
             raise UserError(f'{name} takes the name of a file, got the folder {path}.')
+    if confusion is not None and Path(confusion).suffix not in ('.csv', '.png'):
+        raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {confusion}.')
     shared: dict[str, Any] = dict(batch_size=batch_size, workers=workers, img_size=img_size, crop_pct=crop_pct)
     # A recipe checks the settings that it shares with a validation.
     Recipe(mixup=0, cutmix=0, **{name: value for name, value in shared.items() if value is not None})
@@ -117,8 +119,6 @@ def validate(
         if model is None:
             raise UserError('The weights do not tell their model; name it with --model overlock_xt, for example.')
         classes = _classes(trained, split, checkpoint)
-        if confusion is not None:
-            check_confusion_file(Path(confusion), len(classes))
         source = os.fspath(checkpoint or _published(model))
         network = load_for_validation(model, source, len(classes), aux, ema).to(world.device)
         args = trained.get('args', {})

@@ -1,4 +1,4 @@
-"""Hooks: a progress bar, buffers kept equal in distributed training, tests of boxes alone, whole checkpoints."""
+"""Hooks: a progress bar, tests of boxes alone, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import sys
 from typing import Any
 
-from mmengine.dist import all_reduce_params, is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -68,27 +68,6 @@ class ProgressBarHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self.bars['train'].close()
-
-
-class AverageBuffersHook(Hook):
-    """Average the statistics of BatchNorm over all processes before they are saved or used in validation.
-
-    Each process collects its own during training. mmengine's SyncBuffersHook averages them before a validation, but
-    not before a checkpoint of iteration-based training.
-    """
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        all_reduce_params(runner.model.buffers(), op='mean')
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
-        intervals = [hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
-        if intervals and (
-            self.is_last_train_iter(runner)
-            or any(self.every_n_train_iters(runner, n) for n in (*intervals, runner.val_interval))
-        ):
-            all_reduce_params(runner.model.buffers(), op='mean')
 
 
 @HOOKS.register_module()

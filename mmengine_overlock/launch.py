@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.logging import print_log
-from torch import distributed
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS
+from torch import distributed, nn
 
-from mmengine_overlock.config import nodes
+from overlock.layers.sync_norm import synchronize_on_cpus
 from overlock.utils.distributed import check_gpus
 from overlock.utils.errors import UserError
 
@@ -50,7 +51,8 @@ def prepare_launch(cfg: Config) -> None:
             os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
             os.environ.setdefault('MASTER_PORT', '29500')
             distributed.init_process_group('gloo')
-        _wrap_for_cpus(cfg)
+        find_unused = cfg.get('find_unused_parameters', False)
+        cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel', find_unused_parameters=find_unused)
 
 
 def finish_launch() -> None:
@@ -60,21 +62,11 @@ def finish_launch() -> None:
         distributed.destroy_process_group()
 
 
-def _wrap_for_cpus(cfg: Config) -> None:
-    """Make a configuration wrap its model without a CUDA device, and use BN instead of SyncBN."""
-    cfg.model_wrapper_cfg = dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False),
-    )
-    synced = [node for node in nodes(cfg.model) if node.get('type') in ('SyncBN', 'MMSyncBN')]
-    for node in synced:
-        node['type'] = 'BN'
-    if synced or cfg.get('sync_bn'):
-        cfg.sync_bn = None
-        print_log(
-            'SyncBN needs GPUs: on CPUs it becomes BN, and each process normalizes by its own images.',
-            'current',
-            logging.WARNING,
-        )
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """MMDistributedDataParallel for CPUs, where SyncBN needs a class of its own; arguments are the same."""
+
+    def __init__(self, module: nn.Module, **kwargs: Any) -> None:
+        synchronize_on_cpus(module)
+        # mmengine gives the number of a GPU.
+        super().__init__(module, **{**kwargs, 'device_ids': None, 'broadcast_buffers': False})

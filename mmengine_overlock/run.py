@@ -27,7 +27,7 @@ from mmengine_overlock.config import (
     use_tta,
 )
 from mmengine_overlock.data import check_data
-from mmengine_overlock.hooks import AverageBuffersHook, ProgressBarHook, WholeModelHook
+from mmengine_overlock.hooks import ProgressBarHook, WholeModelHook
 from mmengine_overlock.launch import finish_launch, prepare_launch
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import keep_freed_memory
@@ -184,8 +184,6 @@ def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
     prepare_launch(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ProgressBarHook())
-    if runner.distributed:
-        runner.register_hook(AverageBuffersHook())
     if strict:
         runner.register_hook(WholeModelHook())
     return runner

@@ -1,16 +1,24 @@
-"""BatchNorms in runs of several processes: synchronized on GPUs, by process on CPUs."""
+"""BatchNorms in runs of several processes are synchronized, on GPUs and CPUs."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.logging import MMLogger
-from mmengine.registry import MODEL_WRAPPERS
+from mmengine.model import convert_sync_batchnorm
+from mmengine.registry import MODEL_WRAPPERS, MODELS, DefaultScope
 from mmengine.runner import Runner, runner
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from torch import distributed, multiprocessing
+from torch.nn import Module
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from mmengine_overlock import launch
+from overlock import Arch
+from overlock.layers.sync_norm import CPUSyncBatchNorm
 from tests.configs.testing import build_meta, load_config
+from tests.testing import TINY
 
 NAMES = ['mask_rcnn_overlock_xt_1x', 'cascade_overlock_xt_3x', 'upernet_overlock_xt_160k']
 
@@ -53,18 +61,73 @@ def test_training_without_a_launcher_synchronizes_nothing(name, monkeypatch):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_on_cpus_nothing_is_synchronized_and_a_warning_says_so(name, monkeypatch):
-    said = []
+def test_on_cpus_every_batch_norm_is_synchronized_too(name, monkeypatch):
     monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
     monkeypatch.setattr(launch.distributed, 'is_initialized', lambda: True)
-    monkeypatch.setattr(launch, 'print_log', lambda message, *_: said.append(message))
+    monkeypatch.setattr(launch.MMDistributedDataParallel, '__init__', lambda self, module, **_: Module.__init__(self))
     for variable in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.setenv(variable, '0')
     cfg = load_config(name)
-    assert cfg.sync_bn == 'torch'
     cfg.launcher = 'pytorch'
     launch.prepare_launch(cfg)
-    assert cfg.sync_bn is None
-    assert len(said) == 1 and said[0].startswith('SyncBN needs GPUs')
-    model, _ = wrapped(cfg, True, monkeypatch)
-    assert not any(isinstance(module, SyncBatchNorm) for module in model.modules())
+    model, names = wrapped(cfg, True, monkeypatch)
+    MODEL_WRAPPERS.build(dict(cfg.model_wrapper_cfg, module=model))
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    assert len(norms) > 100 and {type(module) for module in norms} == {CPUSyncBatchNorm}
+    assert list(model.state_dict()) == names
+
+
+def _model(name):
+    """Return a small model of a configuration, in float64 and without anything random."""
+    cfg = load_config(name)
+    cfg.model.backbone.update(arch=TINY, drop_path_rate=0.0, init_cfg=None)
+    channels = Arch(**TINY).out_channels
+    if name.startswith('upernet'):
+        cfg.model.decode_head.update(in_channels=list(channels), channels=16, dropout_ratio=0.0)
+        cfg.model.auxiliary_head.update(in_channels=channels[2], channels=16, dropout_ratio=0.0)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        # Of a detector the backbone alone: proposals are drawn at random.
+        return (model if name.startswith('upernet') else model.backbone).double()
+
+
+def _train(model, name, images, labels):
+    """Take three steps of gradient descent."""
+    raw = model.module if isinstance(model, launch.CPUDistributedDataParallel) else model
+    optimizer = torch.optim.SGD(raw.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        if name.startswith('upernet'):
+            samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels[step]]
+            losses = model(images[step], samples, mode='loss')
+            loss = sum(value for key, value in losses.items() if 'loss' in key)
+        else:
+            loss = sum(out.square().mean() for out in model(images[step]))
+        loss.backward()
+        optimizer.step()
+    return dict(raw.state_dict())
+
+
+def _data():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, 4, 3, 64, 64, dtype=torch.float64, generator=generator)
+    return images, torch.randint(150, (3, 4, 64, 64), generator=generator)
+
+
+def _share(rank, name, folder):
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model = launch.CPUDistributedDataParallel(convert_sync_batchnorm(_model(name), 'torch'))
+    images, labels = _data()
+    torch.save(_train(model, name, images[:, rank::2], labels[:, rank::2]), f'{folder}/{rank}.pth')
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [NAMES[0], NAMES[2]])
+def test_two_processes_with_half_the_images_each_learn_what_one_learns_of_all(name, tmp_path):
+    multiprocessing.spawn(_share, (name, str(tmp_path)), nprocs=2)
+    one = _train(_model(name).train(), name, *_data())
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f'{rank}.pth'), one, rtol=0, atol=1e-5)

@@ -3,9 +3,7 @@ import re
 import sys
 from types import SimpleNamespace
 
-import pytest
 import torch
-from mmengine.logging import MessageHub
 
 from mmengine_overlock import hooks
 from mmengine_overlock.run import test as run_test
@@ -34,20 +32,6 @@ def test_a_log_file_gets_no_bars(write_toy, capsys):
     out, err = capsys.readouterr()
     assert 'Epoch(train)' in out
     assert not re.search(r'\d+/32 \[', out + err)
-
-
-@pytest.mark.parametrize('by_iteration, expected', [(True, [4, 6, 8, 12, 12]), (False, [8, 16, 24, 32])])
-def test_buffers_are_averaged_before_each_checkpoint_and_validation(write_toy, monkeypatch, by_iteration, expected):
-    done = []
-
-    def record(buffers, op):
-        done.append(len(MessageHub.get_current_instance().get_scalar('train/loss').data[0]))
-
-    monkeypatch.setattr(hooks, 'all_reduce_params', record)
-    # A run of one process has this hook in the place of the other.
-    monkeypatch.setattr('mmengine_overlock.run.ProgressBarHook', hooks.AverageBuffersHook)
-    train(write_toy('train_cfg.update(val_interval=6)' if by_iteration else '', by_iteration))
-    assert done == expected
 
 
 def test_boxes_only_turns_every_mask_head_off():
