@@ -88,7 +88,7 @@ def _classification() -> Iterator[Sequence[str]]:
             ', '.join(_link(name) for name in names),
             f'{parameters(arch) / 1e6:.2f} M',
             f'{weights.metrics["top1"]:.1f}',
-            str(weights.preprocessing.crop_pct),
+            str(weights.crop_pct),
         )
 
 

@@ -3,7 +3,7 @@
 from overlock.checkpoint.download import find_file
 from overlock.checkpoint.fitting import LoadReport, load_pretrained, load_state_dict
 from overlock.checkpoint.reading import load, read_state_dict
-from overlock.checkpoint.registry import WEIGHTS, Preprocessing, Weights
+from overlock.checkpoint.registry import WEIGHTS, Weights
 from overlock.models.names import from_published, to_published
 from overlock.utils.errors import CheckpointError
 
@@ -11,7 +11,6 @@ __all__ = [
     'WEIGHTS',
     'CheckpointError',
     'LoadReport',
-    'Preprocessing',
     'Weights',
     'find_file',
     'from_published',

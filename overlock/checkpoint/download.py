@@ -10,7 +10,6 @@ import re
 import sys
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import torch
@@ -36,25 +35,16 @@ def find_file(source: str | os.PathLike[str]) -> Path:
         CheckpointError: If there is no such file, or it cannot be downloaded.
     """
     source = os.fspath(source)
-    if source in WEIGHTS and not os.path.isfile(source):
-        source = WEIGHTS[source].url
-    if _is_url(source):
-        return _find_url(source)
     path = Path(os.path.expanduser(source))
     if os.path.isfile(path):
         return path
-    close = difflib.get_close_matches(source, WEIGHTS, 3)
-    raise CheckpointError(
-        f'The weight file {path} does not exist; give the path of a file, a URL, or a name of '
-        f'published weights, such as {", ".join(close or list(WEIGHTS)[:1])}.'
-    )
-
-
-def _is_url(text: str) -> bool:
-    return text.lower().startswith(('http://', 'https://'))
-
-
-def _find_url(url: str) -> Path:
+    url = WEIGHTS[source].url if source in WEIGHTS else source
+    if not _is_url(url):
+        close = difflib.get_close_matches(source, WEIGHTS, 3)
+        raise CheckpointError(
+            f'The weight file {path} does not exist; give the path of a file, a URL, or a name of '
+            f'published weights, such as {", ".join(close or list(WEIGHTS)[:1])}.'
+        )
     name = Path(url.partition('?')[0]).name
     cached = Path(torch.hub.get_dir(), 'checkpoints', name)
     place = os.environ.get(WEIGHTS_VARIABLE, '')
@@ -68,38 +58,35 @@ def _find_url(url: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     published = next((weights for weights in WEIGHTS.values() if weights.url == url), None)
-    source = f'{place.rstrip("/")}/{name}' if published and _is_url(place) else url
+    if published and _is_url(place):
+        url = f'{place.rstrip("/")}/{name}'
     try:
-        download(source, cached, *((published.size, published.sha256) if published else ()))
+        download(url, cached, published.sha256 if published else None)
     except CheckpointError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise CheckpointError(
-            f'cannot download {source} ({error}); try again, or fetch {name} by other means and put it into the folder '
+            f'cannot download {url} ({error}); try again, or fetch {name} by other means and put it into the folder '
             f'that {WEIGHTS_VARIABLE} names, or at {cached}'
         ) from error
     return cached
 
 
-def download(url: str, path: str | os.PathLike[str], size: int | None = None, sha256: str | None = None) -> None:
+def _is_url(text: str) -> bool:
+    return text.lower().startswith(('http://', 'https://'))
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
     """Download a file, with progress, unless it is there; one of several processes does, and the others wait.
 
     A part that came before a break stays beside `path` with the suffix `.part`, and the next attempt continues it if
-    the server says that the file is still the same. The file takes its name once its length is what the server
-    announced, and size and hash are what they should be.
-
-    Args:
-        url: HTTP or HTTPS address.
-        path: Where the file goes; folders above it are made.
-        size: Bytes, where they are known.
-        sha256: Hash, or its first digits, where it is known; by default that in a name like torch hub's,
-            `weights-0123abcd.pth`.
+    the server says that the file is still the same. The file takes its name once it is whole and its hash is right:
+    `sha256`, in full or its first digits, by default those in a name like torch hub's, `weights-0123abcd.pth`.
 
     Raises:
         CheckpointError: If the file is not as it should be; nothing of it is kept.
         OSError: If the server cannot be reached, or the connection broke and no more came at the next attempt.
     """
-    path = Path(path)
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,13 +97,15 @@ def download(url: str, path: str | os.PathLike[str], size: int | None = None, sh
         if path.is_file():
             return
         reached = 0
-        while not _fetch(url, part, version, known=size is not None or sha256 is not None):
+        while not _fetch(url, part, version):
             before, reached = reached, part.stat().st_size
             if reached <= before:
                 raise ConnectionError(f'the connection broke after {reached} bytes, and again')
         version.unlink(missing_ok=True)
         try:
-            _check(part, url, size, sha256 or _hash_in(path.name))
+            # Digits alone are rather a date.
+            in_name = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', path.name)
+            _check(part, url, sha256 or (in_name[1] if in_name else ''))
         except CheckpointError:
             part.unlink()
             raise
@@ -124,14 +113,10 @@ def download(url: str, path: str | os.PathLike[str], size: int | None = None, sh
     lock.unlink(missing_ok=True)
 
 
-def _fetch(url: str, part: Path, version: Path, known: bool) -> bool:
+def _fetch(url: str, part: Path, version: Path) -> bool:
     """Append to a part what the server sends, and return whether the file is whole now.
 
-    Args:
-        url: Address.
-        part: The part; it is started again unless the server still has the same version of the file.
-        version: Holds what the server tells the version by; empty where it does not.
-        known: Whether size or hash will tell a whole file.
+    The part is started again unless the server still has the version of the file that is noted in `version`.
     """
     seen = version.read_text() if version.is_file() else ''
     begun = part.stat().st_size if seen and part.is_file() else 0
@@ -147,14 +132,12 @@ def _fetch(url: str, part: Path, version: Path, known: bool) -> bool:
     with response:
         if response.status != 206:
             begun = 0
-        elif not response.headers.get('Content-Range', '').startswith(f'bytes {begun}-'):
-            raise ConnectionError('the server sent another part of the file than was asked for')
         length = response.headers.get('Content-Length')
-        if length is None and not known and not response.chunked:
+        if length is None:
             raise ConnectionError(
                 'the server does not tell the length of the file, so that a cut one would pass for whole'
             )
-        total = None if length is None else begun + int(length)
+        total = begun + int(length)
         progress = tqdm(
             desc=part.stem,
             total=total,
@@ -175,33 +158,24 @@ def _fetch(url: str, part: Path, version: Path, known: bool) -> bool:
                     bar.update(len(chunk))
             except (http.client.HTTPException, ConnectionError, TimeoutError):
                 return False
-    return total is None or part.stat().st_size == total
+    return part.stat().st_size == total
 
 
-def _hash_in(name: str) -> str | None:
-    # Digits alone are rather a date.
-    found = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', name)
-    return found and found[1]
-
-
-def _check(part: Path, url: str, size: int | None, sha256: str | None) -> None:
-    received, digest = part.stat().st_size, hashlib.sha256()
+def _check(part: Path, url: str, sha256: str) -> None:
+    digest = hashlib.sha256()
     with part.open('rb') as file:
         head = file.read(9)
-        digest.update(head)
-        while chunk := file.read(1 << 20):
+        # torch writes a zip archive or a pickle; safetensors writes JSON behind its length.
+        if not head.startswith((b'PK', b'\x80')) and head[8:] != b'{':
+            raise CheckpointError(
+                f'the file from {url} is no weight file: expected one of torch.save or safetensors, got '
+                f'{part.stat().st_size} bytes that begin with {head!r}; look at the address with a browser.'
+            )
+        file.seek(0)
+        while sha256 and (chunk := file.read(1 << 20)):
             digest.update(chunk)
-    source = f'{Path(urlparse(url).path).name} from {url}'
-    # torch writes a zip archive or a pickle; safetensors writes JSON behind its length.
-    if not head.startswith((b'PK', b'\x80')) and head[8:] != b'{':
+    if sha256 and not digest.hexdigest().startswith(sha256):
         raise CheckpointError(
-            f'{source} is no weight file: expected one of torch.save or safetensors, got {received} bytes that begin '
-            f'with {head!r}; look at the address with a browser.'
+            f'the file from {url} is not the published one: expected SHA-256 {sha256}, got {digest.hexdigest()}; fetch '
+            'it from somewhere else.'
         )
-    mismatch = None
-    if size not in (None, received):
-        mismatch = f'{size} bytes, got {received}'
-    elif not digest.hexdigest().startswith(sha256 or ''):
-        mismatch = f'SHA-256 {sha256}, got {digest.hexdigest()}'
-    if mismatch:
-        raise CheckpointError(f'{source} is not the published file: expected {mismatch}; fetch it from somewhere else.')

@@ -9,29 +9,6 @@ RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """The images that weights expect, in evaluation: RGB in [0, 1], normalized by channel.
-
-    Attributes:
-        size: Sides in pixels: of the square crop, or the short and the long side that the whole image is fitted into.
-        crop_pct: Side of the centre crop over the short side of the resized image; None where the whole image is kept.
-        interpolation: Of the resize.
-        size_divisor: What both sides become multiples of: detectors pad for it, segmenters resize.
-        divisor_interpolation: Interpolation of the resize to multiples of `size_divisor`; None where images are padded.
-        mean: Of the channels.
-        std: Of the channels.
-    """
-
-    size: tuple[int, int] = (224, 224)
-    crop_pct: float | None = None
-    interpolation: str = 'bilinear'
-    size_divisor: int = 1
-    divisor_interpolation: str | None = None
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
 class Weights:
     """One published file.
 
@@ -41,9 +18,8 @@ class Weights:
         task: 'classification', 'detection' or 'segmentation'.
         form: 'training', or 'merged' for re-parameterized large kernels (see `overlock.models.names`).
         metrics: Paper-reported results, in percent.
-        preprocessing: What the file expects of its images.
+        crop_pct: Side of the center crop over the short side of the resized image; None but for classifiers.
         config: The configuration that evaluates it, by its name in configs/; None for classifiers.
-        size: Bytes, where they are known.
         sha256: Hash, where it is known.
     """
 
@@ -52,9 +28,8 @@ class Weights:
     task: str
     form: str
     metrics: Mapping[str, float]
-    preprocessing: Preprocessing
+    crop_pct: float | None = None
     config: str | None = None
-    size: int | None = None
     sha256: str | None = None
 
 
@@ -76,7 +51,7 @@ WEIGHTS: dict[str, Weights] = {
             'classification',
             form,
             {'top1': top1},
-            Preprocessing(crop_pct=_CROP_PCT[arch], interpolation='bicubic'),
+            crop_pct=_CROP_PCT[arch],
         )
         for suffix, form in (('', 'training'), ('_reparam', 'merged'))
         for arch, top1 in _TOP1.items()
@@ -88,8 +63,7 @@ WEIGHTS: dict[str, Weights] = {
             'detection',
             'training',
             {'box_ap': box, 'mask_ap': mask},
-            Preprocessing((800, 1333), size_divisor=32),
-            f'mask_rcnn_overlock_{arch}_{schedule}',
+            config=f'mask_rcnn_overlock_{arch}_{schedule}',
         )
         for arch, results in _MASK_RCNN.items()
         for schedule, (box, mask) in results.items()
@@ -101,8 +75,7 @@ WEIGHTS: dict[str, Weights] = {
             'segmentation',
             'training',
             {'miou': miou},
-            Preprocessing((512, 2048), size_divisor=32, divisor_interpolation='bicubic'),
-            f'upernet_overlock_{arch}_160k',
+            config=f'upernet_overlock_{arch}_160k',
         )
         for arch, miou in _UPERNET.items()
     },

@@ -76,7 +76,7 @@ def test_model_is_the_classifier_without_its_auxiliary_head(name):
     assert {key: value.shape for key, value in model.state_dict().items()} == expected
     for entry in (model.default_cfg['first_conv'], model.default_cfg['classifier']):
         assert f'{entry}.weight' in expected
-    assert resolve_model_data_config(model)['crop_pct'] == WEIGHTS[FILES[name]].preprocessing.crop_pct
+    assert resolve_model_data_config(model)['crop_pct'] == WEIGHTS[FILES[name]].crop_pct
     assert model(x).shape == (1, 1000)
     maps = model.forward_intermediates(x, intermediates_only=True)
     for out, info, channels in zip(maps, model.feature_info, model.arch.out_channels, strict=True):

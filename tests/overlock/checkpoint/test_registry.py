@@ -30,7 +30,7 @@ def test_every_published_file_has_a_name():
 
 
 def test_crops_and_results_are_the_published_ones():
-    crops = {name: weights.preprocessing.crop_pct for name, weights in WEIGHTS.items()}
+    crops = {name: weights.crop_pct for name, weights in WEIGHTS.items()}
     assert [crops[f'overlock_{arch}_in1k'] for arch in ARCHS] == [0.925, 0.95, 0.95, 0.975]
     assert [WEIGHTS[f'overlock_{arch}_in1k_reparam'].metrics['top1'] for arch in ARCHS] == [82.7, 84.2, 84.8, 85.1]
     assert WEIGHTS['mask_rcnn_overlock_b_3x_coco'].metrics == {'box_ap': 51.4, 'mask_ap': 45.3}
