@@ -20,7 +20,7 @@ from torch import Tensor
 from mmengine_overlock.config import load_config, nodes
 from overlock.checkpoint import find_file, load
 from overlock.checkpoint.convert import convert_file, largest_deviation
-from overlock.checkpoint.fitting import Fit
+from overlock.checkpoint.fitting import compare_weights
 from overlock.models.overlock import Trunk
 from overlock.utils.errors import UserError
 from overlock.utils.files import drafted
@@ -152,7 +152,7 @@ def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> BaseModel
             f'{cfg.filename} has the backbone {cfg.model.backbone.type}, expected OverLoCK, which alone '
             'can be folded; give the configuration of an OverLoCK detector or segmenter'
         )
-    Fit.of(tensors, model, source).require(source, 'give the configuration that it was trained with')
+    compare_weights(model, tensors, source).require('give the configuration that it was trained with')
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -203,7 +203,7 @@ def _compare_maps(found: Any, expected: Any) -> tuple[float, dict[str, str]]:
     """Return the share of pixels of the same class, and the numbers behind it."""
     classes = found.pred_sem_seg.data, expected.pred_sem_seg.data
     share = (classes[0] == classes[1]).double().mean().item()
-    deviation = largest_deviation(found.seg_logits.data, expected.seg_logits.data)
+    deviation = largest_deviation([found.seg_logits.data], [expected.seg_logits.data])
     return share, {
         'classes': f'{share:.4%} of {classes[0].numel()} pixels the same',
         'logits': f'within {deviation:.1e} of the largest',

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-from overlock.checkpoint.fitting import Fit
+from overlock.checkpoint.fitting import compare_weights
 
 
 class ProgressBarHook(Hook):
@@ -96,5 +96,6 @@ class WholeModelHook(Hook):
             model = model.module
         state_dict = checkpoint.get('state_dict', checkpoint)
         state_dict = {name.removeprefix('module.'): value for name, value in state_dict.items()}
-        source = str(runner._load_from)
-        Fit.of(state_dict, model, source).require(source, 'give the configuration that it was trained with')
+        compare_weights(model, state_dict, str(runner._load_from)).require(
+            'give the configuration that it was trained with'
+        )

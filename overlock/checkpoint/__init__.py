@@ -2,7 +2,7 @@
 
 from overlock.checkpoint.download import find_file
 from overlock.checkpoint.fitting import LoadReport, load_pretrained, load_state_dict
-from overlock.checkpoint.reading import load, read_state_dict
+from overlock.checkpoint.reading import load
 from overlock.checkpoint.registry import WEIGHTS, Weights
 from overlock.models.names import from_published, to_published
 from overlock.utils.errors import CheckpointError
@@ -17,6 +17,5 @@ __all__ = [
     'load',
     'load_pretrained',
     'load_state_dict',
-    'read_state_dict',
     'to_published',
 ]

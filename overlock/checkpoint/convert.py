@@ -6,16 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from overlock.checkpoint.download import find_file
 from overlock.checkpoint.reading import load, read_pickled
-from overlock.checkpoint.recognise import build_like, network_entries, prefix_of
+from overlock.checkpoint.recognise import recognize
 from overlock.models.arch import ARCHS
-from overlock.models.names import check_form, form_of, to_published
+from overlock.models.names import to_published
 from overlock.models.overlock import OverLoCK, Trunk
 from overlock.utils.errors import CheckpointError, UserError
 from overlock.utils.files import drafted, whole_file
@@ -28,21 +28,13 @@ _CLASSES = ('dataset_meta', 'CLASSES', 'PALETTE')
 _TOLERANCE = 1e-5
 
 
-@dataclass(frozen=True)
-class Entry:
-    """The fate of one tensor.
+class Entry(NamedTuple):
+    """The fate of one tensor; a 'folded' one became part of an 'added' one."""
 
-    Attributes:
-        part: Its part of the network, in our names.
-        fate: One of `FATES`: a 'folded' tensor became part of an 'added' one.
-        given: Its name before; None if added.
-        written: Its name now; None if folded or dropped.
-    """
-
-    part: str
-    fate: str
-    given: str | None
-    written: str | None
+    part: str  # of the network, in our names
+    fate: str  # one of `FATES`
+    given: str | None  # the name before; None if added
+    written: str | None  # the name now; None if folded or dropped
 
 
 @dataclass(frozen=True)
@@ -56,10 +48,6 @@ class Report:
 
     entries: tuple[Entry, ...]
     verified: str = ''
-
-    def names(self, fate: str) -> list[str]:
-        """Return the names of all entries of a fate: the new ones if added, else those before."""
-        return [name for entry in self.entries if entry.fate == fate and (name := entry.given or entry.written)]
 
     def __str__(self) -> str:
         parts = [*dict.fromkeys(entry.part for entry in self.entries), 'all']
@@ -87,7 +75,7 @@ def convert(
     Args:
         state_dict: In our names or the published ones, of any form; it is not changed.
         names: 'ours' or 'published'.
-        form: 'merged' or 'folded', see `overlock.models.names`; None for that of the state dict. Tensors narrower
+        form: 'merged' or 'folded', see `overlock.models.forms`; None for that of the state dict. Tensors narrower
             than float32 become float32 by it, to keep their digits.
         backbone: Whether to keep the backbone of a detector alone, without its prefix.
         source: What to call the state dict in messages.
@@ -98,74 +86,41 @@ def convert(
     Raises:
         CheckpointError: If the state dict is not of one whole OverLoCK, or cannot be brought into that form.
     """
-    prefix, entries = prefix_of(state_dict, source), network_entries(state_dict, source)
-    network = build_like(state_dict, source)
+    network, prefix, given_names = recognize(state_dict, source)
     if backbone and isinstance(network, OverLoCK):
         raise CheckpointError(
             f'{source} is of a classifier, expected a detector or segmenter to take the backbone of; '
             'backbones load a classifier as it is'
         )
-    tensors = {name: state_dict[entries[name]] for name in network.state_dict() if name in entries}
+    tensors = {name: state_dict[given_names[name]] for name in network.state_dict() if name in given_names}
     if form not in (None, network.form):
-        check_form(network.form, form, source)
-        tensors = _reform(tensors, network, form)
+        # A new network is in float32: loading widens narrower tensors.
+        network = network.twin(network.form).to_form(form, source)
+        network.load_state_dict(tensors, assign=True)
+        tensors = dict(network.state_dict())
     renamed = to_published(tensors) if names == 'published' else tensors
-    written = {ours: f'{"" if backbone else prefix}{new}' for ours, new in zip(tensors, renamed, strict=True)}
-    converted = {written[name]: value for name, value in tensors.items()}
-    if not backbone:
-        given = set(entries.values())
-        converted.update((name, value) for name, value in state_dict.items() if name not in given)
-    return converted, _account(state_dict, converted, {entries[name]: name for name in entries}, written, prefix)
+    new_names = {name: f'{"" if backbone else prefix}{new}' for name, new in zip(tensors, renamed, strict=True)}
+    converted = {new_names[name]: value for name, value in tensors.items()}
 
-
-def _account(
-    state_dict: Mapping[str, Tensor],
-    converted: Mapping[str, Tensor],
-    ours: Mapping[str, str],
-    written: Mapping[str, str],
-    prefix: str,
-) -> Report:
-    """Report on a conversion.
-
-    Args:
-        state_dict: Before.
-        converted: After.
-        ours: Our name of each entry of the network, by the name before.
-        written: The name after, by our name.
-        prefix: What stood before the names of the network.
-    """
-    report = []
+    our_names = {given: name for name, given in given_names.items()}
+    entries = []
     for given, value in state_dict.items():
-        name = ours.get(given)
-        new = given if name is None else written.get(name)
-        part = given.partition('.')[0] if name is None else prefix + name.partition('.')[0]
-        if name is not None and not (new and torch.equal(converted[new], value.to(converted[new].dtype))):
-            report.append(Entry(part, 'folded', given, None))
-        elif new not in converted:
-            report.append(Entry(part, 'dropped', given, None))
+        if given not in our_names:
+            part, fate, new = given.partition('.')[0], 'dropped' if backbone else 'kept', None if backbone else given
+            if new:
+                converted[new] = value
         else:
-            report.append(Entry(part, 'kept' if new == given else 'renamed', given, new))
-    used = {entry.written for entry in report}
-    return Report(
-        (
-            *report,
-            *(
-                Entry(prefix + name.partition('.')[0], 'added', None, new)
-                for name, new in written.items()
-                if new not in used
-            ),
-        )
-    )
-
-
-def _reform(tensors: Mapping[str, Tensor], network: Trunk, form: str) -> dict[str, Tensor]:
-    """Return tensors in another form, by way of `network`, which is on the meta device."""
-    wide = {
-        name: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
-        for name, value in tensors.items()
-    }
-    network.load_state_dict(wide, strict=True, assign=True)
-    return network.to_form(form).state_dict()
+            name = our_names[given]
+            part, new = prefix + name.partition('.')[0], new_names.get(name)
+            if new and torch.equal(converted[new], value.to(converted[new].dtype)):
+                fate = 'kept' if new == given else 'renamed'
+            else:
+                fate, new = 'folded', None
+        entries.append(Entry(part, fate, given, new))
+    used = {entry.written for entry in entries}
+    added = {name: new for name, new in new_names.items() if new not in used}
+    entries += [Entry(prefix + name.partition('.')[0], 'added', None, new) for name, new in added.items()]
+    return converted, Report(tuple(entries))
 
 
 def convert_file(
@@ -184,9 +139,7 @@ def convert_file(
     Args:
         source: A name of published weights, a path, or a URL.
         out: The new file; .pth or .safetensors.
-        names: See `convert`.
-        form: See `convert`.
-        backbone: See `convert`.
+        names: See `convert`; so are `form` and `backbone`.
         ema: Whether to take the running average of the weights.
 
     Returns:
@@ -204,19 +157,15 @@ def convert_file(
         raise UserError(f'the output {out} is the file that is converted; give another name, so that nothing is lost')
     given = load(source, ema)
     converted, report = convert(given, names, form, backbone, source)
-    tensors = {name: _plain(value) for name, value in converted.items()}
+    # Files hold the whole memory of a view.
+    tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in converted.items()}
     with drafted(out) as (draft,):
-        whole = bool(prefix_of(tensors))
-        _write(draft, tensors, _read_classes(path) if whole else None)
+        _write(draft, tensors, _read_classes(path) if recognize(tensors).prefix else None)
         return replace(report, verified=_verify(draft, tensors, given))
 
 
-def _plain(value: Tensor) -> Tensor:
-    """Copy a tensor into memory of its own: files hold the whole memory of a view."""
-    return value.detach().clone(memory_format=torch.contiguous_format)
-
-
 def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None) -> None:
+    # torch.save would write the name of a path into the file.
     with whole_file(path) as file:
         if path.suffix == '.safetensors':
             try:
@@ -232,30 +181,27 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None) 
 
 def _read_classes(path: Path) -> dict[str, Any]:
     """Read the classes from a file of a detector or segmenter; empty for a .safetensors file."""
-    if path.suffix == '.safetensors':
-        return {}
-    content = read_pickled(path, 'meta')
+    content = read_pickled(path) if path.suffix != '.safetensors' else {}
     meta = content.get('meta') if isinstance(content, Mapping) else None
-    meta = meta if isinstance(meta, Mapping) else {}
-    return {name: meta[name] for name in _CLASSES if name in meta}
+    return {name: meta[name] for name in _CLASSES if name in meta} if isinstance(meta, Mapping) else {}
 
 
 def _verify(draft: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """Read a file back, load it strictly, and compare its outputs with the old ones if the form changed."""
     read = load(draft)
-    if read.keys() != tensors.keys() or not all(_same_bits(read[name], value) for name, value in tensors.items()):
+    if read.keys() != tensors.keys() or any(_bits(read[name]) != _bits(value) for name, value in tensors.items()):
         raise CheckpointError(
             f'{draft.name} does not hold what was written to it, and was discarded; check the disk and convert again'
         )
-    network, form = _loaded(read), form_of(network_entries(read))
+    network, old = recognize(read).network, recognize(given).network
     variant = next((name for name, arch in ARCHS.items() if arch == network.arch), 'an arch of its own')
     text = (
         f'{len(read)} tensors read back bit for bit, loaded strictly into {type(network).__name__} ({variant}, '
-        f'{form} form)'
+        f'{network.form} form)'
     )
-    if form == form_of(network_entries(given)):
+    if network.form == old.form:
         return text
-    deviation = largest_deviation(_outputs(network), _outputs(_loaded(given)))
+    deviation = largest_deviation(_outputs(network), _outputs(old))
     if not deviation <= _TOLERANCE:
         raise CheckpointError(
             f'{draft.name} was discarded: its outputs on a random image deviate by {deviation:.1e} '
@@ -264,35 +210,21 @@ def _verify(draft: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tens
     return f'{text}, outputs on a random image within {deviation:.1e} of the largest'
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    # As bytes: NaN is not equal to itself.
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(*(value.contiguous().reshape(-1).view(torch.uint8) for value in (a, b)))
-    )
-
-
-def _loaded(state_dict: Mapping[str, Tensor]) -> Trunk:
-    """Build the network of a state dict, with its tensors."""
-    network = build_like(state_dict)
-    network.load_state_dict(
-        {name: state_dict[given] for name, given in network_entries(state_dict).items()}, strict=True, assign=True
-    )
-    return network
+def _bits(value: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    # NaN is not equal to itself.
+    return value.dtype, value.shape, value.flatten().view(torch.uint8).numpy().tobytes()
 
 
 @torch.no_grad()
-def _outputs(network: Trunk) -> Tensor | tuple[Tensor, ...]:
+def _outputs(network: Trunk) -> Sequence[Tensor]:
     """Compute the outputs for a small random image in float64, so that only the weights are rounded."""
     x = torch.rand(1, network.in_channels, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return network.double()(x)
+    outs = network.double()(x)
+    return [outs] if isinstance(outs, Tensor) else outs
 
 
-def largest_deviation(outs: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
+def largest_deviation(outs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest deviation of tensors, each relative to its largest magnitude; NaN if one is NaN."""
-    if isinstance(outs, Tensor) and isinstance(expected, Tensor):
-        outs, expected = [outs], [expected]
     deviations = [
         (a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
         for a, b in zip(outs, expected, strict=True)

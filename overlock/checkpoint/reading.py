@@ -10,7 +10,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from overlock.checkpoint.download import find_file
 from overlock.utils.errors import CheckpointError
 
 # Trainers put a state dict, and its running average, under these names.
-_WRAPPERS = ('state_dict', 'model')
-_EMA_WRAPPERS = ('state_dict_ema', 'model_ema')
+_PLAIN = ('state_dict', 'model')
+_AVERAGES = ('state_dict_ema', 'model_ema')
 # mmengine's EMAHook puts the average into `state_dict`, and the weights behind it here.
 _BEHIND_AVERAGE = 'ema_state_dict'
 # DistributedDataParallel, averaging and torch.compile put these before names.
@@ -31,49 +30,44 @@ _LOCK = threading.RLock()
 
 
 def load(source: str | os.PathLike[str], ema: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of published weights, of a file, or of a URL, by the names in the file, on the CPU.
-
-    Args:
-        source: A name in `overlock.checkpoint.WEIGHTS`, a path, or a URL, see `find_file`.
-        ema: Whether to take the running average of the weights, where the file has both.
-
-    Raises:
-        CheckpointError: See `find_file` and `read_state_dict`.
-    """
-    return read_state_dict(find_file(source), ema)
-
-
-def read_state_dict(path: str | os.PathLike[str], ema: bool = False) -> dict[str, Tensor]:
     """Return the tensors of a weight file (.pth or .safetensors), on the CPU, out of their usual wrappings.
 
     Unwraps `state_dict`, `model`, `state_dict_ema`, `model_ema`, and the prefixes `module.` and `_orig_mod.`. In a file
     of mmengine's EMAHook `state_dict` is the average, with or without `ema`.
 
     Args:
-        path: The file.
+        source: A name in `overlock.checkpoint.WEIGHTS`, a path, or a URL, see `find_file`.
         ema: Whether to take the running average of the weights, where the file has both.
 
     Raises:
-        CheckpointError: If the file is damaged, holds no state dict, no average that was asked for, or would have to
-            run code to load.
+        CheckpointError: If the file cannot be found, is damaged, holds no state dict, no average that was asked for,
+            or would have to run code to load.
     """
-    content = _read_safetensors(path) if Path(path).suffix == '.safetensors' else read_pickled(path)
-    averages, plain = _unwrap(content, *_EMA_WRAPPERS), _unwrap(content, *_WRAPPERS)
-    if ema and averages is None and _unwrap(content, _BEHIND_AVERAGE) is not None:
-        averages = plain
-    if ema and averages is None:
-        raise CheckpointError(
-            f'{path} holds no running average of weights: expected one of '
-            f'{", ".join((*_EMA_WRAPPERS, _BEHIND_AVERAGE))}; load its weights themselves'
-        )
-    candidates = (averages,) if ema else (plain, averages, content)
-    found = next((candidate for candidate in candidates if candidate is not None), None)
-    items = found.items() if isinstance(found, Mapping) else ()
-    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    path = find_file(source)
+    content: Any
+    if path.suffix == '.safetensors':
+        with safely(path):
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+    else:
+        content = read_pickled(path)
+    content = content if isinstance(content, Mapping) else {}
+    inner = {name: value for name, value in content.items() if isinstance(value, Mapping)}
+    plain, average = (next((inner[name] for name in names if name in inner), None) for names in (_PLAIN, _AVERAGES))
+    if ema and average is None:
+        if _BEHIND_AVERAGE not in inner:
+            raise CheckpointError(
+                f'{path} holds no running average of weights: expected one of '
+                f'{", ".join((*_AVERAGES, _BEHIND_AVERAGE))}; load its weights themselves'
+            )
+        average = plain
+    found = (average if ema else plain or average or content) or {}
+    tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(
             f'{path} holds no state dict: expected tensors by their names, bare or under one of '
-            f'{", ".join(_WRAPPERS + _EMA_WRAPPERS)}; give a file of weights'
+            f'{", ".join(_PLAIN + _AVERAGES)}; give a file of weights'
         )
     for prefix in _PREFIXES:
         # Averaged models count their updates beside the network.
@@ -83,26 +77,14 @@ def read_state_dict(path: str | os.PathLike[str], ema: bool = False) -> dict[str
     return tensors
 
 
-def _unwrap(content: Any, *wrappers: str) -> Mapping[Any, Any] | None:
-    inner = (content[name] for name in wrappers if isinstance(content, Mapping) and name in content)
-    return next((value for value in inner if isinstance(value, Mapping)), None)
-
-
-def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    with safely(path):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-
-
-def read_pickled(path: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
-    """Return what a file of torch.save holds.
+def read_pickled(path: str | os.PathLike[str]) -> Any:
+    """Return what a file of torch.save holds, on the CPU.
 
     Raises:
         CheckpointError: If it is damaged, or would have to run code to load.
     """
     with safely(path):
-        return restored(torch.load(path, map_location=map_location, weights_only=True))
+        return restored(torch.load(path, map_location='cpu', weights_only=True))
 
 
 @contextmanager

@@ -13,28 +13,26 @@ class Weights:
     """One published file.
 
     Attributes:
-        url: Where it is published.
         arch: The variant: 'xt', 't', 's' or 'b'.
         task: 'classification', 'detection' or 'segmentation'.
-        form: 'training', or 'merged' for re-parameterized large kernels (see `overlock.models.names`).
         metrics: Paper-reported results, in percent.
+        form: 'training', or 'merged' for re-parameterized large kernels (see `overlock.models.forms`).
         crop_pct: Side of the center crop over the short side of the resized image; None but for classifiers.
         config: The configuration that evaluates it, by its name in configs/; None for classifiers.
-        sha256: Hash, where it is known.
     """
 
     url: str
     arch: str
     task: str
-    form: str
     metrics: Mapping[str, float]
+    form: str = 'training'
     crop_pct: float | None = None
     config: str | None = None
     sha256: str | None = None
 
 
-_TOP1 = {'xt': 82.7, 't': 84.2, 's': 84.8, 'b': 85.1}
-_CROP_PCT = {'xt': 0.925, 't': 0.95, 's': 0.95, 'b': 0.975}
+# Top-1 accuracy and the crop that it was measured with.
+_CLASSIFIERS = {'xt': (82.7, 0.925), 't': (84.2, 0.95), 's': (84.8, 0.95), 'b': (85.1, 0.975)}
 _FULL_NAMES = {'t': 'tiny', 's': 'small', 'b': 'base'}
 _MASK_RCNN = {
     't': {'1x': (48.3, 43.3), '3x': (49.6, 43.9)},
@@ -46,22 +44,16 @@ _UPERNET = {'t': 50.3, 's': 51.3, 'b': 51.7}
 WEIGHTS: dict[str, Weights] = {
     **{
         f'overlock_{arch}_in1k{suffix}': Weights(
-            f'{RELEASE}overlock_{arch}_in1k_224{suffix}.pth',
-            arch,
-            'classification',
-            form,
-            {'top1': top1},
-            crop_pct=_CROP_PCT[arch],
+            f'{RELEASE}overlock_{arch}_in1k_224{suffix}.pth', arch, 'classification', {'top1': top1}, form, crop_pct
         )
         for suffix, form in (('', 'training'), ('_reparam', 'merged'))
-        for arch, top1 in _TOP1.items()
+        for arch, (top1, crop_pct) in _CLASSIFIERS.items()
     },
     **{
         f'mask_rcnn_overlock_{arch}_{schedule}_coco': Weights(
             f'{RELEASE}maskrcnn{schedule}_overlock_{_FULL_NAMES[arch]}_coco.pth',
             arch,
             'detection',
-            'training',
             {'box_ap': box, 'mask_ap': mask},
             config=f'mask_rcnn_overlock_{arch}_{schedule}',
         )
@@ -73,7 +65,6 @@ WEIGHTS: dict[str, Weights] = {
             f'{RELEASE}upernet_overlock_{_FULL_NAMES[arch]}_ade20k.pth',
             arch,
             'segmentation',
-            'training',
             {'miou': miou},
             config=f'upernet_overlock_{arch}_160k',
         )

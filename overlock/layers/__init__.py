@@ -4,7 +4,7 @@ from overlock.layers.conv import ConvNorm, ResidualDWConv
 from overlock.layers.ffn import ConvFFN
 from overlock.layers.large_kernel import DilatedReparamConv
 from overlock.layers.norm import GRN, LayerNorm2d
-from overlock.layers.scale import ChannelAffine, DropPath, Shortcut, SqueezeExcite
+from overlock.layers.scale import ChannelAffine, DropPath, SqueezeExcite
 
 __all__ = [
     'ChannelAffine',
@@ -15,6 +15,5 @@ __all__ = [
     'GRN',
     'LayerNorm2d',
     'ResidualDWConv',
-    'Shortcut',
     'SqueezeExcite',
 ]

@@ -3,20 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from overlock.layers.fold import BatchNorm, fold_bn_into_previous, set_conv
+from overlock.layers.fold import BatchNorm, bn_affine, fold_into_previous, set_conv
 
 
 class ConvNorm(nn.Module):
     """A convolution, then BatchNorm, then an optional activation.
 
-    Args:
-        in_channels: Input channels.
-        out_channels: Output channels.
-        kernel_size: Odd; padded to keep the size at stride 1.
-        stride: Stride; an input side of n becomes ceil(n / stride).
-        groups: Convolution groups.
-        bias: Whether the convolution has a bias of its own.
-        act: An activation module, or None.
+    The kernel size is odd, and padded so that an input side of n becomes ceil(n / stride).
     """
 
     def __init__(
@@ -26,25 +19,24 @@ class ConvNorm(nn.Module):
         kernel_size: int = 1,
         stride: int = 1,
         groups: int = 1,
+        dilation: int = 1,
         bias: bool = False,
         act: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
-        )
+        padding = kernel_size // 2 * dilation
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn: nn.Module = nn.BatchNorm2d(out_channels)
         self.act = act or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride))."""
-        y: Tensor = self.act(self.bn(self.conv(x)))
-        return y
+        return self.act(self.bn(self.conv(x)))
 
     def switch_to_deploy(self) -> None:
         """Fold the BatchNorm into the convolution, in place and idempotently."""
         if isinstance(self.bn, BatchNorm):
-            fold_bn_into_previous(self.conv, self.bn)
+            fold_into_previous(self.conv, *bn_affine(self.bn))
             self.bn = nn.Identity()
 
 

@@ -10,12 +10,7 @@ from overlock.ops.tracing import is_eager
 
 
 class ConvFFN(nn.Module):
-    """1x1 convolution, GELU, residual depthwise 3x3, GRN, 1x1 convolution.
-
-    Args:
-        channels: Channels in and out.
-        hidden: Channels between.
-    """
+    """1x1 convolution, GELU, residual depthwise 3x3, GRN, 1x1 convolution."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()

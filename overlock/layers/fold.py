@@ -1,7 +1,7 @@
 """Folding for inference: a linear step becomes part of the convolution before or after it.
 
 Folding computes in float64 and stores in the dtype of the convolution. A layer that can fold has a method
-`switch_to_deploy`; folding twice changes nothing. `overlock.models.names` explains the words.
+`switch_to_deploy`; folding twice changes nothing. `overlock.models.forms` explains the words.
 """
 
 import torch
@@ -20,12 +20,11 @@ def bn_affine(bn: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fuse_conv_bn(conv: nn.Conv2d, bn: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return weight and bias, float64, of the one convolution that equals `bn(conv(x))` in evaluation."""
-    scale, shift = bn_affine(bn)
-    if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
-    return conv.weight.double() * scale.view(-1, 1, 1, 1), shift
+def fuse(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias, float64, of the convolution that equals `scale * conv(x) + shift`, both (C,)."""
+    scale, shift = scale.double(), shift.double()
+    bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+    return conv.weight.double() * scale.view(-1, 1, 1, 1), bias
 
 
 def set_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
@@ -35,21 +34,13 @@ def set_conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
     conv.bias = nn.Parameter(bias.detach().to(dtype), trained)
 
 
-def fold_bn_into_previous(conv: nn.Conv2d, bn: BatchNorm) -> None:
-    """Make `conv` compute `bn(conv(x))`."""
-    set_conv(conv, *fuse_conv_bn(conv, bn))
-
-
-@torch.no_grad()
-def fold_affine_into_previous(conv: nn.Conv2d, scale: Tensor | float, shift: Tensor) -> None:
+def fold_into_previous(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     """Make `conv` compute `scale * conv(x) + shift`, both (C,)."""
-    scale = torch.as_tensor(scale, dtype=torch.float64, device=conv.weight.device).expand(conv.out_channels)
-    bias = shift.double() if conv.bias is None else conv.bias.double() * scale + shift.double()
-    set_conv(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias)
+    set_conv(conv, *fuse(conv, scale, shift))
 
 
 @torch.no_grad()
-def fold_affine_into_next(scale: Tensor | float, shift: Tensor, conv: nn.Conv2d) -> None:
+def fold_into_next(scale: Tensor, shift: Tensor, conv: nn.Conv2d) -> None:
     """Make a 1x1 `conv` compute `conv(scale * x + shift)`, both (C,).
 
     Raises:
@@ -57,33 +48,18 @@ def fold_affine_into_next(scale: Tensor | float, shift: Tensor, conv: nn.Conv2d)
     """
     if conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
         raise ValueError(f'an affine folds into a dense 1x1 convolution without padding alone, got {conv}')
-    scale = torch.as_tensor(scale, dtype=torch.float64, device=conv.weight.device).expand(conv.in_channels)
     weight = conv.weight.double()
     bias = weight.flatten(1) @ shift.double()
     if conv.bias is not None:
         bias = bias + conv.bias.double()
-    set_conv(conv, weight * scale.view(1, -1, 1, 1), bias)
-
-
-def fold_bn_into_next(bn: BatchNorm, conv: nn.Conv2d) -> None:
-    """Make a 1x1 `conv` compute `conv(bn(x))`."""
-    fold_affine_into_next(*bn_affine(bn), conv)
-
-
-def switch_to_deploy(model: nn.Module) -> nn.Module:
-    """Fold `model` and every layer below it, in place and idempotently, and return it.
-
-    Do not fold a model that is to train further: folding puts the running statistics into the weights.
-    """
-    fold = getattr(model, 'switch_to_deploy', None)
-    if fold is None:
-        switch_children(model)
-    else:
-        fold()
-    return model
+    set_conv(conv, weight * scale.double().view(1, -1, 1, 1), bias)
 
 
 def switch_children(module: nn.Module) -> None:
-    """Fold the children of `module`; for `switch_to_deploy` methods."""
+    """Fold all that can fold below `module`."""
     for child in module.children():
-        switch_to_deploy(child)
+        fold = getattr(child, 'switch_to_deploy', None)
+        if fold is None:
+            switch_children(child)
+        else:
+            fold()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from overlock.layers.conv import ConvNorm
-from overlock.layers.fold import BatchNorm, fuse_conv_bn, set_conv
+from overlock.layers.fold import BatchNorm, bn_affine, fuse, set_conv
 from overlock.ops.depthwise import depthwise_conv2d
 
 # (kernel size, dilation) of the branches beside a large kernel.
@@ -23,13 +23,6 @@ class DilatedReparamConv(nn.Module):
     """A depthwise K x K convolution and dilated smaller ones, each with its BatchNorm, summed.
 
     In evaluation the sum equals one K x K convolution with a bias: `switch_to_deploy` merges it.
-
-    Args:
-        channels: Channels in and out.
-        kernel_size: K, one of `BRANCHES`.
-
-    Raises:
-        ValueError: If there are no branches for `kernel_size`.
     """
 
     branches: dict[str, ConvNorm]  # nn.ModuleDict does not tell the type of its values
@@ -42,10 +35,9 @@ class DilatedReparamConv(nn.Module):
         self.bn: nn.Module = nn.BatchNorm2d(channels)
         self.branches = nn.ModuleDict()  # type: ignore[assignment]
         for size, dilation in BRANCHES[kernel_size]:
-            branch = ConvNorm(channels, channels, size, groups=channels)
-            branch.conv.dilation = (dilation, dilation)
-            branch.conv.padding = (size // 2 * dilation,) * 2
-            self.branches[f'k{size}_d{dilation}'] = branch
+            self.branches[f'k{size}_d{dilation}'] = ConvNorm(
+                channels, channels, size, groups=channels, dilation=dilation
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
@@ -59,31 +51,16 @@ class DilatedReparamConv(nn.Module):
         """Merge every branch into `conv`, in place and idempotently."""
         if not isinstance(self.bn, BatchNorm):
             return
-        weight, bias = fuse_conv_bn(self.conv, self.bn)
+        weight, bias = fuse(self.conv, *bn_affine(self.bn))
         for branch in self.branches.values():
             assert isinstance(branch.bn, BatchNorm)
-            branch_weight, branch_bias = fuse_conv_bn(branch.conv, branch.bn)
-            weight = weight + pad_kernel(branch_weight, branch.conv.dilation[0], self.conv.kernel_size[0])
+            branch_weight, branch_bias = fuse(branch.conv, *bn_affine(branch.bn))
+            # A dilated kernel has its taps `dilation` apart, around the same center.
+            size, dilation = self.conv.kernel_size[0], branch.conv.dilation[0]
+            margin = size // 2 - branch.conv.kernel_size[0] // 2 * dilation
+            taps = slice(margin, size - margin, dilation)
+            weight[..., taps, taps] += branch_weight
             bias = bias + branch_bias
         set_conv(self.conv, weight, bias)
         self.bn = nn.Identity()
         self.branches.clear()
-
-
-@torch.no_grad()
-def pad_kernel(weight: Tensor, dilation: int, size: int) -> Tensor:
-    """Return the undilated (C, 1, size, size) kernel that equals a dilated (C, 1, k, k) one.
-
-    Raises:
-        ValueError: If the dilated kernel is larger than `size`.
-    """
-    span = (weight.shape[-1] - 1) * dilation + 1
-    if span > size or (size - span) % 2:
-        raise ValueError(
-            f'a {weight.shape[-1]}x{weight.shape[-1]} kernel with dilation {dilation} spans {span} '
-            f'pixels and does not fit centered into {size}'
-        )
-    padded = weight.new_zeros((*weight.shape[:2], size, size))
-    start = (size - span) // 2
-    padded[..., start : start + span : dilation, start : start + span : dilation] = weight
-    return padded

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.layers.fold import fold_affine_into_next
+from overlock.layers.fold import fold_into_next
 from overlock.ops import spatial_norm
 
 
@@ -31,7 +31,7 @@ class LayerNorm2d(nn.LayerNorm):
 
     def fold_affine_into(self, conv: nn.Conv2d) -> None:
         """Move scale and shift into the 1x1 convolution that takes the output; nothing else may take it."""
-        fold_affine_into_next(self.weight, self.bias, conv)
+        fold_into_next(self.weight, self.bias, conv)
         self.register_parameter('weight', None)
         self.register_parameter('bias', None)
         self.elementwise_affine = False
@@ -40,10 +40,8 @@ class LayerNorm2d(nn.LayerNorm):
 class GRN(nn.Module):
     """Global response normalization (ConvNeXt V2): `(gamma * N + 1) * x + beta`.
 
-    N is the L2 norm of each channel over space, divided by its mean over channels plus 1e-6.
-
-    Attributes:
-        beta: (1, channels, 1, 1), or None once it is folded into the next convolution.
+    N is the L2 norm of each channel over space, divided by its mean over channels plus 1e-6. `beta` is None once it is
+    folded into the next convolution.
     """
 
     def __init__(self, channels: int) -> None:
@@ -63,5 +61,5 @@ class GRN(nn.Module):
 
     def fold_beta_into(self, conv: nn.Conv2d) -> None:
         """Move beta into the bias of the 1x1 convolution that takes the output; nothing else may take it."""
-        fold_affine_into_next(1.0, self.beta.flatten(), conv)
+        fold_into_next(torch.ones_like(self.beta).flatten(), self.beta.flatten(), conv)
         self.register_parameter('beta', None)

@@ -5,18 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from overlock.layers.fold import fold_affine_into_previous
-
 
 class ChannelAffine(nn.Module):
     """`weight * x + bias` for each channel, plus another map if one is given.
 
-    Args:
-        channels: Channels of the map.
-        init_value: Initial value of every weight; biases start at 0.
-
-    Attributes:
-        bias: (channels,), or None once it is folded into the added map.
+    Every weight starts at `init_value`, every bias at 0. The bias is None once it is folded into the added map.
     """
 
     def __init__(self, channels: int, init_value: float = 1.0) -> None:
@@ -33,42 +26,21 @@ class ChannelAffine(nn.Module):
         y = torch.addcmul(self.bias.view(1, -1, 1, 1).to(x.dtype), x, weight)
         return y if addend is None else y + addend
 
-    def fold_bias_into(self, conv: nn.Conv2d) -> None:
-        """Move the bias into the convolution whose output is the addend."""
-        fold_affine_into_previous(conv, 1.0, self.bias)
-        self.register_parameter('bias', None)
-
     @torch.no_grad()
-    def move_bias_to(self, other: 'ChannelAffine') -> None:
-        """Move the bias into the affine whose output is the addend."""
-        bias = (other.bias.double() + self.bias.double()).to(other.bias.dtype)
-        other.bias = nn.Parameter(bias, other.bias.requires_grad)
+    def move_bias_to(self, source: 'nn.Conv2d | ChannelAffine') -> None:
+        """Move the bias into the module whose output is the added map."""
+        assert source.bias is not None
+        bias = (source.bias.double() + self.bias.double()).to(source.bias.dtype)
+        source.bias = nn.Parameter(bias, source.bias.requires_grad)
         self.register_parameter('bias', None)
-
-    def fold_into(self, conv: nn.Conv2d) -> None:
-        """Fold this affine into the convolution whose output it takes."""
-        fold_affine_into_previous(conv, self.weight.flatten(), self.bias)
-
-
-class Shortcut(nn.Module):
-    """An unscaled shortcut, in the place of a `ChannelAffine`."""
-
-    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Add two maps (B, C, H, W)."""
-        return x if addend is None else x + addend
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a sigmoid of the globally pooled map (Hu et al., 2018), GELU inside.
+    """Scale each channel by a sigmoid of the globally pooled map (Hu et al., 2018), GELU inside."""
 
-    Args:
-        channels: Channels of the map.
-        reduction: The hidden width is `channels // reduction`, at least 16.
-    """
-
-    def __init__(self, channels: int, reduction: int = 8) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = max(channels // reduction, 16)
+        hidden = max(channels // 8, 16)
         self.fc1 = nn.Conv2d(channels, hidden, 1)
         self.act = nn.GELU()
         self.fc2 = nn.Conv2d(hidden, channels, 1)
@@ -86,24 +58,14 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
+        self.rate, self.drops = rate, rate > 0
         # A tensor: from numbers, which all differ, torch.compile would make one graph for each block.
-        self.register_buffer('keep', torch.empty(()), persistent=False)
-        self.rate = rate
-
-    @property
-    def rate(self) -> float:
-        """Return the probability of dropping a sample."""
-        return self._rate
-
-    @rate.setter
-    def rate(self, rate: float) -> None:
-        self._rate, self.drops = rate, rate > 0
-        self.keep.fill_(1 - rate)
+        self.register_buffer('keep', torch.tensor(1 - rate), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'DropPath':
         super()._apply(fn, recurse)
         # A tensor from the meta device has no value yet.
-        self.keep.fill_(1 - self._rate)
+        self.keep.fill_(1 - self.rate)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The network, in reading order: arch, blocks, overlock (three nets and the classifier), backbone, names."""
+"""The network, in reading order: arch, blocks, overlock (three nets and the classifier), backbone, forms, names."""
 
 from overlock.models.arch import ARCHS, Arch, get_arch
 from overlock.models.backbone import OverLoCKBackbone

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+_LENGTHS = dict(embed_dims=4, base_depths=3, focus_depths=2, focus_groups=2, kernel_sizes=4, dynamic_kernel_sizes=2)
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -37,25 +39,14 @@ class Arch:
     dynamic_mlp_ratio: int = 3
 
     def __post_init__(self) -> None:
-        lengths = {
-            'embed_dims': 4,
-            'base_depths': 3,
-            'focus_depths': 2,
-            'focus_groups': 2,
-            'kernel_sizes': 4,
-            'dynamic_kernel_sizes': 2,
-        }
-        for name, length in lengths.items():
-            value = getattr(self, name)
-            if not isinstance(value, (tuple, list)) or len(value) != length:
-                raise ValueError(f'arch: {name} must have {length} entries, got {value!r}')
-            value = tuple(value)
-            object.__setattr__(self, name, value)
         for field in fields(self):
-            value = getattr(self, field.name)
-            for entry in value if isinstance(value, tuple) else (value,):
-                if not isinstance(entry, int) or entry < 1:
-                    raise ValueError(f'arch: {field.name} must hold positive integers, got {value!r}')
+            value, length = getattr(self, field.name), _LENGTHS.get(field.name)
+            if length is not None:
+                if not isinstance(value, (tuple, list)) or len(value) != length:
+                    raise ValueError(f'arch: {field.name} must have {length} entries, got {value!r}')
+                object.__setattr__(self, field.name, tuple(value))
+            if any(not isinstance(entry, int) or entry < 1 for entry in (value if length is not None else (value,))):
+                raise ValueError(f'arch: {field.name} must hold positive integers, got {value!r}')
         for name in ('kernel_sizes', 'dynamic_kernel_sizes'):
             if any(size % 2 == 0 for size in getattr(self, name)):
                 raise ValueError(f'arch: {name} must be odd, got {getattr(self, name)}')
@@ -81,11 +72,6 @@ class Arch:
         c1, c2, c3, c4 = self.embed_dims
         return c1, c2, c3 + self.context_dims, c4 + self.context_dims
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks with a drop path, over all three nets."""
-        return sum(self.base_depths) + self.overview_depth + sum(self.focus_depths)
-
 
 ARCHS: dict[str, Arch] = {
     'xt': Arch((56, 112, 256, 336), (2, 2, 3), 2, (6, 2), (8, 12)),
@@ -109,12 +95,9 @@ def get_arch(arch: str | Mapping[str, Any] | Arch) -> Arch:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)} or a dict of one's own, got {arch!r}")
         return ARCHS[arch]
     if isinstance(arch, Mapping):
-        known = {field.name: field.default for field in fields(Arch)}
-        unknown = [name for name in arch if name not in known]
-        missing = [field.name for field in fields(Arch)[:5] if field.name not in arch]
-        if unknown or missing:
-            raise ValueError(
-                f'arch dict: unknown fields {unknown}, missing fields {missing}; its fields are {", ".join(known)}'
-            )
-        return Arch(**arch)
+        try:
+            return Arch(**arch)
+        except TypeError as error:
+            names = ', '.join(field.name for field in fields(Arch))
+            raise ValueError(f'arch dict: {error}; its fields are {names}') from error
     raise TypeError(f'arch must be a name, a dict or an overlock.Arch, got {type(arch).__name__}')

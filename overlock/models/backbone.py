@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from overlock.layers import ChannelAffine, LayerNorm2d
-from overlock.layers.fold import BatchNorm
+from overlock.layers.fold import BatchNorm, fold_into_previous
 from overlock.models.arch import Arch
 from overlock.models.overlock import Trunk
 
@@ -75,11 +75,7 @@ class OverLoCKBackbone(Trunk):
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map an image (B, C, H, W) to the outputs (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up.
-
-        Raises:
-            ValueError: If the image is smaller than 32x32.
-        """
+        """Map an image (B, C, H, W) to the outputs (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up."""
         outs, overview = self.encode(x, self.output_norms['out1'] if self.num_outputs > 1 else None)
         normed = []
         for i in self.out_indices:
@@ -91,29 +87,27 @@ class OverLoCKBackbone(Trunk):
         return tuple(normed)
 
     def switch_to_deploy(self) -> 'OverLoCKBackbone':
-        """Fold all linear steps for inference, as `Trunk.switch_to_deploy` does."""
+        """Fold all linear steps for inference, as `Foldable.switch_to_deploy` does."""
         super().switch_to_deploy()
         if self.overview_residual and not isinstance(self.overview_scale, nn.Identity):
             self.output_norms['overview'].fold_affine_into(self.overview_proj)
-            self.overview_scale.fold_into(self.overview_proj)
+            fold_into_previous(self.overview_proj, self.overview_scale.weight.flatten(), self.overview_scale.bias)
             self.overview_scale = nn.Identity()
         return self
 
     def _rebuilt(self) -> 'OverLoCKBackbone':
         return OverLoCKBackbone(self.arch, self.in_channels, self.out_indices, overview_residual=self.overview_residual)
 
-    def _frozen_modules(self) -> list[nn.Module]:
+    def _freeze(self) -> None:
         base = self.base_net
         stages: list[list[nn.Module]] = [[base.stem], [base.stage1]]
         if self.num_outputs > 1:
             stages.append([base.downsample2, base.stage2])
         if self.num_outputs > 2:
             stages += [[base.downsample3, base.stage3], [self.overview_net]]
-        return [module for stage in stages[: self.frozen_stages + 1] for module in stage]
-
-    def _freeze(self) -> None:
-        for module in self._frozen_modules():
-            module.eval().requires_grad_(False)
+        for stage in stages[: self.frozen_stages + 1]:
+            for module in stage:
+                module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'OverLoCKBackbone':
         """Set the mode; frozen modules, and under `norm_eval` every BatchNorm, stay in evaluation."""

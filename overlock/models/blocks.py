@@ -13,10 +13,9 @@ from overlock.layers import (
     DropPath,
     LayerNorm2d,
     ResidualDWConv,
-    Shortcut,
     SqueezeExcite,
 )
-from overlock.layers.fold import BatchNorm, fold_bn_into_next, fold_bn_into_previous, switch_children
+from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next, fold_into_previous, switch_children
 from overlock.ops import contmix
 
 # Side of the grid of regions; the affinities to them make the kernels.
@@ -26,13 +25,11 @@ NUM_REGIONS = 7
 class StaticBlock(nn.Module):
     """Mix space with a dilated re-parameterized large kernel, then channels with a ConvFFN.
 
-    Args:
-        channels: Channels in and out.
-        kernel_size: The large kernel, a key of `overlock.layers.large_kernel.BRANCHES`.
-        mlp_ratio: Hidden width of the feed-forward over `channels`.
-        drop_path_rate: Probability of dropping the branch of a sample.
-        layer_scale: Whether the shortcut is scaled by a learned affine a channel.
+    `kernel_size` is a key of `overlock.layers.large_kernel.BRANCHES`; with `layer_scale` the shortcut is scaled by a
+    learned affine for each channel.
     """
+
+    with_cp = False  # see `overlock.models.overlock.run_block`
 
     def __init__(
         self,
@@ -50,13 +47,14 @@ class StaticBlock(nn.Module):
         self.se = SqueezeExcite(channels)
         self.ffn = ConvFFN(channels, channels * mlp_ratio)
         self.drop_path = DropPath(drop_path_rate)
-        self.ls = ChannelAffine(channels) if layer_scale else Shortcut()
+        self.ls = ChannelAffine(channels) if layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         x = self.dwconv(x)
         y = self.se(self.bn(self.dilated(self.norm(x))))
-        return self.ls(x, self.drop_path(self.ffn(y)))
+        y = self.drop_path(self.ffn(y))
+        return x + y if self.ls is None else self.ls(x, y)
 
     def switch_to_deploy(self) -> None:
         """Fold all linear steps, in place and idempotently."""
@@ -64,10 +62,10 @@ class StaticBlock(nn.Module):
             return
         switch_children(self)
         # The affine of `norm` stays: `dilated` pads its output with zeros, not with its shift.
-        fold_bn_into_previous(self.dilated.conv, self.bn)
+        fold_into_previous(self.dilated.conv, *bn_affine(self.bn))
         self.bn = nn.Identity()
-        if isinstance(self.ls, ChannelAffine):
-            self.ls.fold_bias_into(self.ffn.fc2)
+        if self.ls is not None:
+            self.ls.move_bias_to(self.ffn.fc2)
 
 
 class DynamicBlock(nn.Module):
@@ -81,10 +79,11 @@ class DynamicBlock(nn.Module):
         num_groups: Groups G of ContMix in each half of the channels.
         local_kernel_size: The large kernel of the static local branch.
         mlp_ratio: Hidden width of the feed-forward over C.
-        drop_path_rate: Probability of dropping the branch of a sample.
         mix_prior: Whether the context is first mixed with its prior (all blocks of Focus-Net but the first).
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
+
+    with_cp = False
 
     def __init__(
         self,
@@ -157,10 +156,12 @@ class DynamicBlock(nn.Module):
 
     def dynamic_conv(self, x: Tensor, value: Tensor) -> Tensor:
         """Apply ContMix to `value` (B, C, H, W) with kernels computed from `x` (B, C + P, H, W)."""
-        size = value.shape[2:]
-        enlarged = _at_least(size, self.kernel_sizes[1])
-        if enlarged != size:
-            x, value = (F.interpolate(t, enlarged, mode='bilinear', align_corners=False) for t in (x, value))
+        height, width = value.shape[2:]
+        short, large = min(height, width), self.kernel_sizes[1]
+        if short < large:
+            # int(large / short * side), not side * large // short: floating-point rounding is part of the network.
+            size = [large if side == short else int(large / short * side) for side in (height, width)]
+            x, value = (F.interpolate(t, size, mode='bilinear', align_corners=False) for t in (x, value))
         query = self.query(x[:, : self.channels])
         key = self.key(F.adaptive_avg_pool2d(x[:, self.channels :], NUM_REGIONS))
         out = contmix(
@@ -176,7 +177,7 @@ class DynamicBlock(nn.Module):
             scale=self.scale,
             backend=self.contmix_backend,
         )
-        return F.adaptive_avg_pool2d(out, (size[0], size[1])) if enlarged != size else out
+        return F.adaptive_avg_pool2d(out, (height, width)) if short < large else out
 
     def switch_to_deploy(self) -> None:
         """Fold all linear steps, in place and idempotently."""
@@ -186,26 +187,12 @@ class DynamicBlock(nn.Module):
         assert isinstance(dilated, DilatedReparamConv) and isinstance(proj, nn.Conv2d)
         switch_children(self)
         # The affine of `norm1` and the shift of the GRN in `fusion` stay: padded convolutions follow.
-        fold_bn_into_previous(dilated.conv, local_bn)
+        fold_into_previous(dilated.conv, *bn_affine(local_bn))
         self.local[1] = nn.Identity()
-        fold_bn_into_next(proj_bn, proj)
+        fold_into_next(*bn_affine(proj_bn), proj)
         self.proj[0] = nn.Identity()
         self.norm2.fold_affine_into(self.ffn.fc1)
-        self.ls1.fold_bias_into(proj)
-        self.ls2.fold_bias_into(self.ffn.fc2)
+        self.ls1.move_bias_to(proj)
+        self.ls2.move_bias_to(self.ffn.fc2)
         if self.mix_prior:
             self.context_scale.move_bias_to(self.prior_scale)
-
-    def extra_repr(self) -> str:
-        return f'kernel_sizes={self.kernel_sizes}, num_groups={self.num_groups}'
-
-
-def _at_least(size: torch.Size, minimum: int) -> torch.Size:
-    """Return `size`, or the size in proportion, rounded down, whose short side is `minimum`."""
-    height, width = size
-    short = min(height, width)
-    if short >= minimum:
-        return size
-    # int(minimum / short * side) and not side * minimum // short: floating-point rounding is part of the network.
-    grown = [minimum if side == short else int(minimum / short * side) for side in (height, width)]
-    return torch.Size(grown)

@@ -1,22 +1,19 @@
-"""The names of published state dicts, and ours: one table, read both ways; and the forms that names tell.
-
-Glossary of the forms. *Training*: the network as it is built. *Merged*: the dilated branches beside each large kernel
-are merged into it, the BatchNorms around stay; published `_reparam` files have this form. *Folded*: all that is linear
-is folded into convolutions and no BatchNorm is left; `switch_to_deploy()`, `deploy=True` and the `_reparam` models of
-timm give this form. A network may be merged and then folded; there is no way back. A network takes files of its own
-form and of earlier ones.
-"""
+"""The names of published state dicts, and ours: one table, read both ways; and the form that names tell."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import TypeVar
 
 from overlock.utils.errors import CheckpointError
 
-FORMS = ('training', 'merged', 'folded')
-
 T = TypeVar('T')
+
+
+def _conv_norm(published: str, number: int, ours: str) -> dict[str, str]:
+    """Return the names of a convolution and its BatchNorm, which published files number one after the other."""
+    return {f'{published}.{number}': f'{ours}.conv', f'{published}.{number + 1}': f'{ours}.bn'}
+
 
 _DILATED = {
     'lk_origin': 'conv',
@@ -40,73 +37,50 @@ _STATIC_BLOCK = {
 }
 
 _DYNAMIC_BLOCK = {
+    **{
+        name: name for name in ('dwconv1', 'norm1', 'ls1', 'dwconv2', 'norm2', 'ls2', 'weight_proj', 'proj.0', 'proj.1')
+    },
     'rpb1': 'rpb_small',
     'rpb2': 'rpb_large',
     'x_scale': 'context_scale',
     'h_scale': 'prior_scale',
-    'dwconv1': 'dwconv1',
-    'norm1': 'norm1',
-    'fusion.0': 'fusion.0.conv',
-    'fusion.1': 'fusion.0.bn',
+    **_conv_norm('fusion', 0, 'fusion.0'),
     'fusion.3': 'fusion.1',
     'fusion.4': 'fusion.2',
-    'weight_query.0': 'query.conv',
-    'weight_query.1': 'query.bn',
-    'weight_key.1': 'key.conv',
-    'weight_key.2': 'key.bn',
-    'weight_proj': 'weight_proj',
-    'dyconv_proj.0': 'dynamic_proj.conv',
-    'dyconv_proj.1': 'dynamic_proj.bn',
+    **_conv_norm('weight_query', 0, 'query'),
+    **_conv_norm('weight_key', 1, 'key'),
+    **_conv_norm('dyconv_proj', 0, 'dynamic_proj'),
     **{f'lepe.0.{a}': f'local.0.{b}' for a, b in _DILATED.items()},
     'lepe.1': 'local.1',
     'se_layer.proj.1': 'se.fc1',
     'se_layer.proj.3': 'se.fc2',
-    'gate.0': 'gate.conv',
-    'gate.1': 'gate.bn',
-    'proj.0': 'proj.0',
-    'proj.1': 'proj.1',
-    'ls1': 'ls1',
-    'dwconv2': 'dwconv2',
-    'norm2': 'norm2',
+    **_conv_norm('gate', 0, 'gate'),
     'mlp.0': 'ffn.fc1',
     'mlp.2': 'ffn.dwconv',
     'mlp.3': 'ffn.grn',
     'mlp.4': 'ffn.fc2',
-    'ls2': 'ls2',
+}
+
+_STAGES = {
+    'blocks1': ('base_net.stage1', _STATIC_BLOCK),
+    'blocks2': ('base_net.stage2', _STATIC_BLOCK),
+    'blocks3': ('base_net.stage3', _STATIC_BLOCK),
+    'blocks4': ('overview_net.stage', _STATIC_BLOCK),
+    'sub_blocks3': ('focus_net.stage3', _DYNAMIC_BLOCK),
+    'sub_blocks4': ('focus_net.stage4', _DYNAMIC_BLOCK),
 }
 
 # A published module or parameter, and ours; `#` stands for a number that both share.
 _TABLE = {
-    **{f'patch_embed1.{3 * i}': f'base_net.stem.{i}.conv' for i in range(4)},
-    **{f'patch_embed1.{3 * i + 1}': f'base_net.stem.{i}.bn' for i in range(4)},
-    'patch_embed2.0': 'base_net.downsample2.conv',
-    'patch_embed2.1': 'base_net.downsample2.bn',
-    'patch_embed3.0': 'base_net.downsample3.conv',
-    'patch_embed3.1': 'base_net.downsample3.bn',
-    'patch_embed4.0': 'overview_net.downsample.conv',
-    'patch_embed4.1': 'overview_net.downsample.bn',
+    **{a: b for i in range(4) for a, b in _conv_norm('patch_embed1', 3 * i, f'base_net.stem.{i}').items()},
+    **_conv_norm('patch_embed2', 0, 'base_net.downsample2'),
+    **_conv_norm('patch_embed3', 0, 'base_net.downsample3'),
+    **_conv_norm('patch_embed4', 0, 'overview_net.downsample'),
     'high_level_proj': 'focus_net.context_proj',
-    'patch_embedx.x_proj.0': 'focus_net.downsample.conv',
-    'patch_embedx.x_proj.1': 'focus_net.downsample.bn',
-    'patch_embedx.h_proj.0': 'focus_net.context_downsample.conv',
-    'patch_embedx.h_proj.1': 'focus_net.context_downsample.bn',
-    **{
-        f'{a}.#.{tail}': f'{b}.#.{our_tail}'
-        for a, b in (
-            ('blocks1', 'base_net.stage1'),
-            ('blocks2', 'base_net.stage2'),
-            ('blocks3', 'base_net.stage3'),
-            ('blocks4', 'overview_net.stage'),
-        )
-        for tail, our_tail in _STATIC_BLOCK.items()
-    },
-    **{
-        f'{a}.#.{tail}': f'{b}.#.{our_tail}'
-        for a, b in (('sub_blocks3', 'focus_net.stage3'), ('sub_blocks4', 'focus_net.stage4'))
-        for tail, our_tail in _DYNAMIC_BLOCK.items()
-    },
-    'head.0': 'head.proj.conv',
-    'head.1': 'head.proj.bn',
+    **_conv_norm('patch_embedx.x_proj', 0, 'focus_net.downsample'),
+    **_conv_norm('patch_embedx.h_proj', 0, 'focus_net.context_downsample'),
+    **{f'{a}.#.{c}': f'{b}.#.{d}' for a, (b, block) in _STAGES.items() for c, d in block.items()},
+    **_conv_norm('head', 0, 'head.proj'),
     'head.4': 'head.fc',
     'aux_head.0': 'aux_head.bn',
     'aux_head.2': 'aux_head.fc',
@@ -117,32 +91,31 @@ _TABLE = {
 }
 
 
-def _compile(table: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
-    """Return (pattern, template) of each entry; a pattern matches a module and its parameters."""
+def _renamer(table: Mapping[str, str]) -> Callable[[str], str]:
+    """Return the function that renames a module or parameter by a table, and keeps names that the table lacks."""
     rules = []
     for name, other in table.items():
         pattern = re.escape(name).replace(r'\#', r'(\d+)')
+        # The numbers, and last what follows the module.
         template = ''.join(rf'{part}\g<{i + 1}>' for i, part in enumerate(other.split('#')))
         rules.append((re.compile(rf'{pattern}(\.\w+)?'), template))
-    return rules
+
+    @cache
+    def rename(name: str) -> str:
+        for pattern, template in rules:
+            if match := pattern.fullmatch(name):
+                return match.expand(template)
+        return name
+
+    return rename
 
 
-_TO_OURS = _compile(_TABLE)
-_TO_PUBLISHED = _compile({ours: published for published, ours in _TABLE.items()})
-
-
-@cache
-def _rename(name: str, to_ours: bool) -> str:
-    """Return the other name of an entry, or `name` if the table has none."""
-    for pattern, template in _TO_OURS if to_ours else _TO_PUBLISHED:
-        match = pattern.fullmatch(name)
-        if match:
-            return match.expand(template)
-    return name
+_to_ours = _renamer(_TABLE)
+_to_published = _renamer({ours: published for published, ours in _TABLE.items()})
 
 
 def form_of(names: Iterable[str]) -> str | None:
-    """Return the form that our names tell, or None if they hold too little of a network."""
+    """Return the form that our names tell, see `overlock.models.forms`, or None if they hold too little."""
     names = list(names)
     has_norms = any('.bn.' in name for name in names)
     if any(name.endswith(('.dilated.conv.bias', '.local.0.conv.bias')) for name in names):
@@ -150,22 +123,9 @@ def form_of(names: Iterable[str]) -> str | None:
     return 'training' if has_norms else None
 
 
-def check_form(given: str, wanted: str, source: str = 'the state dict') -> None:
-    """Check that one form can be made out of another.
-
-    Raises:
-        CheckpointError: If `given` is the later one.
-    """
-    if FORMS.index(given) > FORMS.index(wanted):
-        raise CheckpointError(
-            f'{source} has the {given} form, out of which no {wanted} form can be made; give the file that it was made '
-            'from, or build the model with deploy=True'
-        )
-
-
 def from_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
     """Rename published entries below `prefix` to our names; all others stay as they are."""
-    return {_under(name, prefix, True): value for name, value in state_dict.items()}
+    return {_below(prefix, name, _to_ours): value for name, value in state_dict.items()}
 
 
 def to_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
@@ -179,10 +139,8 @@ def to_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
             'the state dict has the folded form of switch_to_deploy(), for which there are no '
             'published names; give that of the model before it was folded'
         )
-    return {_under(name, prefix, False): value for name, value in state_dict.items()}
+    return {_below(prefix, name, _to_published): value for name, value in state_dict.items()}
 
 
-def _under(name: str, prefix: str, to_ours: bool) -> str:
-    if not name.startswith(prefix):
-        return name
-    return prefix + _rename(name[len(prefix) :], to_ours)
+def _below(prefix: str, name: str, rename: Callable[[str], str]) -> str:
+    return prefix + rename(name[len(prefix) :]) if name.startswith(prefix) else name

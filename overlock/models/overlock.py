@@ -9,26 +9,32 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.layers import ConvNorm, DilatedReparamConv
-from overlock.layers.fold import BatchNorm, fold_bn_into_next, switch_children
+from overlock.layers import ConvNorm
+from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next
 from overlock.models.arch import Arch, get_arch
 from overlock.models.blocks import DynamicBlock, StaticBlock
-from overlock.models.names import check_form, form_of, from_published
+from overlock.models.forms import Foldable
 from overlock.ops.contmix.dispatch import check_backend
-from overlock.utils.errors import CheckpointError
 
 MIN_SIZE = 32
 
+# Modules that only the output of this number, counted from 1, and later ones need.
+_NEEDED_BY = {
+    4: ('focus_net.downsample', 'focus_net.context_downsample', 'focus_net.stage4'),
+    3: ('focus_net', 'overview_net', 'base_net.downsample3', 'base_net.stage3'),
+    2: ('base_net.downsample2', 'base_net.stage2'),
+}
 
-def run_block(block: nn.Module, *args: Tensor, with_cp: bool = False) -> Any:
-    """Run a block; under `with_cp`, compute its activations again in the backward pass instead of keeping them."""
-    if with_cp and torch.is_grad_enabled():
+
+def run_block(block: nn.Module, *maps: Tensor) -> Any:
+    """Run a block; if its `with_cp` is set, compute its activations again in the backward pass, not keep them."""
+    if block.with_cp and torch.is_grad_enabled():
         # torch.compile makes the second run pure by itself, and takes no context for it.
         context: dict[str, Any] = (
             {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _same_statistics(block))}
         )
-        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **context)
-    return block(*args)
+        return torch.utils.checkpoint.checkpoint(block, *maps, use_reentrant=False, **context)
+    return block(*maps)
 
 
 @contextmanager
@@ -45,123 +51,76 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def _static_stage(arch: Arch, stage: int, rates: Sequence[float]) -> nn.Sequential:
-    """Build the blocks of stage 0 to 3; the two deep stages have layer scale."""
-    return nn.Sequential(
-        *(
-            StaticBlock(
-                arch.embed_dims[stage], arch.kernel_sizes[stage], arch.static_mlp_ratio, rate, layer_scale=stage >= 2
-            )
-            for rate in rates
+class StaticStage(nn.Sequential):
+    """The static blocks of stage 0 to 3, one for each drop-path rate; the two deep stages have layer scale."""
+
+    def __init__(self, arch: Arch, stage: int, rates: Sequence[float]) -> None:
+        channels, kernel_size = arch.embed_dims[stage], arch.kernel_sizes[stage]
+        super().__init__(
+            *(StaticBlock(channels, kernel_size, arch.static_mlp_ratio, rate, stage >= 2) for rate in rates)
         )
-    )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        for block in self:
+            x = run_block(block, x)
+        return x
 
 
 class BaseNet(nn.Module):
-    """Encode the image: stem to stride 4, stages 1 to 3 at strides 4, 8 and 16.
+    """Encode the image: stem to stride 4, then stages at strides 4, 8 and 16, with a list of rates for each."""
 
-    Args:
-        arch: The variant.
-        in_channels: Channels of the image.
-        rates: Drop-path rates, a list for each stage.
-        num_stages: How many of the three stages are built.
-        with_cp: Whether to checkpoint blocks.
-    """
-
-    def __init__(
-        self, arch: Arch, in_channels: int, rates: Sequence[Sequence[float]], num_stages: int = 3, with_cp: bool = False
-    ) -> None:
+    def __init__(self, arch: Arch, in_channels: int, rates: Sequence[Sequence[float]]) -> None:
         super().__init__()
         c1, c2, c3, _ = arch.embed_dims
         half = c1 // 2
-        self.num_stages = num_stages
-        self.with_cp = with_cp
         self.stem = nn.Sequential(
             ConvNorm(in_channels, half, 3, stride=2, act=nn.GELU()),
             ConvNorm(half, half, 3, act=nn.GELU()),
             ConvNorm(half, c1, 3, stride=2, act=nn.GELU()),
             ConvNorm(c1, c1, 3),
         )
-        self.stage1 = _static_stage(arch, 0, rates[0])
-        if num_stages > 1:
-            self.downsample2 = ConvNorm(c1, c2, 3, stride=2)
-            self.stage2 = _static_stage(arch, 1, rates[1])
-        if num_stages > 2:
-            self.downsample3 = ConvNorm(c2, c3, 3, stride=2)
-            self.stage3 = _static_stage(arch, 2, rates[2])
+        self.stage1 = StaticStage(arch, 0, rates[0])
+        self.downsample2 = ConvNorm(c1, c2, 3, stride=2)
+        self.stage2 = StaticStage(arch, 1, rates[1])
+        self.downsample3 = ConvNorm(c2, c3, 3, stride=2)
+        self.stage3 = StaticStage(arch, 2, rates[2])
 
-    def forward(self, x: Tensor, stage2_norm: nn.Module | None = None) -> list[Tensor]:
-        """Compute the maps of the stages.
+    def forward(self, x: Tensor, num_stages: int = 3, stage2_norm: nn.Module | None = None) -> list[Tensor]:
+        """Map (B, C, H, W) to the maps of the first stages, (B, C_i, H / 2^(i+1), W / 2^(i+1)), rounded up.
 
-        Args:
-            x: (B, C, H, W).
-            stage2_norm: Norm of the second map, which stage 3 then takes too: how the published dense-prediction
-                networks were trained, unlike the classifier.
-
-        Returns:
-            The maps of the stages, (B, C_i, H / 2^(i+1), W / 2^(i+1)), rounded up.
+        Stage 3 takes the second map after `stage2_norm`: how the published dense-prediction networks were trained,
+        unlike the classifier.
         """
-        outs = [self._run(self.stage1, self.stem(x))]
-        if self.num_stages > 1:
-            outs.append(self._run(self.stage2, self.downsample2(outs[0])))
+        outs = [self.stage1(self.stem(x))]
+        if num_stages > 1:
+            outs.append(self.stage2(self.downsample2(outs[0])))
             if stage2_norm is not None:
                 outs[1] = stage2_norm(outs[1])
-        if self.num_stages > 2:
-            outs.append(self._run(self.stage3, self.downsample3(outs[1])))
+        if num_stages > 2:
+            outs.append(self.stage3(self.downsample3(outs[1])))
         return outs
-
-    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
-        for block in stage:
-            x = run_block(block, x, with_cp=self.with_cp)
-        return x
 
 
 class OverviewNet(nn.Module):
-    """Look at the whole scene: a few blocks at stride 32.
+    """Look at the whole scene: a few blocks at stride 32, one for each drop-path rate."""
 
-    Args:
-        arch: The variant.
-        rates: Drop-path rate of each block.
-        with_cp: Whether to checkpoint blocks.
-    """
-
-    def __init__(self, arch: Arch, rates: Sequence[float], with_cp: bool = False) -> None:
+    def __init__(self, arch: Arch, rates: Sequence[float]) -> None:
         super().__init__()
-        self.with_cp = with_cp
         self.downsample = ConvNorm(arch.embed_dims[2], arch.embed_dims[3], 3, stride=2)
-        self.stage = _static_stage(arch, 3, rates)
+        self.stage = StaticStage(arch, 3, rates)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C3, H / 16, W / 16) to the overview (B, C4, H / 32, W / 32)."""
-        x = self.downsample(x)
-        for block in self.stage:
-            x = run_block(block, x, with_cp=self.with_cp)
-        return x
+        return self.stage(self.downsample(x))
 
 
 class FocusNet(nn.Module):
-    """Look closely, guided by the overview: dynamic blocks at strides 16 and 32.
+    """Look closely, guided by the overview: dynamic blocks at strides 16 and 32, with a list of rates for each."""
 
-    Args:
-        arch: The variant.
-        rates: Drop-path rates, a list for each of the two stages.
-        num_stages: 2, or 1 to leave the stage at stride 32 out.
-        with_cp: Whether to checkpoint blocks.
-        contmix_backend: Backend of `overlock.ops.contmix`.
-    """
-
-    def __init__(
-        self,
-        arch: Arch,
-        rates: Sequence[Sequence[float]],
-        num_stages: int = 2,
-        with_cp: bool = False,
-        contmix_backend: str = 'auto',
-    ) -> None:
+    def __init__(self, arch: Arch, rates: Sequence[Sequence[float]], contmix_backend: str = 'auto') -> None:
         super().__init__()
         _, _, c3, c4 = arch.embed_dims
-        self.with_cp = with_cp
-        self.num_stages = num_stages
         self.context_proj = nn.Conv2d(c4, arch.context_dims, 1)
 
         def stage(index: int) -> nn.ModuleList:
@@ -182,46 +141,38 @@ class FocusNet(nn.Module):
             )
 
         self.stage3 = stage(0)
-        if num_stages == 2:
-            self.downsample = ConvNorm(c3, c4, 3, stride=2)
-            self.context_downsample = ConvNorm(arch.context_dims, arch.context_dims, 3, stride=2)
-            self.stage4 = stage(1)
+        self.downsample = ConvNorm(c3, c4, 3, stride=2)
+        self.context_downsample = ConvNorm(arch.context_dims, arch.context_dims, 3, stride=2)
+        self.stage4 = stage(1)
 
-    def forward(self, x: Tensor, overview: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, overview: Tensor, num_stages: int = 2) -> list[Tensor]:
         """Look at `x` (B, C3, H / 16, W / 16) under the overview (B, C4, H / 32, W / 32).
 
         Returns:
-            The maps of the stages, each joined with its context: (B, C3 + P, H / 16, W / 16) and
+            The maps of the one or two stages, each joined with its context: (B, C3 + P, H / 16, W / 16) and
             (B, C4 + P, H / 32, W / 32).
         """
         coarse_prior = self.context_proj(overview)
         prior = F.interpolate(coarse_prior, x.shape[2:], mode='bilinear', align_corners=False)
         x, context = self._run(self.stage3, x, prior, prior)
         outs = [torch.cat([x, context], dim=1)]
-        if self.num_stages == 2:
+        if num_stages == 2:
             x, context = self.downsample(x), self.context_downsample(context)
             outs.append(torch.cat(self._run(self.stage4, x, context, coarse_prior), dim=1))
         return outs
 
     def _run(self, stage: nn.ModuleList, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         for block in stage:
-            x, context = run_block(block, x, context, prior, with_cp=self.with_cp)
+            x, context = run_block(block, x, context, prior)
         return x, context
 
 
-class Trunk(nn.Module):
+class Trunk(Foldable):
     """Base-Net, Overview-Net and Focus-Net, up to the last output that is needed.
 
-    It loads state dicts in our names and the published ones, at any prefix, of its own form and of earlier ones (see
-    `overlock.models.names`).
-
     Args:
-        arch: 'xt', 't', 's', 'b', a dict of the fields of `overlock.Arch`, or one.
-        in_channels: Channels of the image.
+        arch: See `OverLoCK`; so are `in_channels`, `drop_path_rate`, `with_cp` and `contmix_backend`.
         num_outputs: How many of the four outputs to compute; nets that only later ones need are left out.
-        drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
-        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
-        contmix_backend: Backend of `overlock.ops.contmix`.
 
     Attributes:
         memory_format: Memory format of the maps inside; None means channels_last on CPUs, elsewhere that of the image.
@@ -245,92 +196,29 @@ class Trunk(nn.Module):
         self.arch = get_arch(arch)
         self.in_channels = in_channels
         # The published order: Base-Net, Overview-Net, Focus-Net.
-        last = self.arch.num_blocks - 1
-        rates = [drop_path_rate * i / last for i in range(last + 1)]
         depths = (*self.arch.base_depths, self.arch.overview_depth, *self.arch.focus_depths)
-        stages = [[rates.pop(0) for _ in range(depth)] for depth in depths]
-        self.base_net = BaseNet(self.arch, in_channels, stages[:3], min(num_outputs, 3), with_cp)
-        if num_outputs > 2:
-            self.overview_net = OverviewNet(self.arch, stages[3], with_cp)
-            self.focus_net = FocusNet(self.arch, stages[4:], num_outputs - 2, with_cp, contmix_backend)
+        rates = (drop_path_rate * i / (sum(depths) - 1) for i in range(sum(depths)))
+        stages = [[next(rates) for _ in range(depth)] for depth in depths]
+        self.base_net = BaseNet(self.arch, in_channels, stages[:3])
+        self.overview_net = OverviewNet(self.arch, stages[3])
+        self.focus_net = FocusNet(self.arch, stages[4:], contmix_backend)
+        self.num_outputs = 4
+        self.shorten(num_outputs)
+        self.set_grad_checkpointing(with_cp)
+
+    def shorten(self, num_outputs: int) -> None:
+        """Remove all that only later outputs need, in place."""
+        for number in range(self.num_outputs, num_outputs, -1):
+            for name in _NEEDED_BY[number]:
+                parent, _, child = name.rpartition('.')
+                delattr(self.get_submodule(parent), child)
         self.num_outputs = num_outputs
 
-    @property
-    def form(self) -> str:
-        """Return the form of the network: 'training', 'merged' or 'folded' (see `overlock.models.names`)."""
-        return form_of(self.state_dict()) or 'training'
-
-    def to_form(self, form: str) -> 'Trunk':
-        """Merge or fold the network in place, and return it.
-
-        Raises:
-            CheckpointError: If the network already has a later form.
-        """
-        check_form(self.form, form, 'the network')
-        if form == 'merged':
-            for module in self.modules():
-                if isinstance(module, DilatedReparamConv):
-                    module.switch_to_deploy()
-        return self.switch_to_deploy() if form == 'folded' else self
-
-    def unfolded(self, form: str, source: str = 'the state dict') -> 'Trunk':
-        """Return a network of the same shape in the form of a file, on the meta device.
-
-        Args:
-            form: The form of the file: that of this network, or an earlier one.
-            source: What to call the file in messages.
-
-        Raises:
-            CheckpointError: If the file has a later form.
-        """
-        check_form(form, self.form, source)
-        with torch.device('meta'):
-            return self._rebuilt().to_form(form)
-
-    def _rebuilt(self) -> 'Trunk':
-        """Return a new network of the same shape in the training form."""
-        raise NotImplementedError
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Rename published entries, and bring those of an earlier form to the form of this network.
-
-        The network itself keeps its parameters: an optimizer may hold them already.
-        """
-        tensors = from_published(state_dict, prefix)
-        below = {name.removeprefix(prefix): value for name, value in tensors.items()}
-        form = form_of(below)
-        if form not in (None, self.form):
-            tensors = {f'{prefix}{name}': value for name, value in self._in_own_form(below, form).items()}
-        # In place: the children are given what is in `state_dict` after this.
-        state_dict.clear()
-        state_dict.update(tensors)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _in_own_form(self, tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
-        """Merge or fold the tensors of another form; those that no network of this shape has stay as they are.
-
-        Raises:
-            CheckpointError: If one of the nets, or another part, is there in part only.
-        """
-        twin, dtype = self.unfolded(form), next(self.parameters()).dtype
-        wide = {
-            name: value.to(torch.promote_types(value.dtype, dtype)) if value.is_floating_point() else value
-            for name, value in tensors.items()
-        }
-        own = {name: wide[name] for name in twin.state_dict() if name in wide}
-        missing = twin.load_state_dict(own, strict=False, assign=True).missing_keys
-        parts = {name.partition('.')[0] for name in own}
-        gaps = [name for name in missing if name.partition('.')[0] in parts]
-        if gaps:
-            raise CheckpointError(
-                f'the state dict has the {form} form and lacks {len(gaps)} tensors (first {gaps[0]}), without which it '
-                f'cannot be brought to the {self.form} form of the model; give a whole file'
-            )
-        brought = twin.to_form(self.form).state_dict()
-        return {
-            **{name: value for name, value in brought.items() if name.partition('.')[0] in parts},
-            **{name: value for name, value in tensors.items() if name not in own},
-        }
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Make blocks recompute their activations in the backward pass, to save memory, or not."""
+        for module in self.modules():
+            if isinstance(module, (StaticBlock, DynamicBlock)):
+                module.with_cp = enable
 
     def init_parameters(self) -> None:
         """Give convolutions truncated normal weights with std 0.02 and zero biases; the rest stays as built."""
@@ -342,18 +230,14 @@ class Trunk(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, x: Tensor, stage2_norm: nn.Module | None = None) -> tuple[list[Tensor], Tensor | None]:
-        """Compute the outputs that the network is built for, and the overview.
-
-        Args:
-            x: Image (B, in_channels, H, W), at least 32x32.
-            stage2_norm: See `BaseNet`.
+        """Map an image (B, in_channels, H, W) to the outputs that the network is built for, and the overview.
 
         Returns:
-            Up to four maps at strides 4, 8, 16 and 32, all raw but the second, which is normed by `stage2_norm`; and
-            the overview, if the third or fourth output is there.
+            Up to four maps at strides 4, 8, 16 and 32, all raw but the second, which is normed by `stage2_norm` (see
+            `BaseNet.forward`); and the overview, if the third or fourth output is there.
 
         Raises:
-            ValueError: If the image is smaller, has other channels, or is not a batch.
+            ValueError: If the image is smaller than 32x32, has other channels, or is not a batch.
         """
         if x.ndim != 4:
             raise ValueError(f'input must have shape (B, C, H, W), got {tuple(x.shape)}; stack images into a batch')
@@ -370,20 +254,11 @@ class Trunk(nn.Module):
         memory_format = self.memory_format or (torch.channels_last if x.device.type == 'cpu' else None)
         if memory_format is not None:
             x = x.contiguous(memory_format=memory_format)
-        outs = self.base_net(x, stage2_norm)
+        outs = self.base_net(x, min(self.num_outputs, 3), stage2_norm)
         if self.num_outputs <= 2:
             return outs, None
         overview = self.overview_net(outs[2])
-        return [*outs[:2], *self.focus_net(outs[2], overview)], overview
-
-    def switch_to_deploy(self) -> 'Trunk':
-        """Fold all linear steps for inference, in place and idempotently, and return self.
-
-        The running statistics become part of the weights in either mode. In training drop path still drops branches,
-        with the bias of the layer scale that was folded into them.
-        """
-        switch_children(self)
-        return self
+        return [*outs[:2], *self.focus_net(outs[2], overview, self.num_outputs - 2)], overview
 
 
 class Head(nn.Module):
@@ -412,7 +287,7 @@ class AuxHead(nn.Module):
     def switch_to_deploy(self) -> None:
         """Fold the BatchNorm into the linear layer, in place and idempotently: pooling between them is linear too."""
         if isinstance(self.bn, BatchNorm) and isinstance(self.fc, nn.Conv2d):
-            fold_bn_into_next(self.bn, self.fc)
+            fold_into_next(*bn_affine(self.bn), self.fc)
             self.bn = nn.Identity()
 
 
@@ -456,9 +331,6 @@ class OverLoCK(Trunk):
 
         Returns:
             Logits (B, num_classes); in training with `aux_head` a dict of `main` and `aux` logits.
-
-        Raises:
-            ValueError: If the image is smaller than 32x32 or has other channels.
         """
         outs, overview = self.encode(x)
         logits = self.forward_head(outs[-1])

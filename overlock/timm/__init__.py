@@ -1,7 +1,4 @@
-"""timm: entry points for `timm.create_model`, and the classifier with timm's interface.
-
-`python -m overlock.timm SCRIPT ARGS...` runs one of the scripts of timm's repository with these models registered.
-"""
+"""timm: entry points for `timm.create_model`, and the classifier with timm's interface."""
 
 from __future__ import annotations
 

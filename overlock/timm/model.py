@@ -18,11 +18,8 @@ from torch.nn import functional as F
 from overlock.checkpoint import from_published, load, load_state_dict
 from overlock.layers import ConvNorm
 from overlock.models.arch import Arch
-from overlock.models.overlock import BaseNet, FocusNet, OverLoCK, OverviewNet
+from overlock.models.overlock import OverLoCK
 from overlock.utils.errors import UserError
-
-# The form that `group_with_matcher` of `timm.models` takes.
-Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]
 
 _logger = logging.getLogger(__name__)
 
@@ -40,13 +37,6 @@ _STAGES = (
     (r'focus_net\.stage4', r'focus_net\.(?:context_)?downsample'),
 )
 
-# Modules that only the output of this number, counted from 1, needs.
-_NEEDED_BY = {
-    4: ('focus_net.downsample', 'focus_net.context_downsample', 'focus_net.stage4'),
-    3: ('focus_net', 'overview_net', 'base_net.downsample3', 'base_net.stage3'),
-    2: ('base_net.downsample2', 'base_net.stage2'),
-}
-
 
 class TimmOverLoCK(OverLoCK):
     """The ImageNet classifier with timm's interface.
@@ -54,23 +44,14 @@ class TimmOverLoCK(OverLoCK):
     State dicts are those of `OverLoCK`; entries for an auxiliary head that the model lacks are ignored.
 
     Args:
-        arch: 'xt', 't', 's', 'b', a dict of the fields of `overlock.Arch`, or one.
+        arch: See `OverLoCK`.
         in_chans: Channels of the image.
         num_classes: Classes; 0 for the pooled features in front of the classifier.
         global_pool: Pooling of `timm.layers.SelectAdaptivePool2d`; '' for none.
         drop_rate: Dropout in front of the classifier.
-        drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
         aux_head: Whether Overview-Net has a classifier of its own: in training the output then is a dict with `main`
             and `aux` logits.
-        deploy: Whether to build the folded form of `switch_to_deploy`.
-        contmix_backend: Backend of `overlock.ops.contmix`.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-
-    Attributes:
-        num_features: Channels of what `forward_features` returns.
-        head_hidden_size: Channels in front of the classifier.
-        feature_info: Channels, stride and module of each of the four outputs.
+        **kwargs: `drop_path_rate`, `with_cp`, `deploy` and `contmix_backend` of `OverLoCK`.
     """
 
     def __init__(
@@ -80,23 +61,13 @@ class TimmOverLoCK(OverLoCK):
         num_classes: int = 1000,
         global_pool: str = 'avg',
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         aux_head: bool = False,
-        deploy: bool = False,
-        contmix_backend: str = 'auto',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> None:
         with nullcontext() if device is None else torch.device(device):
-            super().__init__(
-                arch,
-                in_chans,
-                max(num_classes, 1),
-                aux_head,
-                drop_path_rate,
-                deploy=deploy,
-                contmix_backend=contmix_backend,
-            )
+            super().__init__(arch, in_chans, max(num_classes, 1), aux_head, **kwargs)
         self.in_chans = in_chans
         self.global_pool = global_pool
         self.drop_rate = drop_rate
@@ -127,12 +98,12 @@ class TimmOverLoCK(OverLoCK):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the raw outputs at strides 4, 8, 16 and 32, the last two with their context.
 
+        `norm` and `stop_early` have no effect: the classifier norms no output, and `prune_intermediate_layers` leaves
+        out what is not needed.
+
         Args:
             x: Image (B, C, H, W).
             indices: Which outputs; the last ones where it is a number, all where it is None.
-            norm: Has no effect: the classifier norms no output.
-            stop_early: Has no effect: `prune_intermediate_layers` leaves out what is not needed.
-            output_fmt: 'NCHW'.
             intermediates_only: Whether to leave out the output of `forward_features`.
 
         Returns:
@@ -150,21 +121,11 @@ class TimmOverLoCK(OverLoCK):
     ) -> list[int]:
         """Remove all that the outputs `indices` do not need, in place, and return them counted from the first.
 
-        Args:
-            indices: See `forward_intermediates`.
-            prune_norm: Has no effect: the classifier norms no output.
-            prune_head: Whether to remove the head even if the last output stays.
+        The head stays if the last output does and `prune_head` is False; `prune_norm` has no effect.
         """
         take_indices, last = feature_take_indices(self.num_outputs, indices)
         head = prune_head or last + 1 < self.num_outputs
-        for number in range(self.num_outputs, last + 1, -1):
-            for name in _NEEDED_BY[number]:
-                parent, _, child = name.rpartition('.')
-                delattr(self.get_submodule(parent), child)
-        self.num_outputs = last + 1
-        self.base_net.num_stages = min(self.num_outputs, 3)
-        if self.num_outputs == 3:
-            self.focus_net.num_stages = 1
+        self.shorten(last + 1)
         if head:
             self.num_features = self.arch.out_channels[last]
             self.head.proj = nn.Identity().train(self.training)
@@ -196,15 +157,9 @@ class TimmOverLoCK(OverLoCK):
             nn.init.zeros_(fc.bias)
         return pool.train(self.training), fc.to(like.device, like.dtype).train(self.training)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Make blocks recompute their activations in the backward pass, to save memory, or not."""
-        for net in self.children():
-            if isinstance(net, (BaseNet, OverviewNet, FocusNet)):
-                net.with_cp = enable
-
-    def group_matcher(self, coarse: bool = False) -> Groups:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters by depth, a group for each block (`coarse`: each stage), the heads last."""
-        groups: Groups = {'stem': r'^base_net\.stem\.'}
+        groups: dict[str, Any] = {'stem': r'^base_net\.stem\.'}
         for stage, entry in _STAGES:
             groups[stage] = (
                 rf'^(?:{entry}|{stage})\.' if coarse else [(rf'^{entry}\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
@@ -214,13 +169,8 @@ class TimmOverLoCK(OverLoCK):
     def load_pretrained(self, checkpoint_path: str) -> None:
         """Load a weight file of any form, adapted to the channels and classes of the model; timm calls this for files.
 
-        If the file also has a running average, the weights themselves are loaded.
-
         For images of other than three channels timm combines the weights of the first convolution. Classifiers stay as
         they are if the model has other classes than `pretrained_cfg` says of the file.
-
-        Args:
-            checkpoint_path: A name of published weights, a path, or a URL.
 
         Raises:
             CheckpointError: If the file cannot be found or read, or is not of this model; nothing is loaded then.

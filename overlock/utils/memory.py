@@ -16,10 +16,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep the memory of freed tensors for the next ones, from now on in this process.
 
     By default glibc asks the kernel for every tensor above 32 MiB, and the kernel zeroes its pages one by one: an
-    elementwise operation on a large map mostly waits for pages. jemalloc and tcmalloc do not need this.
-
-    Returns:
-        True on success; False where the C library is not glibc or refuses the settings.
+    elementwise operation on a large map mostly waits for pages. jemalloc and tcmalloc do not need this. Return False
+    where the C library is not glibc or refuses the settings.
     """
     if platform.libc_ver()[0] != 'glibc':
         return False

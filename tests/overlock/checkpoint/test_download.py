@@ -152,7 +152,7 @@ def test_server_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
 
 
 def test_file_that_is_not_the_published_one_is_not_kept(server, tmp_path, monkeypatch):
-    weights = registry.Weights(server.url(), 'xt', 'classification', 'training', {}, sha256='0' * 64)
+    weights = registry.Weights(server.url(), 'xt', 'classification', {}, sha256='0' * 64)
     monkeypatch.setitem(registry.WEIGHTS, 'ours', weights)
     for source in ('ours', server.url()):
         with pytest.raises(

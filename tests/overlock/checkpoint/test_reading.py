@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from overlock.checkpoint import CheckpointError, load, read_state_dict
+from overlock.checkpoint import CheckpointError, load
 from overlock.checkpoint.reading import read_pickled
 
 RECONSTRUCT, SCALAR = np.ndarray(0).__reduce__()[0], np.float64().__reduce__()[0]
@@ -215,13 +215,13 @@ def test_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch
     (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Call(os.mkdir, 'ran'), protocol=2))
     for name in ('bad.pth', 'raw.pth'):
         with pytest.raises(CheckpointError, match='asks for the Python object (posix|os).mkdir'):
-            read_state_dict(tmp_path / name)
+            load(tmp_path / name)
     for protocol in (4, 5):
         torch.save({'a': torch.ones(1), 'meta': Call(os.mkdir, 'ran')}, tmp_path / 'new.pth', pickle_protocol=protocol)
         (tmp_path / 'raw.pth').write_bytes(pickle.dumps(Call(os.mkdir, 'ran'), protocol=protocol))
         for name in ('new.pth', 'raw.pth'):
             with pytest.raises(CheckpointError, match='a protocol that cannot be read safely, expected 2 or 3; save'):
-                read_state_dict(tmp_path / name)
+                load(tmp_path / name)
     assert not (tmp_path / 'ran').exists()
 
 
@@ -244,24 +244,24 @@ def test_prefixes_of_wrappers_are_taken_off(prefix, tmp_path):
 def test_files_of_another_kind_are_errors(content, tmp_path):
     (tmp_path / 'a.pth').write_bytes(content)
     with pytest.raises(CheckpointError, match='a.pth is not a whole PyTorch checkpoint'):
-        read_state_dict(tmp_path / 'a.pth')
+        load(tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
 def test_whole_files_load_and_cut_ones_are_errors(name, tmp_path):
     save = pytest.importorskip('safetensors.torch').save_file if name.endswith('.safetensors') else torch.save
     save({'a.weight': torch.ones(100)}, tmp_path / name)
-    assert torch.equal(read_state_dict(tmp_path / name)['a.weight'], torch.ones(100))
+    assert torch.equal(load(tmp_path / name)['a.weight'], torch.ones(100))
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-200])
     with pytest.raises(CheckpointError, match=f'{name} is not a whole PyTorch checkpoint'):
-        read_state_dict(tmp_path / name)
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize('content', [{'epoch': 3}, None, [torch.ones(1)]])
 def test_file_without_weights_is_an_error(content, tmp_path):
     torch.save(content, tmp_path / 'a.pth')
     with pytest.raises(CheckpointError, match='a.pth holds no state dict: expected tensors by their names'):
-        read_state_dict(tmp_path / 'a.pth')
+        load(tmp_path / 'a.pth')
 
 
 def test_missing_package_is_an_error(tmp_path, monkeypatch):

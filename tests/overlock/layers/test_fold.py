@@ -9,8 +9,8 @@ from torch import nn
 from overlock import OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import CheckpointError
 from overlock.layers import ChannelAffine, ConvFFN, ConvNorm, DilatedReparamConv, DropPath, ResidualDWConv
-from overlock.layers.fold import fold_affine_into_next, switch_to_deploy
-from overlock.layers.large_kernel import BRANCHES, pad_kernel
+from overlock.layers.fold import fold_into_next, switch_children
+from overlock.layers.large_kernel import BRANCHES
 from overlock.models.blocks import DynamicBlock, StaticBlock
 from tests.testing import FOLDED, MODELS, TINY, assert_relative, assert_same, image, published_weights, randomise
 
@@ -22,7 +22,8 @@ def signature(model):
 @pytest.mark.parametrize('kernel_size', sorted(BRANCHES))
 def test_every_large_kernel_merges_exactly(kernel_size):
     layer = randomise(DilatedReparamConv(4, kernel_size).double().eval())
-    merged = switch_to_deploy(copy.deepcopy(layer))
+    merged = copy.deepcopy(layer)
+    merged.switch_to_deploy()
     assert_same(merged, layer, torch.randn(2, 4, 23, 19, dtype=torch.float64), 1e-12)
     assert list(merged.state_dict()) == ['conv.weight', 'conv.bias']
 
@@ -90,7 +91,7 @@ def test_merged_model_folds_further(kind):
     model = randomise(MODELS[kind]().double().eval())
     merged = copy.deepcopy(model).to_form('merged')
     assert (model.form, merged.form) == ('training', 'merged')
-    assert signature(merged) == signature(merged.unfolded('merged').double())
+    assert signature(merged) == signature(merged.twin('merged').double())
     assert_same(merged.to_form('folded'), model, image(1, 64, 64))
     assert merged.form == 'folded'
     with pytest.raises(CheckpointError, match='the network has the folded form, out of which no merged form can be'):
@@ -170,7 +171,7 @@ def test_frozen_stages_stay_frozen(switch):
 
 def test_every_trunk_below_a_module_folds():
     detector = nn.ModuleDict({'backbone': OverLoCKBackbone(TINY), 'neck': nn.Sequential(nn.Conv2d(1, 1, 1))})
-    assert switch_to_deploy(detector) is detector
+    switch_children(detector)
     assert signature(detector['backbone']) == signature(OverLoCKBackbone(TINY, deploy=True))
 
 
@@ -201,11 +202,9 @@ def test_folding_keeps_the_dtype_and_computes_in_float64():
 
 def test_shift_does_not_fold_into_a_padded_convolution():
     with pytest.raises(ValueError, match='dense 1x1 convolution without padding alone, got Conv2d'):
-        fold_affine_into_next(1.0, torch.ones(2), nn.Conv2d(2, 2, 3, padding=1))
+        fold_into_next(torch.ones(2), torch.ones(2), nn.Conv2d(2, 2, 3, padding=1))
 
 
-def test_dilated_kernel_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match='spans 9 pixels and does not fit'):
-        pad_kernel(torch.ones(1, 1, 5, 5), 2, 7)
+def test_kernel_without_branches_is_refused():
     with pytest.raises(ValueError, match='kernel_size must be one of'):
         DilatedReparamConv(4, 6)

