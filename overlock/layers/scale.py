@@ -60,7 +60,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate, self.drops = rate, rate > 0
         # A tensor: from numbers, which all differ, torch.compile would make one graph for each block.
-        self.register_buffer('keep', torch.tensor(1 - rate), persistent=False)
+        self.register_buffer('keep', torch.tensor(1.0 - rate), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'DropPath':
         super()._apply(fn, recurse)
