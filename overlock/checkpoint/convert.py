@@ -13,7 +13,7 @@ from torch import Tensor
 
 from overlock.checkpoint.download import find_file
 from overlock.checkpoint.reading import load, read_pickled
-from overlock.checkpoint.recognise import recognize
+from overlock.checkpoint.recognize import recognize
 from overlock.models.arch import ARCHS
 from overlock.models.names import to_published
 from overlock.models.overlock import OverLoCK, Trunk

@@ -5,7 +5,7 @@ import torch
 
 from overlock import ARCHS, Arch, OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import CheckpointError, to_published
-from overlock.checkpoint.recognise import recognize
+from overlock.checkpoint.recognize import recognize
 from overlock.models.names import form_of
 from tests.testing import MODELS, TINY, in_form
 
