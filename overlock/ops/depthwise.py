@@ -4,7 +4,7 @@ import importlib
 import os
 from functools import cache
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,16 +38,22 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     Raises:
         RuntimeError: If `OVERLOCK_IGEMM=1` asks for a package that cannot be imported.
     """
-    if _fits_igemm(x, weight, dilation):
-        dtype = _compute_dtype(x)
+    device, kernel_size = x.device.type, weight.shape[-1]
+    if device not in ('cpu', 'cuda'):
+        return _conv(x, weight, dilation, bias)
+    dtype = _compute_dtype(x)
+    # oneDNN (PyTorch 2.11) gives wrong, even infinite weight gradients for dilated kernels in bfloat16, channels_last.
+    is_wrong = dilation > 1 and dtype in (torch.bfloat16, torch.float16)
+    is_trained = torch.is_grad_enabled() and weight.requires_grad
+    fits_igemm = IGEMM_ASKED and dtype in IGEMM_FUNCTIONS and dilation == 1 and kernel_size >= IGEMM_MIN_KERNEL
+    if device == 'cpu' and is_trained and (is_wrong or kernel_size >= FFT_MIN_KERNEL):
+        y = _FFTWeightGradient.apply(x.to(dtype), weight.to(dtype), dilation)
+    elif device == 'cuda' and fits_igemm:
         function = getattr(_igemm(), IGEMM_FUNCTIONS[dtype])
         y = function.apply(x.to(dtype).contiguous(), weight.to(dtype).contiguous())
-    elif _takes_own_gradient(x, weight, dilation):
-        dtype = _compute_dtype(x)
-        y = _FFTWeightGradient.apply(x.to(dtype), weight.to(dtype), dilation)
     else:
         return _conv(x, weight, dilation, bias)
-    return cast(Tensor, y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype))
+    return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -55,17 +61,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else x.dtype
-
-
-def _fits_igemm(x: Tensor, weight: Tensor, dilation: int) -> bool:
-    """Return whether the implicit matrix products are asked for and there is a kernel for these inputs."""
-    return (
-        IGEMM_ASKED
-        and x.device.type == 'cuda'
-        and _compute_dtype(x) in IGEMM_FUNCTIONS
-        and dilation == 1
-        and weight.shape[-1] >= IGEMM_MIN_KERNEL
-    )
 
 
 @cache
@@ -77,14 +72,6 @@ def _igemm() -> ModuleType:
             f'OVERLOCK_IGEMM=1 asks for the package {IGEMM}, which does not import here ({error}); '
             'compile it for this PyTorch, or unset the variable'
         ) from error
-
-
-def _takes_own_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
-    if x.device.type != 'cpu' or not (torch.is_grad_enabled() and weight.requires_grad):
-        return False
-    dtype = _compute_dtype(x)
-    # oneDNN (PyTorch 2.11) gives wrong, even infinite weight gradients for dilated kernels in bfloat16, channels_last.
-    return weight.shape[-1] >= FFT_MIN_KERNEL or (dilation > 1 and dtype in (torch.bfloat16, torch.float16))
 
 
 def _conv(x: Tensor, weight: Tensor, dilation: int, bias: Tensor | None = None) -> Tensor:

@@ -149,11 +149,11 @@ def test_large_kernels_on_a_gpu_take_the_package(package, dtype):
 )
 def test_other_convolutions_do_not_take_the_package(package, monkeypatch, dtype, kernel_size, dilation, asked):
     monkeypatch.setattr(depthwise, 'IGEMM_ASKED', asked)
-    assert not depthwise._fits_igemm(
-        on_gpu(1, 3, 9, 9, dtype=dtype), torch.zeros(3, 1, kernel_size, kernel_size), dilation
+    depthwise_conv2d(
+        on_gpu(1, 3, 9, 9, dtype=dtype), on_gpu(3, 1, kernel_size, kernel_size, dtype=dtype), None, dilation
     )
-    assert depthwise._fits_igemm(on_gpu(1, 3, 9, 9), torch.zeros(3, 1, 7, 7), 1) == asked
-    assert not depthwise._fits_igemm(torch.zeros(1, 3, 9, 9), torch.zeros(3, 1, 7, 7), 1)
+    depthwise_conv2d(torch.zeros(1, 3, 9, 9), torch.zeros(3, 1, 7, 7))
+    assert not package.calls
 
 
 def test_package_that_is_asked_for_but_missing_is_one_clear_sentence(monkeypatch):
