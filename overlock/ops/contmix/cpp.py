@@ -1,7 +1,5 @@
 """ContMix in C++ for CPUs (contmix.cpp), a pixel at a time with its tap weights in registers."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,24 +28,10 @@ def why_unsupported(inputs: Inputs) -> str:
     return ''
 
 
-def preferred(inputs: Inputs) -> bool:
-    """Return whether the maps are on the CPU.
-
-    On 2 AVX-512 cores this is 5 to 36 times faster than `eager`, in forward and in training, at each of the shapes of
-    XT and S measured (benchmarks/results/operator-*.json).
-    """
-    return inputs.value.device.type == 'cpu'
-
-
-def run(inputs: Inputs) -> Tensor:
-    """Return the mixed map, (B, C, H, W)."""
-    return _operator(inputs.project())
-
-
 def forward(x: Projected) -> tuple[Tensor, Tensor]:
     """Compute the mixed map and the log-sum-exps; see `overlock.ops.contmix.library.register`."""
     wide = torch.promote_types(x.value.dtype, torch.float32)
-    query = _pack(_by_group(x.query, x), wide)
+    query = _pack(x.by_group(x.query), wide)
     out, lses = torch.empty_like(x.value), []
     for half, to in zip(x.halves(), x.split(out), strict=True):
         kernel, bias, rpb = _padded_taps(half, wide)
@@ -60,7 +44,7 @@ def forward(x: Projected) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
     """Compute the gradients; see `overlock.ops.contmix.library.register`."""
     wide = torch.promote_types(x.value.dtype, torch.float32)
-    query = _pack(_by_group(x.query, x), wide)
+    query = _pack(x.by_group(x.query), wide)
     grad_query, grad_value = torch.empty_like(x.query), torch.empty_like(x.value)
     sums, grad_kernel, grad_bias, grad_rpb = [], [], [], []
     for half, half_grad, half_lse, to in zip(x.halves(), x.split(grad), lse, x.split(grad_value), strict=True):
@@ -76,7 +60,7 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
         _unpack(slopes[2], to)
         grad_bias.append(slopes[3].sum((0, 1))[:, : half.size].flatten())
         grad_rpb.append(slopes[4].sum(0)[..., : half.rpb.shape[2]].to(half.rpb.dtype))
-    _unpack(sums[0] + sums[1], _by_group(grad_query, x))
+    _unpack(sums[0] + sums[1], x.by_group(grad_query))
     return Projected(
         grad_query,
         torch.cat(grad_kernel, -1).to(x.kernel.dtype),
@@ -87,12 +71,7 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
 
 
 # The operator has the backend's first name, which graphs made by users may contain.
-_operator = library.register('compiled', forward, backward)
-
-
-def _by_group(query: Tensor, x: Projected) -> Tensor:
-    """Return a view (B, G, d, H, W) of (B, G d, H, W)."""
-    return cast(Tensor, query.unflatten(1, x.kernel.shape[1:3]))
+run = library.register('compiled', forward, backward)
 
 
 def _pack(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,33 +12,23 @@ from torch.nn import functional as F
 
 from overlock.ops.contmix import library
 from overlock.ops.contmix.inputs import Half, Inputs, Projected
-from overlock.ops.contmix.reference import window_starts
+from overlock.ops.contmix.reference import offsets, windows
 from overlock.ops.tracing import is_exporting
 
 # Up to this many times K^2 pixels, one product with a dense (H W, H W) matrix beats K^2 passes over the map.
 DENSE_LIMIT = 1.5
 
 
-def why_unavailable() -> str:
-    """Return '': plain PyTorch runs everywhere."""
-    return ''
-
-
-def why_unsupported(inputs: Inputs) -> str:
-    """Return '': plain PyTorch takes all inputs."""
-    return ''
-
-
 def run(inputs: Inputs) -> Tensor:
     """Return the mixed map, (B, C, H, W)."""
-    return plain(inputs.project()) if is_exporting() else _operator(inputs.project())
+    return plain(inputs.project()) if is_exporting() else _run(inputs)
 
 
 def forward(x: Projected) -> tuple[Tensor, Tensor]:
     """Compute the mixed map and the log-sum-exps; see `overlock.ops.contmix.library.register`."""
     out, lses = torch.empty_like(x.value), []
     for half, to in zip(x.halves(), x.split(out), strict=True):
-        logits = compute_logits(x.query, half)
+        logits = compute_logits(half)
         lses.append(logits.logsumexp(2))
         weights = torch.sub(logits, lses[-1].unsqueeze(2), out=logits).exp_()
         to.copy_(aggregate(weights, half.value))
@@ -50,7 +40,7 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
     grad_query, grad_value = torch.zeros_like(x.query), torch.empty_like(x.value)
     grad_kernel, grad_bias, grad_rpb = [], [], []
     for half, half_grad, half_lse, to in zip(x.halves(), x.split(grad), lse, x.split(grad_value), strict=True):
-        logits = compute_logits(x.query, half)
+        logits = compute_logits(half)
         weights = torch.sub(logits, half_lse.unsqueeze(2), out=logits).exp_()
         slopes, share = aggregate_backward(weights, half.value, half_grad)
         to.copy_(share)
@@ -60,26 +50,22 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
         grad_bias.append(by_tap)
         grad_rpb.append(by_window.to(half.rpb.dtype))
         slopes = slopes.flatten(3).to(x.query.dtype)
-        grad_kernel.append(x.query.flatten(2).unflatten(1, half.kernel.shape[1:3]) @ slopes.mT)
+        grad_kernel.append(half.query.flatten(3) @ slopes.mT)
         grad_query += (half.kernel @ slopes).reshape(x.query.shape)
     return Projected(
         grad_query, torch.cat(grad_kernel, -1), grad_value, torch.cat(grad_bias).to(x.bias.dtype), *grad_rpb
     )
 
 
-_operator = library.register('eager', forward, backward)
+_run = library.register('eager', forward, backward)
 
 
 def plain(x: Projected) -> Tensor:
     """Return the mixed map, computed out of place and for any height and width, as `torch.export` and ONNX need."""
     outs = []
     for half in x.halves():
-        weights = compute_logits(x.query, half).softmax(2).to(x.value.dtype)
-        rows, cols = (
-            window_starts(length, half.size, x.value.device).unsqueeze(1)
-            + torch.arange(half.size, device=x.value.device)
-            for length in x.value.shape[2:]
-        )
+        weights = compute_logits(half).softmax(2).to(x.value.dtype)
+        rows, cols = (windows(length, half.size, x.value.device) for length in x.value.shape[2:])
         out = torch.zeros_like(half.value)
         for row, weight in zip(rows.unbind(1), weights.unflatten(2, (half.size, -1)).unbind(2), strict=True):
             seen = half.value[:, :, :, row][..., cols]  # (B, G, d, H, W, K)
@@ -88,11 +74,10 @@ def plain(x: Projected) -> Tensor:
     return torch.cat(outs, 1)
 
 
-def compute_logits(query: Tensor, half: Half) -> Tensor:
-    """Return the logits of a query (B, G d, H, W), (B, G, K^2, H, W), in float32 at least."""
-    products = half.kernel.mT @ query.flatten(2).unflatten(1, half.kernel.shape[1:3])
-    height, width = query.shape[2:]
-    logits: Tensor = products.unflatten(-1, (height, width))
+def compute_logits(half: Half) -> Tensor:
+    """Return the logits, (B, G, K^2, H, W), in float32 at least."""
+    height, width = half.query.shape[3:]
+    logits = (half.kernel.mT @ half.query.flatten(3)).unflatten(-1, (height, width))
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(wide) + position_bias(half.rpb.to(wide), half.bias.to(wide), height, width)
 
@@ -103,19 +88,16 @@ def position_bias(rpb: Tensor, tap_bias: Tensor, height: int, width: int) -> Ten
     Along an axis there are K different windows of the bias: K // 2 near each border and one for all queries between.
     """
     size = (rpb.shape[1] + 1) // 2
-    windows = rpb.unfold(1, size, 1).unfold(2, size, 1).permute(0, 3, 4, 1, 2).flatten(1, 2)
-    rows, cols = (
-        window_starts(length, size, rpb.device) - torch.arange(length, device=rpb.device) + size - 1
-        for length in (height, width)
-    )
-    return (windows + tap_bias.view(-1, 1, 1))[:, :, rows][..., cols]
+    cuts = rpb.unfold(1, size, 1).unfold(2, size, 1).permute(0, 3, 4, 1, 2).flatten(1, 2)
+    rows, cols = (offsets(length, size, rpb.device)[:, 0] for length in (height, width))
+    return (cuts + tap_bias.view(-1, 1, 1))[:, :, rows][..., cols]
 
 
 def position_bias_backward(grad: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return the gradients of tap_bias (K^2,) and rpb (G, 2K - 1, 2K - 1) from (G, K^2, H, W), K being `size`."""
-    windows = _sum_middle(_sum_middle(grad, size, 2), size, 3)
-    folded = F.fold(windows.flip(2, 3).flatten(2), (2 * size - 1, 2 * size - 1), size)
-    return windows.sum((0, 2, 3)), folded.squeeze(1)
+    cuts = _sum_middle(_sum_middle(grad, size, 2), size, 3)
+    folded = F.fold(cuts.flip(2, 3).flatten(2), (2 * size - 1, 2 * size - 1), size)
+    return cuts.sum((0, 2, 3)), folded.squeeze(1)
 
 
 def _sum_middle(x: Tensor, length: int, dim: int) -> Tensor:
@@ -127,10 +109,9 @@ def _sum_middle(x: Tensor, length: int, dim: int) -> Tensor:
 
 def aggregate(weights: Tensor, value: Tensor) -> Tensor:
     """Mix a value (B, G, d, H, W) by tap weights (B, G, K^2, H, W), at least float32, to (B, G, d, H, W)."""
-    size, (height, width) = _kernel_size(weights), value.shape[3:]
-    if _is_dense(size, height, width):
-        mixed: Tensor = (value.flatten(3) @ _dense(weights).to(value.dtype)).unflatten(-1, (height, width))
-        return mixed
+    size, (height, width) = math.isqrt(weights.shape[2]), value.shape[3:]
+    if height * width <= DENSE_LIMIT * size**2:
+        return (value.flatten(3) @ _dense(weights).to(value.dtype)).unflatten(-1, (height, width))
     value = value.to(weights.dtype)
     out = torch.zeros_like(value)
     for col in range(size):
@@ -144,9 +125,9 @@ def aggregate(weights: Tensor, value: Tensor) -> Tensor:
 
 def aggregate_backward(weights: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of `weights` and `value`, both in the dtype of `weights`."""
-    size, (height, width) = _kernel_size(weights), value.shape[3:]
+    size, (height, width) = math.isqrt(weights.shape[2]), value.shape[3:]
     value, grad = value.to(weights.dtype), grad.to(weights.dtype)
-    if _is_dense(size, height, width):
+    if height * width <= DENSE_LIMIT * size**2:
         grad, value = grad.flatten(3), value.flatten(3)
         slopes = value.mT @ grad
         if height * width != size**2:
@@ -168,14 +149,6 @@ def aggregate_backward(weights: Tensor, value: Tensor, grad: Tensor) -> tuple[Te
     return slopes, grad_value
 
 
-def _kernel_size(weights: Tensor) -> int:
-    return math.isqrt(weights.shape[2])
-
-
-def _is_dense(kernel_size: int, height: int, width: int) -> bool:
-    return height * width <= DENSE_LIMIT * kernel_size**2
-
-
 def _dense(weights: Tensor) -> Tensor:
     """Return (B, G, H W, H W), keys by queries, with every tap weight of (B, G, K^2, H, W) at its key."""
     pixels = weights.shape[3] * weights.shape[4]
@@ -187,10 +160,9 @@ def _dense(weights: Tensor) -> Tensor:
 
 def _dense_index(weights: Tensor) -> Tensor:
     """Return (B, G, K^2, H W), the pixel that each tap of each query sees."""
-    size, (height, width) = _kernel_size(weights), weights.shape[3:]
-    rows, cols = (window_starts(length, size, weights.device) for length in (height, width))
-    taps = torch.arange(size, device=weights.device)
-    index = (taps.view(-1, 1, 1, 1) + rows.view(-1, 1)) * width + taps.view(-1, 1, 1) + cols
+    size, (height, width) = math.isqrt(weights.shape[2]), weights.shape[3:]
+    rows, cols = (windows(length, size, weights.device).T for length in (height, width))
+    index = rows[:, None, :, None] * width + cols[:, None]
     return index.reshape(size**2, -1).expand(*weights.shape[:2], -1, -1)
 
 

@@ -9,6 +9,7 @@ class Half(NamedTuple):
     """The inputs of one kernel: the small one with the first half of the value channels, or the large one."""
 
     size: int  # K
+    query: Tensor  # (B, G, d, H, W), the same for both
     kernel: Tensor  # (B, G, d, K^2)
     bias: Tensor  # (K^2,)
     rpb: Tensor  # (G, 2K - 1, 2K - 1)
@@ -30,6 +31,10 @@ class Projected(NamedTuple):
         """The sizes (k, K)."""
         return (self.rpb_small.shape[1] + 1) // 2, (self.rpb_large.shape[1] + 1) // 2
 
+    def by_group(self, x: Tensor) -> Tensor:
+        """Return a view (B, G, d, H, W) of a map like `query`, (B, G d, H, W)."""
+        return x.unflatten(1, self.kernel.shape[1:3])
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return views (B, G, d, H, W) of the halves of a map like `value`, (B, 2 G d, H, W)."""
         small, large = x.unflatten(1, (2, *self.kernel.shape[1:3])).unbind(1)
@@ -38,10 +43,10 @@ class Projected(NamedTuple):
     def halves(self) -> tuple[Half, Half]:
         """Return the inputs of the small and of the large kernel."""
         small, large = self.kernel_sizes
-        first, (value_small, value_large) = small**2, self.split(self.value)
+        first, query, (value_small, value_large) = small**2, self.by_group(self.query), self.split(self.value)
         return (
-            Half(small, self.kernel[..., :first], self.bias[:first], self.rpb_small, value_small),
-            Half(large, self.kernel[..., first:], self.bias[first:], self.rpb_large, value_large),
+            Half(small, query, self.kernel[..., :first], self.bias[:first], self.rpb_small, value_small),
+            Half(large, query, self.kernel[..., first:], self.bias[first:], self.rpb_large, value_large),
         )
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overlock.ops.contmix.inputs import Projected
+from overlock.ops.contmix.inputs import Inputs, Projected
 
 Forward = Callable[[Projected], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Projected], Projected]
 
 
-def register(name: str, forward: Forward, backward: Backward) -> Callable[[Projected], Tensor]:
+def register(name: str, forward: Forward, backward: Backward) -> Callable[[Inputs], Tensor]:
     """Register `torch.ops.overlock.contmix_<name>` and `torch.ops.overlock.contmix_<name>_backward`.
 
     The operator keeps its inputs and the log-sum-exp of the logits, but no tap weights: `backward` computes them again.
@@ -25,33 +25,26 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[[Proje
             inputs, with their shapes and dtypes.
 
     Returns:
-        The operator, from the inputs to the mixed map.
+        A function from the inputs to the mixed map, (B, C, H, W), that calls the operator.
     """
+    parameters = ', '.join(f'Tensor {field}' for field in Projected._fields)
+    results = ', '.join('Tensor' for _ in Projected._fields)
+    schema = f'({parameters}) -> (Tensor, Tensor)'
+    gradient_schema = f'(Tensor grad, Tensor lse, {parameters}) -> ({results})'
 
-    @torch.library.custom_op(f'overlock::contmix_{name}', mutates_args=())
-    def operator(
-        query: Tensor, kernel: Tensor, value: Tensor, bias: Tensor, rpb_small: Tensor, rpb_large: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return forward(Projected(query, kernel, value, bias, rpb_small, rpb_large))
+    @torch.library.custom_op(f'overlock::contmix_{name}', mutates_args=(), schema=schema)
+    def operator(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return forward(Projected(*inputs))
 
     @operator.register_fake
-    def _(query: Tensor, kernel: Tensor, value: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(value.dtype, torch.float32)
-        lse = value.new_empty((2, *kernel.shape[:2], *value.shape[2:]), dtype=wide)
-        return torch.empty_like(value), lse
+    def _(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        x = Projected(*inputs)
+        wide = torch.promote_types(x.value.dtype, torch.float32)
+        return torch.empty_like(x.value), x.value.new_empty((2, *x.kernel.shape[:2], *x.value.shape[2:]), dtype=wide)
 
-    @torch.library.custom_op(f'overlock::contmix_{name}_backward', mutates_args=())
-    def gradient(
-        grad: Tensor,
-        lse: Tensor,
-        query: Tensor,
-        kernel: Tensor,
-        value: Tensor,
-        bias: Tensor,
-        rpb_small: Tensor,
-        rpb_large: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return backward(grad, lse, Projected(query, kernel, value, bias, rpb_small, rpb_large))
+    @torch.library.custom_op(f'overlock::contmix_{name}_backward', mutates_args=(), schema=gradient_schema)
+    def gradient(grad: Tensor, lse: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return backward(grad, lse, Projected(*inputs))
 
     @gradient.register_fake
     def _(grad: Tensor, lse: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -66,4 +59,4 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[[Proje
         return (None,) * 6 if grad is None else gradient(grad, *ctx.saved_tensors)
 
     operator.register_autograd(differentiate, setup_context=save)
-    return lambda inputs: operator(*inputs)[0]
+    return lambda inputs: operator(*inputs.project())[0]

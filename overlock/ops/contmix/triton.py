@@ -1,8 +1,4 @@
-"""ContMix on GPUs: launches the fused kernels of `triton_kernels.py`.
-
-No tensor of the size of the tap weights is ever in memory. Maps are copied first unless the channels of a pixel and
-group lie side by side and number a power of two: scattered loads for every tap would cost more.
-"""
+"""ContMix on GPUs: launches the fused kernels of `triton_kernels.py`; README.md beside this file describes them."""
 
 import importlib.metadata
 import importlib.util
@@ -10,7 +6,7 @@ import os
 import shutil
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,30 +45,17 @@ def why_unsupported(inputs: Inputs) -> str:
     return '' if device == 'cuda' or interpreted() else f'it runs on CUDA devices and the maps are on {device}'
 
 
-def preferred(inputs: Inputs) -> bool:
-    """Return whether the maps are on a CUDA device and not float64, which is for tests: its kernels spill registers."""
-    return inputs.value.device.type == 'cuda' and inputs.value.dtype != torch.float64
-
-
-def run(inputs: Inputs) -> Tensor:
-    """Return the mixed map, (B, C, H, W)."""
-    return _operator(inputs.project())
-
-
 @cache
 def _missing() -> str:
     """Return what is wrong with the installed Triton, or '', without importing it."""
     if importlib.util.find_spec('triton') is None:
         return 'triton is not installed'
     # Nightly builds of torch come with it under another name.
-    versions = [importlib.metadata.version(name) for name in ('triton', 'pytorch-triton') if _is_package(name)]
-    if versions and tuple(int(part) for part in versions[0].split('.')[:2]) < OLDEST:
-        return f'triton {versions[0]} is older than {OLDEST[0]}.{OLDEST[1]}'
+    installed = [name for name in ('triton', 'pytorch-triton') if any(importlib.metadata.distributions(name=name))]
+    version = importlib.metadata.version(installed[0]) if installed else ''
+    if version and tuple(int(part) for part in version.split('.')[:2]) < OLDEST:
+        return f'triton {version} is older than {OLDEST[0]}.{OLDEST[1]}'
     return ''
-
-
-def _is_package(name: str) -> bool:
-    return any(importlib.metadata.distributions(name=name))
 
 
 def interpreted() -> bool:
@@ -80,26 +63,10 @@ def interpreted() -> bool:
     return os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
 
 
-@cache
 def _kernels() -> ModuleType:
     from overlock.ops.contmix import triton_kernels
 
-    if interpreted():
-        _repair_interpreter()
     return triton_kernels
-
-
-def _repair_interpreter() -> None:
-    """Let loops run: the interpreter has arrays of one element as bounds, which numpy 2.4 refuses as integers."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def repaired(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    interpreter._patch_lang_tensor = repaired
 
 
 class Map(NamedTuple):
@@ -110,12 +77,31 @@ class Map(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Images, groups, height and width, run-time arguments of kernels."""
+    """Images, groups, height and width."""
 
     B: int
     G: int
     H: int
     W: int
+
+
+class Operands(NamedTuple):
+    """What all kernels take: packed maps and tables of biases."""
+
+    query: Map
+    kernel: Tensor
+    value: Map
+    tables: tuple[Tensor, Tensor]
+    size: Size
+
+
+class Runs(NamedTuple):
+    """Runs of query rows that `tap_grad` sums together."""
+
+    EDGE: int  # rows near a border, each of them a run
+    STEP: int  # rows of a run between the borders
+    COUNT: int
+    SPAN: int  # runs of a program
 
 
 class Constants(NamedTuple):
@@ -132,39 +118,32 @@ class Constants(NamedTuple):
     COLS: int = COLS  # queries of one row in a tile
 
 
-class _Operands(NamedTuple):
-    """Packed maps, tables of biases, and what describes them."""
-
-    query: Map
-    kernel: Tensor
-    value: Map
-    tables: tuple[Tensor, Tensor]
-    size: Size
-    constants: Constants
-
-
 def forward(x: Projected) -> tuple[Tensor, Tensor]:
     """Compute the mixed map and the log-sum-exps; see `overlock.ops.contmix.library.register`."""
     with torch.cuda.device_of(x.value):
-        o = _prepare(x)
+        o, constants = _prepare(x)
         out = torch.empty_like(x.value)
         lse = o.tables[0].new_empty(2, *o.size)
-        _kernels().forward[_grid(o, o.constants.ROWS, COLS)](
-            o.query, o.kernel, o.value, o.tables, _map(out), lse, o.size, C=o.constants, **_options(o, registers=128)
-        )
+        _kernels().forward[_grid(o, constants.ROWS, COLS)](o, _map(out), lse, **_options(x, constants, registers=128))
     return out, lse
 
 
 def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
     """Compute the gradients; see `overlock.ops.contmix.library.register`."""
     with torch.cuda.device_of(x.value):
-        o = _prepare(x)
-        packed = _map(_packed(_by_group(grad, 2 * o.size.G), o.constants.P))
+        o, constants = _prepare(x)
+        packed = _map(_packed(_by_group(grad, 2 * o.size.G), constants.P))
         lse = lse.contiguous()
-        delta = torch.empty_like(lse)
-        grad_query = _query_grad(o, packed, lse, delta, x.query)
-        grad_value = _value_grad(o, packed, lse, x.value)
-        partial, *rpb_partials = _tap_grads(o, packed, lse, delta)
+        delta, grad_query, grad_value = torch.empty_like(lse), torch.empty_like(x.query), torch.empty_like(x.value)
+        # This fills `delta`, which `tap_grad` takes.
+        _kernels().query_grad[_grid(o, constants.ROWS, COLS)](
+            o, packed, lse, delta, _map(grad_query), **_options(x, constants, registers=168)
+        )
+        options = _options(x, constants, registers=160, num_warps=1)
+        for half, size in enumerate(x.kernel_sizes):
+            keys = _keys(size, constants.P_COLS)
+            _kernels().value_grad[_grid(o, 1, keys)](o, packed, lse, _map(grad_value), HALF=half, KEYS=keys, **options)
+        partial, *rpb_partials = _tap_grads(o, constants, packed, lse, delta, _options(x, constants, registers=168))
         taps = partial.sum(0)
         grad_kernel = torch.empty_like(x.kernel).copy_(taps[..., :-1].transpose(2, 3))
         grad_bias = torch.empty_like(x.bias).copy_(taps[..., -1].sum((0, 1)))
@@ -175,47 +154,7 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
     return Projected(grad_query, grad_kernel, grad_value, grad_bias, grad_small, grad_large)
 
 
-_operator = library.register('triton', forward, backward)
-
-
-def _query_grad(o: _Operands, grad: Map, lse: Tensor, delta: Tensor, query: Tensor) -> Tensor:
-    """Return dquery; fill `delta`, which the gradients of the taps take."""
-    grad_query = torch.empty_like(query)
-    _kernels().query_grad[_grid(o, o.constants.ROWS, COLS)](
-        o.query,
-        o.kernel,
-        o.value,
-        grad,
-        o.tables,
-        lse,
-        delta,
-        _map(grad_query),
-        o.size,
-        C=o.constants,
-        **_options(o, registers=168),
-    )
-    return grad_query
-
-
-def _value_grad(o: _Operands, grad: Map, lse: Tensor, value: Tensor) -> Tensor:
-    """Return dvalue, computed by a launch for each half of the channels."""
-    grad_value = torch.empty_like(value)
-    for half, (size, table) in enumerate(zip(o.constants[:2], o.tables, strict=True)):
-        keys = _keys(size, o.constants.P_COLS)
-        _kernels().value_grad[_grid(o, 1, keys)](
-            o.query,
-            o.kernel,
-            grad,
-            table,
-            lse,
-            _map(grad_value),
-            o.size,
-            HALF=half,
-            KEYS=keys,
-            C=o.constants,
-            **_options(o, registers=160, num_warps=1),
-        )
-    return grad_value
+run = library.register('triton', forward, backward)
 
 
 def _keys(size: int, most: int) -> int:
@@ -224,46 +163,32 @@ def _keys(size: int, most: int) -> int:
     return max(fitting, key=lambda keys: keys / -(-(keys + size - 1) // COLS))
 
 
-def _tap_grads(o: _Operands, grad: Map, lse: Tensor, delta: Tensor) -> list[Tensor]:
+def _tap_grads(
+    o: Operands, constants: Constants, grad: Map, lse: Tensor, delta: Tensor, options: dict[str, Any]
+) -> list[Tensor]:
     """Return partial sums of the gradients of the taps.
 
     Returns:
         (parts, B, G, T, d + 1) of dkernel and, last, dbias; (B, runs, G, 2K - 1, 2K - 1) of each drpb.
     """
     batch, groups, height, _ = o.size
-    sizes = o.constants.K_SMALL, o.constants.K_LARGE
+    sizes = constants.K_SMALL, constants.K_LARGE
     edge = max(sizes) // 2
-    runs = 2 * edge + -(-(height - 2 * edge) // STEP)
-    span = max(1, runs * batch * groups // PARTIALS)
-    parts = -(-runs // span)
-    partials = [lse.new_empty(parts, batch, groups, sum(size**2 for size in sizes), o.constants.D + 1)]
-    for half, (size, table) in enumerate(zip(sizes, o.tables, strict=True)):
+    count = 2 * edge + -(-(height - 2 * edge) // STEP)
+    span = max(1, count * batch * groups // PARTIALS)
+    runs, parts = Runs(edge, STEP, count, span), -(-count // span)
+    partials = [lse.new_empty(parts, batch, groups, sum(size**2 for size in sizes), constants.D + 1)]
+    for half, size in enumerate(sizes):
         offsets = 2 * size - 1
-        partials.append(lse.new_zeros(batch, runs, groups, offsets, offsets))
-        _kernels().tap_grad[(batch * groups * parts * -(-size // o.constants.ROWS),)](
-            o.query,
-            o.kernel,
-            o.value,
-            grad,
-            table,
-            lse,
-            delta,
-            partials[0],
-            partials[-1],
-            o.size,
-            edge,
-            STEP,
-            runs,
-            span,
-            HALF=half,
-            P_RPB=max(COLS, _power_of_two(offsets)),
-            C=o.constants,
-            **_options(o, registers=168),
+        partials.append(lse.new_zeros(batch, count, groups, offsets, offsets))
+        padded = max(COLS, _power_of_two(offsets))
+        _kernels().tap_grad[(batch * groups * parts * -(-size // constants.ROWS),)](
+            o, grad, lse, delta, partials[0], partials[-1], runs, HALF=half, P_RPB=padded, **options
         )
     return partials
 
 
-def _prepare(x: Projected) -> _Operands:
+def _prepare(x: Projected) -> tuple[Operands, Constants]:
     groups, dims = x.kernel.shape[1:3]
     small, large = x.kernel_sizes
     # The interpreter multiplies the bits of bfloat16 as if they were integers.
@@ -279,15 +204,15 @@ def _prepare(x: Projected) -> _Operands:
     )
     batch, _, height, width = x.value.shape
     table_small, table_large = (_table(half, constants.P_TAPS) for half in x.halves())
-    return _Operands(
+    operands = Operands(
         _map(_packed(_by_group(x.query, groups), constants.P)),
         # A kernel is packed like a map of one row.
         _packed(x.kernel.transpose(2, 3).unsqueeze(2), constants.P, copy=True),
         _map(_packed(_by_group(x.value, 2 * groups), constants.P)),
         (table_small, table_large),
         Size(batch, groups, height, width),
-        constants,
     )
+    return operands, constants
 
 
 def _map(x: Tensor) -> Map:
@@ -296,7 +221,7 @@ def _map(x: Tensor) -> Map:
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """Return a view (B, G, H, W, d) of (B, G d, H, W)."""
-    return cast(Tensor, x.unflatten(1, (groups, -1))).permute(0, 1, 3, 4, 2)
+    return x.unflatten(1, (groups, -1)).permute(0, 1, 3, 4, 2)
 
 
 def _packed(x: Tensor, width: int, copy: bool = False) -> Tensor:
@@ -323,16 +248,16 @@ def _table(half: Half, width: int) -> Tensor:
     return table
 
 
-def _grid(o: _Operands, rows: int, cols: int) -> tuple[int]:
+def _grid(o: Operands, rows: int, cols: int) -> tuple[int]:
     """Return the number of programs: one for each tile of `rows` x `cols` pixels."""
     batch, groups, height, width = o.size
     return (batch * groups * -(-height // rows) * -(-width // cols),)
 
 
-def _options(o: _Operands, registers: int, num_warps: int = 2) -> dict[str, int]:
+def _options(x: Projected, constants: Constants, registers: int, num_warps: int = 2) -> dict[str, Any]:
     """Return launch options; `registers` was found for up to 16 channels in half precision and holds only for these."""
-    chosen = o.value.data.element_size() == 2 and o.constants.P == 16
-    return dict(num_warps=num_warps, num_stages=2) | (dict(maxnreg=registers) if chosen else {})
+    chosen = x.value.element_size() == 2 and constants.P == 16
+    return dict(C=constants, num_warps=num_warps, num_stages=2) | (dict(maxnreg=registers) if chosen else {})
 
 
 def _power_of_two(number: int) -> int:

@@ -3,7 +3,7 @@
 Maps come as (B, G, H, W, P): the P channels of a pixel and group side by side, zeros behind the D live ones, so that a
 tile of pixels is a few wide loads. HALF is 0 for the small kernel and its half of the channels, 1 for the large one.
 Sums are in the dtype of `lse`. `triton.py` defines and documents the named tuples that kernels take: `Map` (a pointer
-and strides), `Size` (B, G, H, W), and `Constants`, which stands for compile-time constants here as `C`.
+and strides), `Operands` (as `x`), `Runs`, and `Constants` (as `C`), which stands for compile-time constants.
 """
 
 import triton
@@ -64,6 +64,16 @@ def _pixels(strides, rows, cols, P: tl.constexpr):
     """Return the offsets (rows, cols, P) of these pixels of a map."""
     offsets = (rows * strides[2])[:, None] + (cols * strides[3])[None, :]
     return offsets[:, :, None] + tl.arange(0, P)
+
+
+@triton.jit
+def _queries(x, tile, C: tl.constexpr):
+    """Load the queries of a tile, (ROWS COLS, P); those beyond the map repeat its last row and column."""
+    image, group, i0, j0 = tile
+    i = tl.minimum(i0 + tl.arange(0, C.ROWS), x.size.H - 1)
+    j = tl.minimum(j0 + tl.arange(0, C.COLS), x.size.W - 1)
+    q = tl.load(_plane(x.query, image, group) + _pixels(x.query.strides, i, j, C.P))
+    return tl.reshape(q, [C.ROWS * C.COLS, C.P])
 
 
 @triton.jit
@@ -149,39 +159,34 @@ def bias_table(bias, rpb, table, bias_stride, strides, K: tl.constexpr, P_TAPS: 
 
 
 @triton.jit
-def forward(query, kernel, value, tables, out, lse, size, C: tl.constexpr):
+def forward(x, out, lse, C: tl.constexpr):
     """Compute output and log-sum-exp of one tile of queries, for both kernel sizes."""
-    image, group, i0, j0 = _tile(size, C.ROWS, C.COLS)
-    i = tl.minimum(i0 + tl.arange(0, C.ROWS), size.H - 1)
-    j = tl.minimum(j0 + tl.arange(0, C.COLS), size.W - 1)
-    q = tl.load(_plane(query, image, group) + _pixels(query.strides, i, j, C.P))
-    q = tl.reshape(q, [C.ROWS * C.COLS, C.P])
-    small = _kernel_of(kernel, image * size.G + group, 0, C)
-    large = _kernel_of(kernel, image * size.G + group, 1, C)
-    _forward_half(q, small, value, tables[0], out, lse, image, group, i0, j0, size, 0, C.K_SMALL, C)
-    _forward_half(q, large, value, tables[1], out, lse, image, group, i0, j0, size, 1, C.K_LARGE, C)
+    tile = _tile(x.size, C.ROWS, C.COLS)
+    q = _queries(x, tile, C)
+    _forward_half(x, q, out, lse, tile, 0, C.K_SMALL, C)
+    _forward_half(x, q, out, lse, tile, 1, C.K_LARGE, C)
 
 
 @triton.jit
-def _forward_half(
-    q, kernel, value, table, out, lse, image, group, i0, j0, size, HALF: tl.constexpr, K: tl.constexpr, C: tl.constexpr
-):
+def _forward_half(x, q, out, lse, tile, HALF: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
     """Compute and store the tile of one kernel size, with a running maximum over the rows of the window."""
     ACC: tl.constexpr = lse.dtype.element_ty
-    H, W = size.H, size.W
+    image, group, i0, j0 = tile
+    H, W = x.size.H, x.size.W
     rows, cols = i0 + tl.arange(0, C.ROWS), j0 + tl.arange(0, C.COLS)
     i, j = tl.minimum(rows, H - 1), tl.minimum(cols, W - 1)
     top, left, start = _start(i, H, K), _start(j0, W, K), _start(j, W, K)
     inside = (j0 >= K // 2) & (j0 + C.COLS + K // 2 <= W)
     row, col, first = i - top, j - start, _for_rows(start - left, C.ROWS)
+    kernel = _kernel_of(x.kernel, image * x.size.G + group, HALF, C)
     seen_cols = tl.minimum(left + tl.arange(0, C.P_COLS), W - 1)
-    pixels_of = _plane(value, image, HALF * size.G + group) + _pixels(value.strides, top, seen_cols, C.P)
+    pixels_of = _plane(x.value, image, HALF * x.size.G + group) + _pixels(x.value.strides, top, seen_cols, C.P)
     peak = tl.full([C.ROWS * C.COLS], float('-inf'), ACC)
     total = tl.full([C.ROWS * C.COLS, C.P_TAPS], 0, ACC)
     mixed = tl.full([C.ROWS, C.COLS, C.P], 0, ACC)
     for a in range(K):
         taps = tl.reshape(_taps(kernel, a + tl.arange(0, 1), K, C), [C.P_TAPS, C.P])
-        logits = _dot(q, tl.trans(taps), _bias(table, group, row, col, inside, a, K, C), C)
+        logits = _dot(q, tl.trans(taps), _bias(x.tables[HALF], group, row, col, inside, a, K, C), C)
         highest = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.exp2(logits * LOG2E - (highest * LOG2E)[:, None])
         decay = tl.exp2((peak - highest) * LOG2E)
@@ -190,83 +195,67 @@ def _forward_half(
         spread = tl.reshape(_to_columns(weights.to(pixels.dtype), first, C.P_COLS), [C.ROWS, C.COLS, C.P_COLS])
         mixed = _dot(spread, pixels, mixed * tl.reshape(decay, [C.ROWS, C.COLS])[:, :, None], C)
         peak = highest
-        pixels_of += value.strides[2]
+        pixels_of += x.value.strides[2]
     total = tl.sum(total, 1)
     mixed = tl.reshape(mixed, [C.ROWS * C.COLS, C.P]) / total[:, None]
     norm = peak + tl.log(total)
     live = (rows < H)[:, None] & (cols < W)[None, :]
-    target = _plane(out, image, (HALF * size.G + group) * C.D)
+    target = _plane(out, image, (HALF * x.size.G + group) * C.D)
     _store(target, tl.reshape(mixed, [C.ROWS, C.COLS, C.P]), out.strides, rows, cols, live, C.D)
-    lse += ((HALF * size.B + image) * size.G + group) * H * W
+    lse += ((HALF * x.size.B + image) * x.size.G + group) * H * W
     tl.store(lse + (rows * W)[:, None] + cols[None, :], tl.reshape(norm, [C.ROWS, C.COLS]), mask=live)
 
 
 @triton.jit
-def query_grad(query, kernel, value, grad, tables, lse, delta, grad_query, size, C: tl.constexpr):
+def query_grad(x, grad, lse, delta, grad_query, C: tl.constexpr):
     """Compute dq of one tile of queries, and for both kernel sizes the delta that the softmax's gradient subtracts."""
-    image, group, i0, j0 = _tile(size, C.ROWS, C.COLS)
+    tile = _tile(x.size, C.ROWS, C.COLS)
+    q = _queries(x, tile, C)
+    dq = _query_half(x, q, grad, lse, delta, tile, 0, C.K_SMALL, C)
+    dq += _query_half(x, q, grad, lse, delta, tile, 1, C.K_LARGE, C)
+    image, group, i0, j0 = tile
     rows, cols = i0 + tl.arange(0, C.ROWS), j0 + tl.arange(0, C.COLS)
-    places = _pixels(query.strides, tl.minimum(rows, size.H - 1), tl.minimum(cols, size.W - 1), C.P)
-    q = tl.reshape(tl.load(_plane(query, image, group) + places), [C.ROWS * C.COLS, C.P])
-    small = _kernel_of(kernel, image * size.G + group, 0, C)
-    large = _kernel_of(kernel, image * size.G + group, 1, C)
-    dq = _query_half(q, small, value, grad, tables[0], lse, delta, image, group, i0, j0, size, 0, C.K_SMALL, C)
-    dq += _query_half(q, large, value, grad, tables[1], lse, delta, image, group, i0, j0, size, 1, C.K_LARGE, C)
-    live = (rows < size.H)[:, None] & (cols < size.W)[None, :]
+    live = (rows < x.size.H)[:, None] & (cols < x.size.W)[None, :]
     target = _plane(grad_query, image, group * C.D)
     _store(target, tl.reshape(dq, [C.ROWS, C.COLS, C.P]), grad_query.strides, rows, cols, live, C.D)
 
 
 @triton.jit
-def _query_half(
-    q,
-    kernel,
-    value,
-    grad,
-    table,
-    lse,
-    delta,
-    image,
-    group,
-    i0,
-    j0,
-    size,
-    HALF: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-):
+def _query_half(x, q, grad, lse, delta, tile, HALF: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
     """Return the share of one kernel size in a tile's dq, (ROWS COLS, P); store delta, the sum of weight x dweight."""
-    H, W = size.H, size.W
+    image, group, i0, j0 = tile
+    H, W = x.size.H, x.size.W
     rows, cols = i0 + tl.arange(0, C.ROWS), j0 + tl.arange(0, C.COLS)
     i, j = tl.minimum(rows, H - 1), tl.minimum(cols, W - 1)
     top, left, start = _start(i, H, K), _start(j0, W, K), _start(j, W, K)
     inside = (j0 >= K // 2) & (j0 + C.COLS + K // 2 <= W)
-    row, col = i - top, j - start
-    value_of = _plane(value, image, HALF * size.G + group)
-    places = ((HALF * size.B + image) * size.G + group) * H * W + (i * W)[:, None] + j[None, :]
+    row, col, first = i - top, j - start, _for_rows(start - left, C.ROWS)
+    kernel = _kernel_of(x.kernel, image * x.size.G + group, HALF, C)
+    value_of = _plane(x.value, image, HALF * x.size.G + group)
+    places = ((HALF * x.size.B + image) * x.size.G + group) * H * W + (i * W)[:, None] + j[None, :]
     norm = tl.reshape(tl.load(lse + places), [C.ROWS * C.COLS])[:, None] * LOG2E
-    grads = tl.load(_plane(grad, image, HALF * size.G + group) + _pixels(grad.strides, i, j, C.P))
+    grads = tl.load(_plane(grad, image, HALF * x.size.G + group) + _pixels(grad.strides, i, j, C.P))
     # Counted from what the query's own pixel gives, dweights are small, and the two sums below hardly cancel.
-    own = tl.load(value_of + _pixels(value.strides, i, j, C.P))
+    own = tl.load(value_of + _pixels(x.value.strides, i, j, C.P))
     origin = tl.sum(grads.to(norm.dtype) * own.to(norm.dtype), 2)
-    value_of += _pixels(value.strides, top, tl.minimum(left + tl.arange(0, C.P_COLS), W - 1), C.P)
+    value_of += _pixels(x.value.strides, top, tl.minimum(left + tl.arange(0, C.P_COLS), W - 1), C.P)
     excess = tl.full([C.ROWS * C.COLS, C.P_TAPS], 0, norm.dtype)
     moment = tl.full([C.ROWS * C.COLS, C.P], 0, norm.dtype)
     mean = tl.full([C.ROWS * C.COLS, C.P], 0, norm.dtype)
     for a in range(K):
         taps = tl.reshape(_taps(kernel, a + tl.arange(0, 1), K, C), [C.P_TAPS, C.P])
-        logits = _dot(q, tl.trans(taps), _bias(table, group, row, col, inside, a, K, C), C)
+        logits = _dot(q, tl.trans(taps), _bias(x.tables[HALF], group, row, col, inside, a, K, C), C)
         weights = tl.exp2(logits * LOG2E - norm)
         level = tl.broadcast_to(-origin[:, :, None], [C.ROWS, C.COLS, C.P_COLS])
         seen = _dot(grads, tl.trans(tl.load(value_of), 0, 2, 1), level, C)
         # Rounded like the maps, of which they are products, they take half the way through shared memory.
         seen = tl.reshape(seen, [C.ROWS * C.COLS, C.P_COLS]).to(grads.dtype)
-        dweights = _to_taps(seen, _for_rows(start - left, C.ROWS), C.P_TAPS)
+        dweights = _to_taps(seen, first, C.P_TAPS)
         share = weights * dweights.to(norm.dtype)
         excess += share
         moment = _dot(share.to(taps.dtype), taps, moment, C)
         mean = _dot(weights.to(taps.dtype), taps, mean, C)
-        value_of += value.strides[2]
+        value_of += x.value.strides[2]
     rest = tl.sum(excess, 1)
     live = (rows < H)[:, None] & (cols < W)[None, :]
     tl.store(delta + places, origin + tl.reshape(rest, [C.ROWS, C.COLS]), mask=live)
@@ -274,55 +263,37 @@ def _query_half(
 
 
 @triton.jit
-def _run(run, RUNS, EDGE, STEP, H):
+def _run(run, runs, H):
     """Return first row and end of a run of rows that stand alike in their windows: near a border, each row is a run."""
-    near, far = run < EDGE, run >= RUNS - EDGE
-    begin = tl.where(near, run, tl.where(far, H - RUNS + run, EDGE + (run - EDGE) * STEP))
-    return begin, tl.where(near | far, begin + 1, tl.minimum(begin + STEP, H - EDGE))
+    near, far = run < runs.EDGE, run >= runs.COUNT - runs.EDGE
+    begin = tl.where(near, run, tl.where(far, H - runs.COUNT + run, runs.EDGE + (run - runs.EDGE) * runs.STEP))
+    return begin, tl.where(near | far, begin + 1, tl.minimum(begin + runs.STEP, H - runs.EDGE))
 
 
 @triton.jit
-def tap_grad(
-    query,
-    kernel,
-    value,
-    grad,
-    table,
-    lse,
-    delta,
-    partial,
-    rpb_partial,
-    size,
-    EDGE,
-    STEP,
-    RUNS,
-    SPAN,
-    HALF: tl.constexpr,
-    P_RPB: tl.constexpr,
-    C: tl.constexpr,
-):
+def tap_grad(x, grad, lse, delta, partial, rpb_partial, runs, HALF: tl.constexpr, P_RPB: tl.constexpr, C: tl.constexpr):
     """Sum ROWS window rows over SPAN runs of query rows, for dkernel and dbias, and for drpb run by run."""
     ACC: tl.constexpr = lse.dtype.element_ty
     K: tl.constexpr = C.K_LARGE if HALF else C.K_SMALL
-    B, G, H, W = size.B, size.G, size.H, size.W
-    blocks, chunks = (K + C.ROWS - 1) // C.ROWS, tl.cdiv(RUNS, SPAN)
+    B, G, H, W = x.size.B, x.size.G, x.size.H, x.size.W
+    blocks, chunks = (K + C.ROWS - 1) // C.ROWS, tl.cdiv(runs.COUNT, runs.SPAN)
     program = tl.program_id(0)
     plane, chunk = (program // blocks // chunks).to(tl.int64), program // blocks % chunks
     image, group = plane // G, plane % G
     rows = program % blocks * C.ROWS + tl.arange(0, C.ROWS)
     a = tl.minimum(rows, K - 1)
-    query_of = _plane(query, image, group)
-    value_of = _plane(value, image, HALF * G + group)
+    query_of = _plane(x.query, image, group)
+    value_of = _plane(x.value, image, HALF * G + group)
     grad_of = _plane(grad, image, HALF * G + group)
     lse += (HALF * B * G + plane) * H * W
     delta += (HALF * B * G + plane) * H * W
     places = plane * (C.K_SMALL * C.K_SMALL + C.K_LARGE * C.K_LARGE) + HALF * C.K_SMALL * C.K_SMALL
-    taps = tl.trans(_taps(kernel + places * C.P, a, K, C), 0, 2, 1)
+    taps = tl.trans(_taps(x.kernel + places * C.P, a, K, C), 0, 2, 1)
     dtaps = tl.full([C.ROWS, C.P_TAPS, C.P], 0, ACC)
     dbias = tl.full([C.ROWS, C.COLS, C.P_TAPS], 0, ACC)
     u = tl.arange(0, P_RPB)
-    for run in range(chunk * SPAN, tl.minimum(chunk * SPAN + SPAN, RUNS)):
-        begin, end = _run(run, RUNS, EDGE, STEP, H)
+    for run in range(chunk * runs.SPAN, tl.minimum(chunk * runs.SPAN + runs.SPAN, runs.COUNT)):
+        begin, end = _run(run, runs, H)
         at = begin - _start(begin, H, K)
         drpb = tl.full([C.ROWS * C.COLS, P_RPB], 0, ACC)
         for j0 in range(0, W, C.COLS):
@@ -334,15 +305,15 @@ def tap_grad(
             first = _for_rows(start - left, C.ROWS)
             seen_cols = tl.minimum(left + tl.arange(0, C.P_COLS), W - 1)
             offsets = (a * (K * C.P_TAPS))[:, None, None] + _biases(group, at + 0 * a, col, K, C.P_TAPS)
-            bias = tl.load(table + offsets)
+            bias = tl.load(x.tables[HALF] + offsets)
             total = tl.full([C.ROWS, C.COLS, C.P_TAPS], 0, ACC)  # dlogits, summed over the rows of the run
             for i in range(begin, end):
                 row = i + tl.arange(0, 1)
-                q = tl.load(query_of + _pixels(query.strides, row, j, C.P))
+                q = tl.load(query_of + _pixels(x.query.strides, row, j, C.P))
                 q = tl.broadcast_to(q, [C.ROWS, C.COLS, C.P])
                 grads = tl.load(grad_of + _pixels(grad.strides, row, j, C.P))
                 grads = tl.broadcast_to(grads, [C.ROWS, C.COLS, C.P])
-                pixels = tl.load(value_of + _pixels(value.strides, _start(i, H, K) + a, seen_cols, C.P))
+                pixels = tl.load(value_of + _pixels(x.value.strides, _start(i, H, K) + a, seen_cols, C.P))
                 # An infinite log-sum-exp takes out the queries beyond the map.
                 norm = tl.load(lse + i * W + cols, mask=cols < W, other=float('inf'))[None, :, None]
                 level = -tl.load(delta + i * W + j)[None, :, None]
@@ -357,7 +328,7 @@ def tap_grad(
             dbias += total
             total = tl.reshape(total, [C.ROWS * C.COLS, C.P_TAPS])
             drpb += _to_columns(total, _for_rows(K - 1 - col, C.ROWS), P_RPB)
-        line = ((image * RUNS + run) * G + group) * (2 * K - 1) + K - 1 - at + rows
+        line = ((image * runs.COUNT + run) * G + group) * (2 * K - 1) + K - 1 - at + rows
         tl.store(
             rpb_partial + (line * (2 * K - 1))[:, None] + u,
             tl.sum(tl.reshape(drpb, [C.ROWS, C.COLS, P_RPB]), 1),
@@ -372,19 +343,17 @@ def tap_grad(
 
 
 @triton.jit
-def value_grad(
-    query, kernel, grad, table, lse, grad_value, size, HALF: tl.constexpr, KEYS: tl.constexpr, C: tl.constexpr
-):
+def value_grad(x, grad, lse, grad_value, HALF: tl.constexpr, KEYS: tl.constexpr, C: tl.constexpr):
     """Compute dv of KEYS pixels of one row: a sum over the queries whose windows hold them."""
     K: tl.constexpr = C.K_LARGE if HALF else C.K_SMALL
-    H, W = size.H, size.W
-    image, group, y, x0 = _tile(size, 1, KEYS)
-    plane = image * size.G + group
-    query_of = _plane(query, image, group)
-    grad_of = _plane(grad, image, HALF * size.G + group)
-    kernel = _kernel_of(kernel, plane, HALF, C)
-    lse += (HALF * size.B * size.G + plane) * H * W
-    x = x0 + tl.arange(0, C.P_COLS)
+    H, W = x.size.H, x.size.W
+    image, group, y, x0 = _tile(x.size, 1, KEYS)
+    plane = image * x.size.G + group
+    query_of = _plane(x.query, image, group)
+    grad_of = _plane(grad, image, HALF * x.size.G + group)
+    kernel = _kernel_of(x.kernel, plane, HALF, C)
+    lse += (HALF * x.size.B * x.size.G + plane) * H * W
+    keys = x0 + tl.arange(0, C.P_COLS)
     last = tl.minimum(x0 + KEYS, W) - 1
     j_begin, j_end = tl.where(x0 < K, 0, x0 - K // 2), tl.where(last >= W - K, W, last + K // 2 + 1)
     i_begin, i_end = tl.where(y < K, 0, y - K // 2), tl.where(y >= H - K, H, y + K // 2 + 1)
@@ -398,15 +367,15 @@ def value_grad(
             row = i + tl.arange(0, 1)
             top = _start(row, H, K)
             taps = tl.reshape(_taps(kernel, y - top, K, C), [C.P_TAPS, C.P])
-            q = tl.reshape(tl.load(query_of + _pixels(query.strides, row, j, C.P)), [C.COLS, C.P])
+            q = tl.reshape(tl.load(query_of + _pixels(x.query.strides, row, j, C.P)), [C.COLS, C.P])
             grads = tl.reshape(tl.load(grad_of + _pixels(grad.strides, row, j, C.P)), [C.COLS, C.P])
             # An infinite log-sum-exp takes out the queries beyond the map.
             norm = tl.load(lse + i * W + cols, mask=cols < W, other=float('inf'))
-            bias = _bias(table, group, row - top, j - start, inside, y - _start(i, H, K), K, C)
+            bias = _bias(x.tables[HALF], group, row - top, j - start, inside, y - _start(i, H, K), K, C)
             logits = _dot(q, tl.trans(taps), bias, C)
             weights = tl.exp2((logits - norm[:, None]) * LOG2E)
             spread = _to_columns(weights.to(grads.dtype), start - x0, C.P_COLS)
             dv = _dot(tl.trans(spread), grads, dv, C)
-    target = _plane(grad_value, image, (HALF * size.G + group) * C.D)
-    live = (x <= last)[None, :]
-    _store(target, tl.reshape(dv, [1, C.P_COLS, C.P]), grad_value.strides, y + tl.arange(0, 1), x, live, C.D)
+    target = _plane(grad_value, image, (HALF * x.size.G + group) * C.D)
+    live = (keys <= last)[None, :]
+    _store(target, tl.reshape(dv, [1, C.P_COLS, C.P]), grad_value.strides, y + tl.arange(0, 1), keys, live, C.D)

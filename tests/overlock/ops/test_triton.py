@@ -43,6 +43,19 @@ SLOW_CASES = [
 ]
 
 
+def repair_interpreter(patch):
+    """Let loops run: the interpreter has arrays of one element as bounds, which numpy 2.4 refuses as integers."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def repaired(tensor, *scope):
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    patch.setattr(interpreter, '_patch_lang_tensor', repaired)
+
+
 @pytest.fixture(scope='module')
 def device():
     """A GPU that the kernels run on, or the CPU with Triton's interpreter for the time of this module."""
@@ -51,6 +64,8 @@ def device():
             patch.setenv('TRITON_INTERPRET', '1')
         if reason := backend.why_unavailable():
             pytest.skip(reason)
+        if backend.interpreted():
+            repair_interpreter(patch)
         yield torch.device('cpu' if backend.interpreted() else 'cuda')
 
 
