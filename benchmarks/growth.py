@@ -14,10 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.network import Gate
+from benchmarks.network import make_check
 from benchmarks.presets import NetworkCase
-from benchmarks.record import ARCHS, ROOT, make_parser, show, size, write_result
+from benchmarks.record import ROOT, make_parser, show, size, write_result
 from benchmarks.rounds import is_timed, measure
+from overlock import ARCHS
 from overlock.utils.files import whole_file
 
 SIZES = [(224, 224), (320, 320), (512, 512), (640, 1024), (800, 1344), (1024, 1536), (1280, 2048)]
@@ -38,13 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument('--arch', nargs='+', default=['xt', 's'], choices=ARCHS, help='variants')
     parser.add_argument('--sizes', nargs='+', type=size, default=SIZES, metavar='HxW', help='of single images')
-    parser.add_argument(
-        '--batches', nargs='+', type=int, default=[1, 2, 4, 8], metavar='N', help='at the first of the sizes'
-    )
+    parser.add_argument('--batches', nargs='+', type=int, default=[1, 2, 4, 8], metavar='N', help='at the first size')
     parser.add_argument('--dtype', default='fp32', choices=['fp32', 'bf16'], help='bf16 is autocast')
-    parser.add_argument(
-        '--preset', default='deploy', metavar='NAME', help='as in network.py, such as benchmarks.presets:keep_memory'
-    )
+    parser.add_argument('--preset', default='deploy', metavar='NAME', help='as in network.py')
     parser.add_argument('--plot', type=Path, metavar='JSON', help='measure nothing and draw this result')
     figure = ROOT / 'docs' / 'cost.png'
     parser.add_argument('--figure', type=Path, default=figure, metavar='PNG', help='where to draw')
@@ -56,9 +53,8 @@ def main() -> int:
     source = args.plot
     if not source:
         rows = [row for arch in args.arch for row in measure_arch(args, arch)]
-        source = write_result(f'growth-{"-".join(args.arch)}-{args.dtype}', args, rows)
         show(f'forward, {args.preset}', rows)
-        print(source)
+        source = write_result(f'growth-{"-".join(args.arch)}-{args.dtype}', args, rows)
         if not all(map(is_timed, rows)):
             return 1
     plot(json.loads(source.read_text()), args.figure)
@@ -74,26 +70,20 @@ def measure_arch(args: argparse.Namespace, arch: str) -> list[dict[str, Any]]:
         f'{arch} {batch}x3x{image[0]}x{image[1]}': {**task, 'preset': args.preset, 'size': image, 'batch': batch}
         for image, batch in shapes
     }
-    gate = Gate({**task, 'size': args.sizes[0], 'batch': 1}, args.threads)
-    return measure(NetworkCase, tasks, gate, {'forward': {}}, args)
+    check = make_check({**task, 'size': args.sizes[0], 'batch': 1}, args.threads)
+    return measure(NetworkCase, tasks, check, {'forward': {}}, args)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw time and memory over pixels and over the batch.
-
-    Args:
-        record: Content of a JSON of this benchmark.
-        path: The picture.
-    """
-    import matplotlib
-
-    matplotlib.use('agg')
-    from matplotlib import pyplot
+    """Draw the time and memory of a JSON of this benchmark over pixels and over the batch."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     rows = [row for row in record['rows'] if is_timed(row)]
     smallest = min(rows, key=megapixels)['task']['size']
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(2, 2, figsize=(8.5, 6.4), layout='constrained')
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8.5, 6.4), layout='constrained')
+        axes = figure.subplots(2, 2)
         for arch in dict.fromkeys(row['task']['arch'] for row in rows):
             own = [row for row in rows if row['task']['arch'] == arch]
             draw(axes[:, 0], [row for row in own if row['task']['batch'] == 1], megapixels)
@@ -109,7 +99,6 @@ def plot(record: dict[str, Any], path: Path) -> None:
         figure.text(0.5, -0.01, describe(record), ha='center', va='top', fontsize=8, color='0.35')
         with whole_file(path) as file:
             figure.savefig(file, dpi=160, bbox_inches='tight', format=path.suffix.lstrip('.'))
-        pyplot.close(figure)
 
 
 def draw(axes: Any, rows: list[dict[str, Any]], position: Callable[[dict[str, Any]], float]) -> None:

@@ -1,6 +1,6 @@
 """The networks that benchmarks/network.py and growth.py measure, each as a `benchmarks.rounds.Case`."""
 
-import importlib
+import pkgutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,48 +22,29 @@ BESIDE = {'convnext_tiny': 'convnext_tiny', 'swin_tiny': 'swin_tiny_patch4_windo
 
 @dataclass
 class NetworkCase:
-    """One network, one mode, one shape; see `benchmarks.rounds`.
+    """One network, one mode, one shape; see `benchmarks.rounds`."""
 
-    Attributes:
-        preset: One of `FORWARD` or `TRAIN`, a key of `BESIDE`, or 'module:function' with a function from our model, in
-            the right mode, to the network to run; '+bf16' behind it runs it in bfloat16.
-        arch: Variant of OverLoCK.
-        network: 'backbone' or 'classifier'.
-        mode: 'forward' (evaluation, no gradients) or 'train' (forward, mean of squares of the outputs, backward).
-        size: Height and width of the images.
-        batch: Number of images.
-        dtype: 'fp32', 'fp64', or 'bf16' (autocast).
-        device: 'cpu' or 'cuda'.
-
-    Raises:
-        ValueError: If there is no such preset, or it does not train.
-    """
-
-    preset: str
+    preset: str  # as `prepare` takes it, or a key of `BESIDE`
     arch: str
-    network: str
-    mode: str
-    size: tuple[int, int]
+    network: str  # 'backbone' or 'classifier'
+    mode: str  # 'forward' (evaluation, no gradients) or 'train' (forward, mean of squares of the outputs, backward)
+    size: tuple[int, int]  # height and width of the images
     batch: int
-    dtype: str
+    dtype: str  # 'fp32', 'fp64', or 'bf16' (autocast)
     device: torch.device
 
     def __post_init__(self) -> None:
-        preset, _, suffix = self.preset.partition('+')
-        if suffix not in ('', 'bf16'):
-            raise ValueError(f"a preset may end in '+bf16', got '+{suffix}'")
         self.device, training = torch.device(self.device), self.mode == 'train'
-        wide = torch.float64 if self.dtype == 'fp64' else torch.float32
-        self.dtype = suffix or self.dtype
         torch.manual_seed(0)
-        if preset in BESIDE:
-            self.model = beside(BESIDE[preset], self.network, self.size).to(self.device).train(training)
+        if self.preset in BESIDE:
+            self.model = beside(BESIDE[self.preset], self.network, self.size).to(self.device).train(training)
         else:
             model = (OverLoCK if self.network == 'classifier' else OverLoCKBackbone)(self.arch)
             randomise(model)
-            self.model = prepare(model.to(self.device, wide).train(training), preset)
+            wide = torch.float64 if self.dtype == 'fp64' else torch.float32
+            self.model = prepare(model.to(self.device, wide).train(training), self.preset)
         self.image = self._make_image(self.size, self.batch)
-        self.facts = {'aggregation': aggregation(self.device).__name__} if preset == 'published' else {}
+        self.facts = {'aggregation': aggregation(self.device).__name__} if self.preset == 'published' else {}
 
     def run(self, size: tuple[int, int] | None = None, batch: int = 1, dtype: str | None = None) -> dict[str, Tensor]:
         """Run one iteration, on `batch` images of another size or in another dtype if given."""
@@ -92,14 +73,13 @@ class NetworkCase:
 
 
 def prepare(model: Trunk, preset: str) -> nn.Module:
-    """Bring our model to the form of a preset.
+    """Bring our model to the form of a preset: one of `FORWARD` or `TRAIN`, or 'module:function' that does so.
 
     Raises:
         ValueError: If there is no such preset, or it does not train.
     """
     if ':' in preset:
-        module, _, function = preset.partition(':')
-        return getattr(importlib.import_module(module), function)(model)
+        return pkgutil.resolve_name(preset)(model)
     names = TRAIN if model.training else FORWARD
     if preset not in names:
         raise ValueError(f"preset must be one of {', '.join(names)} or 'module:function', got {preset!r}")
@@ -155,27 +135,18 @@ def outputs(found: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0) -> None:
+def randomise(model: nn.Module) -> None:
     """Set parameters and statistics under which no part of the network is an identity, the same for every preset."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(tensor: Tensor, mean: float, std: float) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
-
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3:  # position bias
-            normal(parameter, 0, 0.5)
-        elif parameter.ndim == 4 and parameter.shape[1:].numel() == 1:  # layer scale
-            normal(parameter, 1, 0.1)
-        elif parameter.ndim == 4 and len(parameter) == 1:  # GRN
-            normal(parameter, 0, 0.2)
-        elif parameter.ndim == 4:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        mean, spread = float(name.endswith(('weight', 'running_var'))), 0.1
+        if tensor.ndim == 3:  # position bias
+            spread = 0.5
+        elif tensor.ndim == 4 and len(tensor) == 1:  # GRN
+            spread = 0.2
+        elif tensor.ndim == 4 and tensor[0].numel() > 1:
             # Below the root of 1 / fan-in: shortcuts carry most, and rounding errors do not grow from block to block.
-            normal(parameter, 0, 0.4 * parameter[0].numel() ** -0.5)
-        else:
-            normal(parameter, 1.0 if name.endswith('weight') else 0.0, 0.1)
-    for name, buffer in model.named_buffers():
-        if name.endswith('running_mean'):
-            normal(buffer, 0, 0.1)
-        elif name.endswith('running_var'):
-            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+            mean, spread = 0, 0.4 * tensor[0].numel() ** -0.5
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread + mean)

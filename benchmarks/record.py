@@ -24,7 +24,6 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 PACKAGES = ('torch', 'triton', 'natten', 'timm', 'numpy')
 # What only some benchmarks add to the figures of a mode.
 EXTRA = ('kernel_seconds', 'images_per_second', 'speedup', 'memory_ratio')
-ARCHS = ('xt', 't', 's', 'b')
 
 
 def size(text: str) -> tuple[int, int]:
@@ -49,6 +48,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def write_result(what: str, args: argparse.Namespace, rows: list[dict[str, Any]], **settings: Any) -> Path:
     """Write rows and all that they depend on to `<args.results>/<what>-<device>-<date>.json` and return that path."""
+    found = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in PACKAGES}
     threads = next((row['threads'] for row in rows if 'threads' in row), None)
     machine = describe_machine(args.device, threads)
     changes = _git('status', '--porcelain', '--untracked-files=no')
@@ -58,7 +58,8 @@ def write_result(what: str, args: argparse.Namespace, rows: list[dict[str, Any]]
         'date': now.isoformat(),
         'command': shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]),
         'machine': machine,
-        'versions': {'python': platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        'versions': {'python': platform.python_version()}
+        | {name: package.version if package else None for name, package in found.items()},
         'commit': {'hash': _git('rev-parse', 'HEAD'), 'dirty': None if changes is None else bool(changes)},
         # Paths say nothing about the figures.
         'settings': {key: value for key, value in vars(args).items() if not isinstance(value, Path)} | settings,
@@ -70,18 +71,17 @@ def write_result(what: str, args: argparse.Namespace, rows: list[dict[str, Any]]
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)
     with whole_file(path) as file:
         file.write((json.dumps(record, indent=1) + '\n').encode())
+    print(path)
     return path
 
 
 def describe_machine(device: str, threads: int | None) -> dict[str, Any]:
     """Return processor, cores, threads of a worker and memory in bytes, and the GPU if it is used."""
-    info = Path('/proc/cpuinfo')
-    names = re.findall(r'model name\s*:\s*(.+)', info.read_text()) if info.exists() else []
-    name = names[0].strip() if names else platform.processor() or platform.machine()
+    names = re.findall(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
     facts = {
         'device': device,
-        'cpu': f'{name} ({torch.backends.cpu.get_cpu_capability()})',
-        'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+        'cpu': f'{next(iter(names), platform.machine())} ({torch.backends.cpu.get_cpu_capability()})',
+        'cores': len(os.sched_getaffinity(0)),
         'threads': threads or torch.get_num_threads(),
         'memory': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
         'system': platform.platform(),
@@ -97,32 +97,23 @@ def describe_machine(device: str, threads: int | None) -> dict[str, Any]:
     return facts
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _git(*command: str) -> str | None:
     """Return what git prints; None where this is no git checkout."""
     try:
-        run = subprocess.run(['git', *command], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
+        return subprocess.check_output(['git', *command], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip() if run.returncode == 0 else None
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of `benchmarks.rounds.measure`: a line for each row, or why it has no figures."""
     lines = [_cells(row) for row in rows]
-    columns = [*dict.fromkeys(column for line in lines for column in line if column != 'note'), 'note']
+    columns = [*dict.fromkeys(column for line in lines for column in line)]
     table = [columns, *([line.get(column, '') for column in columns] for line in lines)]
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
     print(f'\n{title}')
-    for name, *cells, note in table:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True))
-        print('  '.join([name.ljust(widths[0]), *padded, note]).rstrip())
+    for cells in table:
+        print('  '.join(map(str.ljust, cells, widths)).rstrip())
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:

@@ -8,12 +8,10 @@ case was built.
 import argparse
 import ctypes
 import gc
-import io
 import multiprocessing
 import os
+import pickle
 import re
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -41,38 +39,34 @@ class Host:
     """Build and measure the case of a worker process."""
 
     def build(self, make: Callable[..., Any], task: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
-        """Build the case and take the memory in use after that as the base."""
+        """Build the case, take the memory in use after that as the base, and return what the row records."""
         if threads:
             torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = True
         self.case = make(**task)
         self.cuda = self.case.device.type == 'cuda'
-        self._settle()
+        self._give_back()
         self.base = self._memory()
         return {'threads': torch.get_num_threads(), 'facts': self.case.facts}
 
     def check(self, change: Mapping[str, Any]) -> bytes:
-        """Return the outputs and gradients of one iteration without TF32, saved by `torch.save`."""
+        """Return the outputs and gradients of one iteration without TF32, pickled."""
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            results = {name: tensor.detach().cpu() for name, tensor in self.case.run(**change).items()}
-        buffer = io.BytesIO()
-        torch.save(results, buffer)
-        return buffer.getvalue()
+            return pickle.dumps({name: x.detach().cpu() for name, x in self.case.run(**change).items()})
 
     def memory(self, change: Mapping[str, Any]) -> dict[str, int]:
         """Return the peak of an iteration after the first, in bytes: of the process, or of the allocator on a GPU."""
         self.case.run(**change)
-        self._settle()
+        self._give_back()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        elif sys.platform == 'linux':
+        else:
             # Sets the high-water mark back to what is resident now.
             Path('/proc/self/clear_refs').write_text('5')
         before = self._memory()
         self.case.run(**change)
-        self._synchronize()
         peak = self._memory(peak=True)
-        self._settle()
+        self._give_back()
         return {'base': self.base, 'peak': peak, 'above_base': peak - self.base, 'iteration': peak - before}
 
     def turn(self, seconds: float, change: Mapping[str, Any]) -> list[float]:
@@ -82,44 +76,41 @@ class Host:
             self.case.run(**change)
         times: list[float] = []
         while sum(times) < seconds or not times:
-            self._synchronize()
-            start = time.perf_counter()
+            start = self._now()
             self.case.run(**change)
-            self._synchronize()
-            times.append(time.perf_counter() - start)
-        # The heap stays as it is on a CPU: giving it back would cost the next turn page faults.
-        self._settle(trim=False)
+            times.append(self._now() - start)
+        if self.cuda:  # on a CPU the next turn would pay for it with page faults
+            self._give_back()
         return times
 
     def kernels(self, change: Mapping[str, Any]) -> float:
         """Return the seconds that GPU kernels take in an iteration, without the gaps between them."""
         self.case.run(**change)
-        self._synchronize()
+        torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(PROFILED_ITERATIONS):
                 self.case.run(**change)
-            self._synchronize()
+            torch.cuda.synchronize()
         events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
         return sum(event.self_device_time_total for event in events) * 1e-6 / PROFILED_ITERATIONS
 
-    def _synchronize(self) -> None:
+    def _now(self) -> float:
+        # torch.utils.benchmark has such a timer, but its import needs setuptools.
         if self.cuda:
             torch.cuda.synchronize()
+        return time.perf_counter()
 
-    def _settle(self, trim: bool = True) -> None:
+    def _give_back(self) -> None:
         """Give free memory back, so that a worker that waits leaves room for the others."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
-        elif trim and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'):  # glibc alone has it
-            libc.malloc_trim(0)
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _memory(self, peak: bool = False) -> int:
         if self.cuda:
             return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-        if sys.platform != 'linux':
-            # Only the peak since the start is known, on macOS in bytes.
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
         field = 'VmHWM' if peak else 'VmRSS'
         return int(re.findall(rf'{field}:\s*(\d+)', Path('/proc/self/status').read_text())[0]) * 1024
 
@@ -137,49 +128,32 @@ def answer(method: str, *arguments: Any) -> Any:
         raise WorkerError(f'{type(error).__name__}: {error}'.splitlines()[0]) from None
 
 
-class Worker:
-    """A process with a case of its own; leaving its `with` block ends it.
+class Worker(ProcessPoolExecutor):
+    """A process with a `Host` of its own; leaving its `with` block ends it."""
 
-    Args:
-        make: Builds the case in that process.
-        task: Keyword arguments of `make`.
-        threads: Threads of the process; None leaves the number to PyTorch.
-    """
-
-    def __init__(self, make: Callable[..., Any], task: Mapping[str, Any], threads: int | None) -> None:
-        self.make, self.task, self.threads = make, dict(task), threads
-        self.pool = ProcessPoolExecutor(1, mp_context=CONTEXT)
-
-    def __enter__(self) -> 'Worker':
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown()
+    def __init__(self) -> None:
+        super().__init__(1, mp_context=CONTEXT)
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the `Host` in the process and return its result.
+        """Call a method of the host and return its result.
 
         Raises:
             WorkerError: If the call raised or the process died.
         """
         try:
-            return self.pool.submit(answer, method, *arguments).result()
+            return self.submit(answer, method, *arguments).result()
         except BrokenProcessPool:
             raise WorkerError('the worker process died, most often for lack of memory') from None
 
-    def build(self) -> dict[str, Any]:
-        """Build the case and return what the row records about the process."""
-        return self.ask('build', self.make, self.task, self.threads)
-
     def results(self, **change: Any) -> dict[str, Tensor]:
         """Return the outputs and gradients of one iteration."""
-        return torch.load(io.BytesIO(self.ask('check', change)))
+        return pickle.loads(self.ask('check', change))
 
 
 def compute_truth(make: Callable[..., Any], task: Mapping[str, Any], threads: int | None) -> dict[str, Tensor]:
     """Return the outputs and gradients of a case that is compared with others and not timed."""
-    with Worker(make, task, threads) as worker:
-        worker.build()
+    with Worker() as worker:
+        worker.ask('build', make, task, threads)
         return worker.results()
 
 
@@ -215,53 +189,49 @@ def is_within(found: Mapping[str, float], limits: Mapping[str, float]) -> bool:
 def measure(
     make: Callable[..., Any],
     tasks: Mapping[str, Mapping[str, Any]],
-    gate: Callable[[str, Worker], dict[str, Any] | None],
+    check: Callable[[dict[str, Any], Worker], dict[str, Any] | None],
     modes: Mapping[str, Mapping[str, Any]],
     args: argparse.Namespace,
-    kernels: bool = False,
 ) -> list[dict[str, Any]]:
     """Check every task, then time in turns those that passed.
 
     Args:
         make: Builds a case in a worker.
         tasks: Keyword arguments of `make` by the name of the row.
-        gate: Returns {'passed': bool, ...} for the name and the worker of a row; None if nothing can be compared.
+        check: Returns {'passed': bool, ...} for a row and its worker; None if nothing can be compared.
         modes: What is timed, by name, as changes of the case.
-        args: `rounds`, `turn_seconds` and `threads`; the options of `benchmarks.record.make_parser`.
-        kernels: Whether to measure the time in GPU kernels too.
+        args: `device`, `rounds`, `turn_seconds` and `threads`; the options of `benchmarks.record.make_parser`.
 
     Returns:
-        A row for each task: 'name', 'task', 'threads', 'facts', 'check', and 'modes' with 'memory', 'times' and
-        'seconds' for each mode, or 'error'.
+        A row for each task: 'name', 'task', 'threads', 'facts', 'check', and 'modes' with 'memory', 'times', 'seconds'
+        and on a GPU 'kernel_seconds' for each mode, or 'error'.
     """
     # OpenMP's threads would otherwise spin while another worker has its turn.
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     rows: list[dict[str, Any]] = [{'name': name, 'task': dict(task)} for name, task in tasks.items()]
-    timed = []
+    workers = {}
     with ExitStack() as stack:
         for row in rows:
             print(f'{row["name"]}: checking')
-            with ExitStack() as unless_passed, _error_into(row):
-                worker = unless_passed.enter_context(Worker(make, row['task'], args.threads))
-                row |= worker.build()
-                row['check'] = gate(row['name'], worker)
+            with _error_into(row):
+                worker = workers[row['name']] = stack.enter_context(Worker())
+                row |= worker.ask('build', make, row['task'], args.threads)
+                row['check'] = check(row, worker)
                 if row['check'] is None or row['check']['passed']:
                     row['modes'] = {
                         mode: {'memory': worker.ask('memory', change), 'times': []} for mode, change in modes.items()
                     }
-                    stack.enter_context(unless_passed.pop_all())
-                    timed.append((row, worker))
         for turn in range(args.rounds):
             print(f'round {turn + 1} of {args.rounds}')
-            for row, worker in timed:
+            for row in filter(is_timed, rows):
                 with _error_into(row):
                     for mode, change in modes.items():
-                        row['modes'][mode]['times'] += worker.ask('turn', args.turn_seconds, change)
-            timed = [(row, worker) for row, worker in timed if is_timed(row)]
-        for row, worker in timed if kernels else ():
+                        times = workers[row['name']].ask('turn', args.turn_seconds, change)
+                        row['modes'][mode]['times'] += times
+        for row in filter(is_timed, rows) if args.device.startswith('cuda') else ():
             with _error_into(row):
                 for mode, change in modes.items():
-                    row['modes'][mode]['kernel_seconds'] = worker.ask('kernels', change)
+                    row['modes'][mode]['kernel_seconds'] = workers[row['name']].ask('kernels', change)
     for row in filter(is_timed, rows):
         for result in row['modes'].values():
             result['seconds'] = summary(result['times'])

@@ -1,5 +1,7 @@
 """The two blocks: static in Base-Net and Overview-Net (paper, Sec. 3.2), dynamic in Focus-Net (Sec. 3.3)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,6 +86,8 @@ class DynamicBlock(nn.Module):
     """
 
     with_cp = False
+    # An attribute, so that a benchmark can put the published steps in its place.
+    operator: Callable[..., Tensor] = staticmethod(contmix)
 
     def __init__(
         self,
@@ -164,12 +168,12 @@ class DynamicBlock(nn.Module):
             x, value = (F.interpolate(t, size, mode='bilinear', align_corners=False) for t in (x, value))
         query = self.query(x[:, : self.channels])
         key = self.key(F.adaptive_avg_pool2d(x[:, self.channels :], NUM_REGIONS))
-        out = contmix(
+        out = self.operator(
             query,
             key,
             value,
             self.weight_proj.weight.flatten(1),
-            self.weight_proj.bias,  # type: ignore[arg-type]
+            self.weight_proj.bias,
             self.rpb_small,
             self.rpb_large,
             kernel_sizes=self.kernel_sizes,

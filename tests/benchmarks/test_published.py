@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import published as pipeline
 from benchmarks.presets import outputs, randomise
-from benchmarks.published import PublishedConvFFN, aggregate_natten, aggregate_unfold, published
+from benchmarks.published import aggregate_natten, aggregate_unfold, published
 from benchmarks.rounds import deviation
 from overlock import OverLoCK, OverLoCKBackbone
 from overlock.ops import contmix, explain
@@ -47,12 +47,12 @@ def test_published_pipeline_has_the_outputs_and_gradients_of_our_network(model_c
 
 @pytest.mark.parametrize('size', [(13, 13), (14, 17), (30, 21)], ids=str)
 @pytest.mark.parametrize('aggregate', AGGREGATIONS, ids=['natten', 'unfold'])
-def test_published_contmix_has_the_output_and_gradients_of_the_reference(aggregate, size):
+def test_published_contmix_has_the_output_and_gradients_of_the_eager_backend(aggregate, size):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 6, *size), (2, 6, 7, 7), (2, 12, *size), (25 + 169, 49), (25 + 169,), (2, 9, 9), (2, 25, 25)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     options = {'kernel_sizes': (5, 13), 'num_groups': 2, 'scale': 0.3}
-    outs = contmix(*tensors, **options, backend='reference'), pipeline.contmix(*tensors, **options, aggregate=aggregate)
+    outs = contmix(*tensors, **options, backend='eager'), pipeline.contmix(*tensors, **options, aggregate=aggregate)
     weight = torch.randn(outs[0].shape, generator=generator, dtype=torch.float64)
     expected, actual = (
         {'output': out, **{f'gradient {i}': g for i, g in enumerate(torch.autograd.grad(out, tensors, weight))}}
@@ -62,15 +62,11 @@ def test_published_contmix_has_the_output_and_gradients_of_the_reference(aggrega
     assert found['output'] < 1e-12 and found['gradient'] < 1e-11, found
 
 
-def test_published_twin_shares_parameters_and_leaves_the_model_and_its_classes_alone():
+def test_published_twin_shares_parameters_and_leaves_the_model_alone():
     model = OverLoCKBackbone(TINY).eval()
-    kinds = [type(module) for module in model.modules()]
-    ours = model.base_net.stage1[0].ffn
-    forward = type(ours).forward
     twin = published(model)
-    assert [type(module) for module in model.modules()] == kinds
-    assert type(ours).forward is forward
-    assert type(twin.base_net.stage1[0].ffn) is PublishedConvFFN
+    assert 'forward' in vars(twin.base_net.stage1[0].ffn)
+    assert not any({'forward', 'operator'} & vars(module).keys() for module in model.modules())
     tensors = ([*net.parameters(), *net.buffers()] for net in (model, twin))
     assert all(ours is theirs for ours, theirs in zip(*tensors, strict=True))
 
@@ -84,8 +80,3 @@ def test_published_pipeline_keeps_maps_contiguous():
     with torch.no_grad():
         twin(torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last))
     assert seen and all(seen)
-
-
-def test_merged_model_has_no_published_form():
-    with pytest.raises(ValueError, match='runs unmerged, but the model given is merged'):
-        published(OverLoCKBackbone(TINY).eval().switch_to_deploy())

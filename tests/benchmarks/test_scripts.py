@@ -108,17 +108,3 @@ def test_command_runs_from_any_folder_in_processes_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     (written,) = tmp_path.glob('contmix-xt-1-fp32-*.json')
     assert json.loads(written.read_text())['rows'][0]['check']['passed'] and str(written) in done.stdout
-
-
-def test_training_is_checked_on_a_smaller_image_of_the_same_shape_where_float64_needs_too_much():
-    assert network.check_size((800, 1344), 1, 'forward') == (800, 1344)
-    assert network.check_size((512, 512), 2, 'train') == (512, 512)
-    height, width = network.check_size((800, 1344), 2, 'train')
-    assert 2 * height * width <= 2 * 512 * 512 and width / height == pytest.approx(1344 / 800, rel=0.1)
-
-
-def test_operator_is_checked_on_a_map_that_the_reference_has_room_for():
-    task = {'kernel_sizes': (5, 13), 'channels': 320, 'batch': 2}
-    assert contmix.check_map({**task, 'size': (14, 14)}) == (14, 14)
-    height, width = contmix.check_map({**task, 'size': (50, 84)})
-    assert (height, width) < (50, 84) and min(height, width) >= 13
