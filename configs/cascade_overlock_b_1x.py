@@ -1,4 +1,4 @@
-_base_ = '_base_/cascade_1x.py'
+_base_ = ['_base_/models/cascade_mask_rcnn_fpn.py', '_base_/coco_1x.py']
 
 model = dict(
     backbone=dict(arch='b', drop_path_rate=0.6, init_cfg=dict(type='Pretrained', checkpoint='overlock_b_in1k')),

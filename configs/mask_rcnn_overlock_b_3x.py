@@ -1,4 +1,4 @@
-_base_ = '_base_/mask_rcnn_3x.py'
+_base_ = ['_base_/models/mask_rcnn_fpn.py', '_base_/coco_3x.py']
 
 model = dict(
     backbone=dict(arch='b', drop_path_rate=0.6, init_cfg=dict(type='Pretrained', checkpoint='overlock_b_in1k')),

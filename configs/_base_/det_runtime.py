@@ -3,28 +3,17 @@ default_scope = 'mmdet'
 custom_imports = dict(imports=['mmdet_overlock'], allow_failed_imports=False)
 
 default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
-    param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3, save_best='coco/bbox_mAP', rule='greater'),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
-)
-
-env_cfg = dict(
-    # Image sizes change every iteration, which makes cuDNN's benchmark search again each time.
-    cudnn_benchmark=False,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'),
 )
 
 # Several processes train with every BatchNorm synchronized, as the authors do; without a launcher nothing changes.
 sync_bn = 'torch'
 
-vis_backends = [dict(type='LocalVisBackend')]
-visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
+# Named after the run by mmengine, so that two runs of one process do not write into one log.
+visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
-log_level = 'INFO'
 
 load_from = None
 resume = False

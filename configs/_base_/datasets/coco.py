@@ -25,7 +25,7 @@ test_pipeline = [
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
     # After Resize: predictions and truth are drawn and scored at the original size.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+    dict(type='PackDetInputs'),
 ]
 tta_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,11 +1,5 @@
-# Mask R-CNN on COCO, 12 epochs: the authors train at one scale and twice the rate of 3x.
-_base_ = [
-    'models/mask_rcnn_fpn.py',
-    'datasets/coco.py',
-    'schedules/coco_adamw.py',
-    'schedules/coco_1x.py',
-    'det_runtime.py',
-]
+# COCO, 12 epochs, as the authors train Mask R-CNN: at one scale and twice the rate of 36 epochs.
+_base_ = ['datasets/coco.py', 'schedules/coco_adamw.py', 'schedules/coco_1x.py', 'det_runtime.py']
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

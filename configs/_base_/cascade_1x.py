@@ -1,8 +1,0 @@
-# Cascade Mask R-CNN on COCO, 12 epochs: Swin's rate and scales, as for 36.
-_base_ = [
-    'models/cascade_mask_rcnn_fpn.py',
-    'datasets/coco.py',
-    'schedules/coco_adamw.py',
-    'schedules/coco_1x.py',
-    'det_runtime.py',
-]

@@ -1,8 +1,0 @@
-# Mask R-CNN on COCO, 36 epochs.
-_base_ = [
-    'models/mask_rcnn_fpn.py',
-    'datasets/coco.py',
-    'schedules/coco_adamw.py',
-    'schedules/coco_3x.py',
-    'det_runtime.py',
-]
