@@ -1,39 +1,46 @@
-"""The folder of a demonstration: its data set is drawn once, its results replace those of the run before."""
+"""What both demonstrations share: options, a folder of their own, and an outcome judged by a target."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from overlock.utils.errors import UserError
-from overlock.utils.files import drafted
 
-# Increase with every change of the drawing, so that data sets of an older one are drawn again.
-_VERSION = 2
-# The second is of data sets drawn by earlier versions.
-_STAMP, _OLD_STAMP = 'drawn.json', 'shapes.json'
+# Marks a folder that a demonstration may replace.
+_MARK = 'drawn.json'
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a demonstration: its figures as a Markdown table, and the one that it is judged by."""
+    """The results of a demonstration: figures in percent as a Markdown table, and the one that it is judged by."""
 
     title: str
     table: str
+    measure: str
     score: float
+    target: float
     files: Mapping[str, Path]
     seconds: Mapping[str, float]
 
+    @property
+    def reached(self) -> bool:
+        return self.score >= self.target
+
     def __str__(self) -> str:
         steps = ', '.join(f'{step} {seconds:.0f} s' for step, seconds in self.seconds.items())
-        lines = {f'{what}:': os.path.relpath(path) for what, path in self.files.items()}
-        lines['time:'] = f'{sum(self.seconds.values()) / 60:.1f} min ({steps})'
+        verdict = 'reached' if self.reached else 'NOT REACHED'
+        lines = {
+            **{f'{what}:': os.path.relpath(path) for what, path in self.files.items()},
+            'time:': f'{sum(self.seconds.values()) / 60:.1f} min ({steps})',
+            f'{self.measure}:': f'{self.score:.1f}, target {self.target}: {verdict}',
+        }
         width = max(map(len, lines))
         return '\n'.join(
             [f'{self.title}:\n\n{self.table}', *(f'{what:<{width}} {value}' for what, value in lines.items())]
@@ -57,61 +64,26 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in aligned)
 
 
-def draw_once(root: str | os.PathLike, write: Callable[[Path], None], **parameters: int) -> Path:
-    """Let `write` draw a data set, unless `root` holds it complete and drawn with the same parameters.
+def add_options(parser: argparse.ArgumentParser, work_dir: str) -> None:
+    """Add the options of both tools."""
+    how = 'folder for the data and the results (default: %(default)s)'
+    parser.add_argument('--work-dir', metavar='DIR', default=work_dir, help=how)
+    parser.add_argument('--draw-only', action='store_true', help='draw the data and stop')
 
-    The folder appears whole or not at all; a data set drawn with other parameters is replaced.
+
+def new_folder(path: str | os.PathLike) -> Path:
+    """Make an empty folder, in the place of one that an earlier demonstration made.
 
     Returns:
-        `root`, absolute.
+        The folder, absolute.
 
     Raises:
-        UserError: If `root` holds something else than a drawn data set.
+        UserError: If the folder is there with other files.
     """
-    root = Path(root).absolute()
-    parameters['version'] = _VERSION
-    if _is_complete(root, parameters):
-        return root
-    if root.exists() and not is_drawn(root) and any(root.iterdir()):
-        raise UserError(f'{root} holds other files than a drawn data set; name another folder.')
-    with drafted(root) as (new,):
-        write(new)
-        (new / _STAMP).write_text(json.dumps(dict(parameters=parameters, files=_sizes(new))))
-        if root.exists():
-            os.replace(root, new.with_name('old'))
-    return root
-
-
-def is_drawn(root: str | os.PathLike) -> bool:
-    """Return whether the folder holds a drawn data set, whatever its parameters."""
-    return any(Path(root, name).is_file() for name in (_STAMP, _OLD_STAMP))
-
-
-def clear_results(work_dir: Path, paths: Iterable[Path]) -> None:
-    """Remove the results of an earlier demonstration.
-
-    Raises:
-        UserError: If they are there without its data set: they are another program's then.
-    """
-    found = [path for path in paths if path.exists()]
-    if found and not is_drawn(work_dir / 'data'):
-        raise UserError(
-            f'{found[0]} is there, but {work_dir} holds no earlier demonstration: name another folder with '
-            '--work-dir DIR.'
-        )
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _is_complete(root: Path, parameters: dict[str, int]) -> bool:
-    """Return whether the folder's stamp has these parameters and all its files are complete."""
-    try:
-        stamp = json.loads((root / _STAMP).read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(stamp.get('parameters') == parameters and stamp['files'].items() <= _sizes(root).items())
-
-
-def _sizes(root: Path) -> dict[str, int]:
-    """Return the bytes of every file below the folder by its relative name."""
-    return {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob('*') if path.is_file()}
+    path = Path(path).absolute()
+    if path.exists() and any(path.iterdir()) and not (path / _MARK).exists():
+        raise UserError(f'{path} holds files that are of no demonstration; name another folder with --work-dir DIR.')
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    (path / _MARK).touch()
+    return path

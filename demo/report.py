@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,89 +13,35 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from demo.outcome import markdown_table
-from overlock.utils.files import drafted
 
-MEASURES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
-_CURVES = {
-    'box AP50': ('coco/bbox_mAP_50', 'tab:blue', '-'),
-    'box AP': ('coco/bbox_mAP', 'tab:blue', '--'),
-    'mask AP50': ('coco/segm_mAP_50', 'tab:orange', '-'),
-    'mask AP': ('coco/segm_mAP', 'tab:orange', '--'),
-}
-_COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#b13ad6', '#00a5a5', '#808000', '#9a6324')
+# Of the classes in their order.
+_COLORS = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#b13ad6')
 
 
-def average_precision(annotation_file: Path, boxes: Path, masks: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Measure COCO's average precision of boxes and masks, for all classes together and for each.
-
-    The files are in COCO's formats; `CocoMetric` writes predictions with `outfile_prefix`.
-
-    Returns:
-        The `MEASURES` of `rows[name][kind]` with name 'all' (first) or a class, kind 'box' or 'mask'; in [0, 1], and -1
-        where the data set has no such object.
-    """
-    rows: dict[str, dict[str, np.ndarray]] = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotation_file))
-        classes = {category['name']: [category['id']] for category in truth.loadCats(truth.getCatIds())}
-        for kind, iou_type, path in (('box', 'bbox', boxes), ('mask', 'segm', masks)):
-            results = json.loads(path.read_text())
-            if kind == 'mask':
-                # COCO's API would take an object's size from its box where there is one.
-                results = [{key: value for key, value in result.items() if key != 'bbox'} for result in results]
-            evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), iou_type)
-            for name, ids in {'all': truth.getCatIds(), **classes}.items():
-                evaluation.params.catIds = ids
-                evaluation.evaluate()
-                evaluation.accumulate()
-                evaluation.summarize()
-                rows.setdefault(name, {})[kind] = evaluation.stats[:6]
-    return rows
-
-
-def ap_table(rows: dict[str, dict[str, np.ndarray]]) -> str:
-    """Return a Markdown table in percent, '-' for a size that doesn't occur."""
-    table = [['class', *(f'{kind} {measure}' for kind in rows['all'] for measure in MEASURES)]]
-    for name, row in rows.items():
-        table.append([name, *('-' if value < 0 else f'{100 * value:.1f}' for value in np.concatenate([*row.values()]))])
-    return markdown_table(table)
+def ap_table(scores: Mapping[str, float]) -> str:
+    """Return the scores of `CocoMetric` as a Markdown table in percent, '-' for a size that doesn't occur."""
+    rows = [['', 'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl']]
+    for name, kind in (('boxes', 'bbox'), ('masks', 'segm')):
+        # Without a single prediction there are no scores.
+        values = [scores.get(f'coco/{kind}_mAP{suffix}', 0) for suffix in ('', '_50', '_75', '_s', '_m', '_l')]
+        rows.append([name, *('-' if value < 0 else f'{100 * value:.1f}' for value in values)])
+    return markdown_table(rows)
 
 
 def plot_curves(log: Path, path: Path) -> None:
-    """Plot loss and average precision over iterations, from the `scalars.json` of mmengine, into a PNG.
-
-    Raises:
-        ValueError: If nothing was logged.
-    """
-    records = [json.loads(line) for line in log.read_text().splitlines() if line.strip()]
-    if not records:
-        raise ValueError(f'expected logged values in {log}, found none: train first')
+    """Plot loss and average precision over iterations, from the `scalars.json` of mmengine, into a PNG."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(11, 4), layout='constrained')
-    loss_axes, ap_axes = figure.subplots(1, 2)
-    steps, loss = _curve(records, 'loss')
-    loss_axes.plot(steps, loss, color='tab:blue', alpha=0.3, label='logged')
-    running = [loss[max(0, end - 5) : end].mean() for end in range(1, len(loss) + 1)]
-    loss_axes.plot(steps, running, color='tab:blue', label='running mean')
-    loss_axes.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
-    for label, (key, color, style) in _CURVES.items():
-        steps, values = _curve(records, key)
-        if len(steps):
-            ap_axes.plot(steps, 100 * values, style, color=color, marker='o', markersize=4, label=label)
-    ap_axes.set(xlabel='iteration', ylabel='AP on held-out images (%)', ylim=(0, 100))
-    for axes in (loss_axes, ap_axes):
+    for axes, names in zip(figure.subplots(1, 2), (['loss'], ['coco/bbox_mAP_50', 'coco/segm_mAP_50']), strict=True):
+        for name in names:
+            points = [(record['step'], record[name]) for record in records if name in record]
+            axes.plot(*zip(*points, strict=True), marker='.', label=name)
+        axes.set(xlabel='iteration', ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
         axes.legend(frameon=False)
-    _save(figure, path, 110)
-
-
-def _curve(records: Sequence[Mapping], key: str) -> np.ndarray:
-    """Return the steps and the values of a logged name, (2, N)."""
-    return np.array([(record['step'], record[key]) for record in records if key in record], float).reshape(-1, 2).T
+    figure.savefig(path, dpi=110)
 
 
 def draw_predictions(
@@ -106,7 +50,7 @@ def draw_predictions(
     """Draw the truth above and the predictions from `min_score` on below, for the first images, into a PNG."""
     truth = json.loads(annotation_file.read_text())
     predictions = [p for p in json.loads(result_file.read_text()) if p['score'] >= min_score]
-    categories = {c['id']: (c['name'], _COLORS[i % len(_COLORS)]) for i, c in enumerate(truth['categories'])}
+    categories = {c['id']: (c['name'], color) for c, color in zip(truth['categories'], _COLORS, strict=True)}
     images = truth['images'][:count]
 
     figure = Figure(figsize=(2.3 * len(images), 5.15), layout='constrained')
@@ -124,7 +68,7 @@ def draw_predictions(
         axes.set_ylabel(label, fontsize=13)
     handles = [Patch(color=color, label=name) for name, color in categories.values()]
     figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), frameon=False, fontsize=12)
-    _save(figure, path, 130)
+    figure.savefig(path, dpi=130)
 
 
 def _draw_object(axes: Axes, item: dict, name: str, color: str) -> None:
@@ -147,8 +91,3 @@ def _draw_object(axes: Axes, item: dict, name: str, color: str) -> None:
         fontsize=8,
         path_effects=[patheffects.withStroke(linewidth=2.5, foreground=color)],
     ).set_in_layout(False)
-
-
-def _save(figure: Figure, path: Path, dpi: int) -> None:
-    with drafted(path) as (new,):
-        figure.savefig(new, format='png', dpi=dpi)

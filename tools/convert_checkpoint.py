@@ -8,38 +8,23 @@ from pathlib import Path
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from overlock.checkpoint.convert import convert_file  # noqa: E402
-from overlock.utils.distributed import exit_on_user_error  # noqa: E402
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('source', metavar='IN', help='path or URL of the weights, or a name of published ones')
-    parser.add_argument('out', metavar='OUT', help='the new file, .pth or .safetensors')
-    parser.add_argument('--names', choices=['ours', 'published'], default='ours', help='names to write (default: ours)')
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument(
-        '--deploy',
-        dest='form',
-        action='store_const',
-        const='folded',
-        help='fold all that is linear, for models with deploy=True',
-    )
-    form.add_argument(
-        '--merge',
-        dest='form',
-        action='store_const',
-        const='merged',
-        help='merge the large kernels alone, as in the published _reparam files',
-    )
-    parser.add_argument('--ema', action='store_true', help='take the running average of the weights')
-    parser.add_argument('--backbone', action='store_true', help='keep the backbone of a detector or segmenter alone')
-    parser.add_argument('--verbose', action='store_true', help='print each tensor')
-    return parser.parse_args()
+from overlock.checkpoint.convert import convert_file
+from overlock.utils.distributed import exit_on_user_error
 
 
 def main() -> None:
-    args = vars(parse_args())
+    parser = argparse.ArgumentParser(description=__doc__)
+    option = parser.add_argument
+    option('source', metavar='IN', help='path or URL of the weights, or a name of published ones')
+    option('out', metavar='OUT', help='the new file, .pth or .safetensors')
+    option('--names', choices=['ours', 'published'], default='ours', help='names to write (default: ours)')
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument('--deploy', dest='form', action='store_const', const='folded', help='fold, for deploy=True')
+    form.add_argument('--merge', dest='form', action='store_const', const='merged', help='merge large kernels alone')
+    option('--ema', action='store_true', help='take the running average of the weights')
+    option('--backbone', action='store_true', help='keep the backbone of a detector or segmenter alone')
+    option('--verbose', action='store_true', help='print each tensor')
+    args = vars(parser.parse_args())
     verbose = args.pop('verbose')
     with exit_on_user_error():
         report = convert_file(**args)

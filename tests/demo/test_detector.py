@@ -62,11 +62,12 @@ def test_data_sets_of_the_configurations_read_the_drawn_data(path, folder, tmp_p
 
 
 def test_files_of_others_are_not_cleared(tmp_path):
-    mine = tmp_path / 'run'
-    mine.mkdir()
+    mine = tmp_path / 'run' / 'mine.txt'
+    mine.parent.mkdir()
+    mine.touch()
     with pytest.raises(UserError, match='--work-dir'):
         detector.run_demo(DETECTOR, tmp_path)
-    assert list(tmp_path.iterdir()) == [mine]
+    assert mine.is_file()
 
 
 @pytest.mark.slow
@@ -75,14 +76,9 @@ def test_a_demonstration_leaves_its_files_and_a_second_one_mixes_nothing_in(tmp_
     for _ in range(2):
         outcome = detector.run_demo(DETECTOR, tmp_path, SHORT)
         assert all(path.stat().st_size for path in outcome.files.values())
-        assert 0 <= outcome.score <= 1
-        assert {path.name for path in tmp_path.iterdir()} == {
-            'data',
-            'run',
-            *(path.name for path in outcome.files.values()),
-        }
+        assert 0 <= outcome.score <= 100
+        assert {path.name for path in tmp_path.iterdir()} == {'data', 'run'}
         assert len(list((tmp_path / 'run').glob('*/vis_data/scalars.json'))) == 1
-        assert outcome.table == outcome.files['AP table'].read_text()
 
 
 @pytest.mark.slow
