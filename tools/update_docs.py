@@ -1,16 +1,18 @@
 #!/usr/bin/env python
-"""Write the generated parts of documents: tables of weights, model-index.yml and figures of the architecture."""
+"""Write the generated parts of documents: tables of weights, model-index.yml and the figure of the packages."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import networkx
 import torch
 import yaml
 
@@ -20,8 +22,6 @@ sys.path.insert(0, str(ROOT))
 
 from overlock import ARCHS, OverLoCK  # noqa: E402
 from overlock.checkpoint import WEIGHTS, Weights  # noqa: E402
-from overlock.utils.files import whole_file  # noqa: E402
-from tools.figures import network_figure, package_figure  # noqa: E402
 
 _RESULTS = {
     'classification': ('Image Classification', 'ImageNet-1K', {'top1': 'Top 1 Accuracy'}),
@@ -59,88 +59,91 @@ def _entry(name: str, weights: Weights) -> dict[str, Any]:
         entry['Metadata'] = dict(Parameters=parameters(weights.arch, weights.form), Form=weights.form)
     else:
         entry['Config'] = f'configs/{weights.config}.py'
-    entry['Results'] = [
-        dict(
-            Task=task,
-            Dataset=dataset,
-            Source='paper',
-            Metrics={metrics[key]: value for key, value in weights.metrics.items()},
-        )
-    ]
+    figures = {metrics[key]: value for key, value in weights.metrics.items()}
+    entry['Results'] = [dict(Task=task, Dataset=dataset, Source='paper', Metrics=figures)]
     entry['Weights'] = weights.url
     return entry
 
 
-def parts() -> dict[str, dict[str, str]]:
-    """Return the generated parts of each document, by the names in its comments."""
+def parts() -> dict[str, str]:
+    """Return the generated parts of documents by the names in their comments."""
     return {
-        'README.md': {'table: classification': _markdown(_classification()), 'table: dense': _markdown(_dense())},
-        'docs/architecture.md': {'figure: packages': package_figure(), 'figure: network': network_figure()},
+        'table: classification': classification_table(),
+        'table: dense': dense_table(),
+        'figure: packages': package_figure(),
     }
 
 
-def _classification() -> Iterator[Sequence[str]]:
-    yield 'weights', 'parameters', 'top-1 at 224x224', 'crop'
+def classification_table() -> str:
+    lines = ['| weights | parameters | top-1 at 224x224 | crop |', '| --- | --- | --- | --- |']
     for arch in ARCHS:
-        names = [f'overlock_{arch}_in1k', f'overlock_{arch}_in1k_reparam']
-        weights = WEIGHTS[names[0]]
-        yield (
-            ', '.join(_link(name) for name in names),
-            f'{parameters(arch) / 1e6:.2f} M',
-            f'{weights.metrics["top1"]:.1f}',
-            str(weights.crop_pct),
-        )
+        name = f'overlock_{arch}_in1k'
+        top1, crop = WEIGHTS[name].metrics['top1'], WEIGHTS[name].crop_pct
+        links = f'{_link(name)}, {_link(f"{name}_reparam")}'
+        lines.append(f'| {links} | {parameters(arch) / 1e6:.2f} M | {top1:.1f} | {crop} |')
+    return '\n'.join([*lines, ''])
 
 
-def _dense() -> Iterator[Sequence[str]]:
-    yield 'weights', 'configuration', 'result'
+def dense_table() -> str:
+    lines = ['| weights | configuration | result |', '| --- | --- | --- |']
     for name, weights in WEIGHTS.items():
         if weights.config:
             metrics = _RESULTS[weights.task][2]
             results = ', '.join(f'{metrics[key]} {value:.1f}' for key, value in weights.metrics.items())
-            yield _link(name), f'[{weights.config}.py](configs/{weights.config}.py)', results
+            lines.append(f'| {_link(name)} | [{weights.config}.py](configs/{weights.config}.py) | {results} |')
+    return '\n'.join([*lines, ''])
 
 
 def _link(name: str) -> str:
     return f'[`{name}`]({WEIGHTS[name].url})'
 
 
-def _markdown(rows: Iterator[Sequence[str]]) -> str:
-    header, *body = rows
-    lines = [header, ['---'] * len(header), *body]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+def package_figure() -> str:
+    """Return a Mermaid graph of which package imports which, without the arrows that follow from others."""
+    parts = sorted(f'overlock.{path.parent.name}' for path in ROOT.glob('overlock/*/__init__.py'))
+    packages = [*parts, *sorted(path.parent.name for path in ROOT.glob('*_overlock/__init__.py')), 'demo', 'tools']
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(packages)
+    for package in packages:
+        files = (ROOT / package.replace('.', '/')).rglob('*.py')
+        names = {name for file in files for name in _imported(file)}
+        imported = {other for name in names for other in packages if f'{name}.'.startswith(f'{other}.')}
+        graph.add_edges_from((package, other) for other in imported - {package})
+    ids = {package: package.replace('.', '_') for package in packages}
+    arrows = sorted(networkx.transitive_reduction(graph).edges)
+    lines = [f'    {ids[package]}["{package.replace(".", "/")}"]' for package in packages]
+    lines += [f'    {ids[package]} --> {ids[other]}' for package, other in arrows]
+    return '\n'.join(['```mermaid', 'flowchart TD', *lines, '```', ''])
 
 
-def fill_in(document: str, parts: dict[str, str]) -> str:
-    """Put each part between the comments `<!-- NAME -->` and `<!-- end -->` of a Markdown document.
+def _imported(file: Path) -> Iterator[str]:
+    """Yield the names that a file imports, `from a import b` as a.b."""
+    for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
-    Raises:
-        ValueError: The document has no place, or more than one, for a part.
-    """
-    for name, part in parts.items():
-        opening = f'<!-- {name} -->\n'
-        new = (opening + part).replace('\\', r'\\')
-        document, places = re.subn(rf'{opening}.*?(?=<!-- end -->)', new, document, flags=re.DOTALL)
-        if places != 1:
-            raise ValueError(f'expected one place for {name}, got {places}')
-    return document
+
+def fill_in(document: str, parts: Mapping[str, str]) -> str:
+    """Put parts into their places in a Markdown document, between the comments `<!-- NAME -->` and `<!-- end -->`."""
+    place = re.compile(r'(<!-- (\w+: \w+) -->\n).*?(?=<!-- end -->)', re.DOTALL)
+    return place.sub(lambda match: match[1] + parts[match[2]], document)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--check', action='store_true', help='write nothing; the exit code is 1 if something is stale')
     check = parser.parse_args().check
-    contents = {ROOT / name: fill_in((ROOT / name).read_text(encoding='utf-8'), new) for name, new in parts().items()}
-    index = yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120)
-    contents[ROOT / 'model-index.yml'] = index
-    stale = [
-        path for path, content in contents.items() if not path.is_file() or path.read_text(encoding='utf-8') != content
-    ]
+    generated = parts()
+    documents = [ROOT / 'README.md', ROOT / 'docs/architecture.md']
+    contents = {path: fill_in(path.read_text(encoding='utf-8'), generated) for path in documents}
+    contents[ROOT / 'model-index.yml'] = yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120)
+    stale = [path for path, content in contents.items() if path.read_text(encoding='utf-8') != content]
     for path in stale:
         print(f'{path.relative_to(ROOT)} {"is stale" if check else "written"}')
         if not check:
-            with whole_file(path) as file:
-                file.write(contents[path].encode())
+            path.write_text(contents[path], encoding='utf-8')
     return bool(stale and check)
 
 
