@@ -12,12 +12,10 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmengine_overlock import metrics  # noqa: F401  (registers)
 from mmengine_overlock.amp import enable_amp
 from mmengine_overlock.checkpoint import find_resumable, use_safe_files
 from mmengine_overlock.config import (
     add_tensorboard,
-    as_list,
     draw_predictions,
     enable_auto_scale_lr,
     load_config,
@@ -27,7 +25,7 @@ from mmengine_overlock.config import (
     use_tta,
 )
 from mmengine_overlock.data import check_data
-from mmengine_overlock.hooks import ProgressBarHook, WholeModelHook
+from mmengine_overlock.hooks import WholeModelHook
 from mmengine_overlock.launch import finish_launch, prepare_launch
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import keep_freed_memory
@@ -112,16 +110,12 @@ def test(
     Args:
         config: File of the configuration.
         checkpoint: The weights, by their published name, path or URL; they must fit the whole model.
-        work_dir: Folder for the log; by default `work_dirs/<name of the configuration>`.
         out: File (.pkl) for the predictions.
         show_dir: Folder for images with the predictions drawn beside the ground truth.
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
         amp: Run the backbone in bfloat16.
-        compile: Compile the blocks of the backbone with torch.compile.
-        data_root: Folder of the data, instead of the configuration's.
-        cfg_options: Settings by dotted name, over those of the configuration.
-        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+        work_dir, compile, data_root, cfg_options, launcher: See `train`.
 
     Returns:
         The metrics by name.
@@ -137,9 +131,6 @@ def test(
         use_tta(cfg)
     if show_dir is not None or show:
         draw_predictions(cfg, show_dir, show)
-    for evaluator in as_list(cfg.get('test_evaluator')):
-        if evaluator['type'] == 'CocoMetric':
-            evaluator.setdefault('classwise', True)
     if out is not None:
         save_predictions(cfg, out)
     runner = _build_runner(cfg, 'test', strict=True)
@@ -163,15 +154,12 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
     found = find_resumable(cfg.work_dir) if resume == 'auto' else resume
-    if found is not None:
-        cfg.load_from = str(found)
-    elif resume is not None:
-        print_log(
-            f'There is no checkpoint in {cfg.work_dir} to resume: training starts anew.', 'current', logging.WARNING
-        )
+    if resume is not None and found is None:
+        message = f'There is no checkpoint in {cfg.work_dir} to resume: training starts anew.'
+        print_log(message, 'current', logging.WARNING)
     cfg.resume = found is not None
-    if cfg.get('load_from'):
-        cfg.load_from = _local(cfg.load_from)
+    start = found or cfg.get('load_from')
+    cfg.load_from = start and _local(str(start))
 
 
 def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
@@ -183,7 +171,6 @@ def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
         keep_freed_memory()
     prepare_launch(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.register_hook(ProgressBarHook())
     if strict:
         runner.register_hook(WholeModelHook())
     return runner
