@@ -14,7 +14,6 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import autocast
 from torch import nn
 
-from mmengine_overlock.config import import_with
 from overlock.utils.errors import UserError
 
 
@@ -60,9 +59,9 @@ def enable_amp(cfg: Config) -> None:
         cfg: Changed in place: `optim_wrapper`.
 
     Raises:
-        UserError: The configuration has another optimizer wrapper, or the device is neither a CUDA device nor a CPU.
+        UserError: The configuration has an optimizer wrapper without mixed precision other than OptimWrapper.
     """
-    device, wrapper = get_device(), cfg.optim_wrapper
+    wrapper = cfg.optim_wrapper
     kind = wrapper.get('type', 'OptimWrapper')
     if kind in ('AmpOptimWrapper', 'BFloat16OptimWrapper'):
         return
@@ -71,10 +70,7 @@ def enable_amp(cfg: Config) -> None:
             f'--amp works with the optimizer wrapper OptimWrapper, got {kind}; '
             'set mixed precision in the configuration.'
         )
-    if device not in ('cpu', 'cuda'):
-        raise UserError(f'--amp works on CUDA devices and CPUs, got {device}; leave it out.')
-    if half_dtype(device) == torch.float16:
+    if half_dtype(get_device()) == torch.float16:
         wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
     else:
         wrapper['type'] = 'BFloat16OptimWrapper'
-        import_with(cfg, 'mmengine_overlock.amp')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ def load_config(
         )
     try:
         cfg = Config.fromfile(path)
-    except ImportError as error:
+    # OpenMMLab's packages assert the versions of each other.
+    except (ImportError, AssertionError) as error:
         reason: BaseException = error
         while cause := reason.__cause__ or reason.__context__:
             reason = cause
@@ -67,13 +67,6 @@ def nodes(value: Any) -> Iterator[dict]:
 def as_list(value: Any) -> list:
     """Return a setting that is one item, several or None as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def import_with(cfg: Config, module: str) -> None:
-    """Make a configuration import a module, so that any tool can use the copy in the work folder."""
-    custom = cfg.get('custom_imports') or {}
-    imports = dict.fromkeys([*as_list(custom.get('imports')), module])
-    cfg.custom_imports = {'allow_failed_imports': False, **custom, 'imports': list(imports)}
 
 
 def set_data_root(cfg: Config, data_root: str | Path) -> None:
@@ -139,13 +132,7 @@ def enable_auto_scale_lr(cfg: Config) -> None:
 
 
 def add_tensorboard(cfg: Config) -> None:
-    """Write the scalars for TensorBoard too, into `<work_dir>/<time>/vis_data`.
-
-    Raises:
-        UserError: TensorBoard is not installed.
-    """
-    if find_spec('tensorboard') is None:
-        raise UserError('--tensorboard needs the package tensorboard; install it with `pip install tensorboard`.')
+    """Write the scalars for TensorBoard too, into `<work_dir>/<time>/vis_data`."""
     visualizer = cfg.get('visualizer') or dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
     backends = as_list(visualizer.get('vis_backends'))
     if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
@@ -175,7 +162,6 @@ def use_tta(cfg: Config) -> None:
             )
             evaluator['metric'] = 'bbox'
             cfg.custom_hooks = [*as_list(cfg.get('custom_hooks')), dict(type='BoxesOnlyHook')]
-            import_with(cfg, 'mmengine_overlock.hooks')
 
 
 def save_predictions(cfg: Config, path: str | Path) -> None:
@@ -186,10 +172,7 @@ def save_predictions(cfg: Config, path: str | Path) -> None:
     """
     if Path(path).suffix not in ('.pkl', '.pickle'):
         raise UserError(f'--out takes a file name that ends in .pkl or .pickle, got {path}.')
-    detection = cfg.get('default_scope') == 'mmdet'
-    if not detection:
-        import_with(cfg, 'mmengine_overlock.metrics')
-    kind = 'DumpDetResults' if detection else 'DumpSegResults'
+    kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpSegResults'
     cfg.test_evaluator = [*as_list(cfg.test_evaluator), dict(type=kind, out_file_path=str(path))]
 
 

@@ -46,14 +46,6 @@ def test_a_configuration_in_mixed_precision_stays_as_it_is():
     assert cfg.optim_wrapper.dtype == 'float16'
 
 
-def test_the_saved_configuration_imports_what_it_names(monkeypatch):
-    monkeypatch.setattr(amp, 'get_device', lambda: 'cpu')
-    cfg = config()
-    amp.enable_amp(cfg)
-    assert cfg.optim_wrapper.type == 'BFloat16OptimWrapper'
-    assert 'mmengine_overlock.amp' in cfg.custom_imports.imports
-
-
 def test_an_optimizer_wrapper_of_ones_own_is_refused():
     with pytest.raises(UserError, match='--amp works with the optimizer wrapper OptimWrapper, got ApexOptimWrapper'):
         amp.enable_amp(config(type='ApexOptimWrapper'))

@@ -7,7 +7,6 @@ from mmengine_overlock.config import (
     add_tensorboard,
     draw_predictions,
     enable_auto_scale_lr,
-    import_with,
     load_config,
     save_predictions,
     set_data_root,
@@ -154,13 +153,6 @@ def test_every_test_image_is_drawn_into_the_given_folder(tmp_path, monkeypatch):
     )
     draw_predictions(seg, 'drawn')
     assert seg.default_hooks.visualization.interval == 1 and seg.visualizer.save_dir == str(tmp_path / 'drawn')
-
-
-def test_import_with_keeps_other_imports():
-    cfg = Config(dict(custom_imports=dict(imports='mmdet_overlock', allow_failed_imports=True)))
-    import_with(cfg, 'mmengine_overlock.amp')
-    import_with(cfg, 'mmengine_overlock.amp')
-    assert cfg.custom_imports == dict(imports=['mmdet_overlock', 'mmengine_overlock.amp'], allow_failed_imports=True)
 
 
 def test_a_missing_configuration_is_one_sentence(tmp_path):
