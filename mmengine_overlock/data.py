@@ -14,15 +14,6 @@ from mmengine_overlock.config import as_list
 from overlock.utils.errors import UserError
 
 
-class _Unusable(Exception):
-    """A data set cannot be used; the message gives the reason and the remedy."""
-
-
-def _require(condition: object, problem: str) -> None:
-    if not condition:
-        raise _Unusable(problem)
-
-
 def check_data(cfg: Config, *splits: str) -> None:
     """Check that the data sets and evaluators of a run find their files, and that these are not empty.
 
@@ -35,20 +26,16 @@ def check_data(cfg: Config, *splits: str) -> None:
     Raises:
         UserError: Files are missing, empty or of another format; the message gives the expected layout.
     """
-    checked: list[dict] = []
     for split in splits:
         evaluators = as_list(cfg.get(f'{split}_evaluator'))
         labeled = not any(evaluator.get('format_only') for evaluator in evaluators)
         for dataset in _leaves((cfg.get(f'{split}_dataloader') or {}).get('dataset')):
-            if dataset not in checked:
-                checked.append(dataset)
-                try:
-                    _check(dataset, cfg.get('default_scope', 'mmengine'), labeled)
-                except _Unusable as error:
-                    raise UserError(f'The {split} data set cannot be used: {error}.') from error
+            problem = _problem(dataset, cfg.get('default_scope', 'mmengine'), labeled)
+            if problem:
+                raise UserError(f'The {split} data set cannot be used: {problem}.')
         for evaluator in evaluators:
             path = evaluator.get('ann_file')
-            if path and not _is_remote(path) and not Path(path).is_file():
+            if path and '://' not in path and not Path(path).is_file():
                 raise UserError(
                     f'The annotation file {path} of {split}_evaluator does not exist; give the folder of '
                     'the data with --data-root DIR.'
@@ -64,81 +51,70 @@ def _leaves(dataset: dict | None) -> Iterator[dict]:
         yield dataset
 
 
-def _check(dataset: dict, scope: str, labeled: bool) -> None:
-    prefix = dataset.get('data_prefix') or {}
+def _problem(dataset: dict, scope: str, labeled: bool) -> str | None:
+    """Return why a data set cannot be used, with the remedy, or None."""
+    root, prefix = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
     maps = 'seg_map_path' in prefix
     coco = 'img' in prefix and str(dataset.get('ann_file')).endswith('.json')
-    remote = any(map(_is_remote, (dataset.get('data_root'), dataset.get('ann_file'), *prefix.values())))
+    remote = any('://' in str(path) for path in (root, dataset.get('ann_file'), *prefix.values()))
     if remote or not (maps or coco):
-        return
+        return None
     kind = DATASETS.get(dataset['type'] if '.' in dataset['type'] else f'{scope}.{dataset["type"]}')
     if maps:
-        _check_maps(dataset, kind)
+        problem, layout = _maps_problem(dataset, Path(root), kind)
     else:
-        _check_coco(dataset, kind, labeled)
+        problem, layout = _coco_problem(dataset, Path(root), kind, labeled)
+    return problem and f'{problem}; expected {layout}, below {root or "."}, which --data-root DIR replaces'
 
 
-def _is_remote(path: object) -> bool:
-    return '://' in str(path)
-
-
-def _layout(dataset: dict, expected: str) -> str:
-    root = dataset.get('data_root')
-    return f'expected {expected}' + (f', below {root}, which --data-root DIR replaces' if root else '')
-
-
-def _check_coco(dataset: dict, kind: type | None, labeled: bool) -> None:
-    names = dataset['ann_file'], dataset['data_prefix']['img']
-    ann_file, folder = (Path(dataset.get('data_root') or '', name) for name in names)
-    layout = _layout(dataset, f"{names[0]} in COCO's format and its images in {names[1]}")
-    _require(ann_file.is_file(), f'{ann_file} does not exist; {layout}')
+def _coco_problem(dataset: dict, root: Path, kind: type | None, labeled: bool) -> tuple[str | None, str]:
+    """Return what is wrong with an annotation file and its images, if anything, and their expected layout."""
+    ann_file, folder = root / dataset['ann_file'], root / dataset['data_prefix']['img']
+    layout = f"{dataset['ann_file']} in COCO's format and its images in {dataset['data_prefix']['img']}"
+    for path in (ann_file, folder):
+        if not path.exists():
+            return f'{path} does not exist', layout
     try:
         content = json.loads(ann_file.read_bytes())
     except ValueError as error:
-        problem = f'not JSON ({error})' if ann_file.stat().st_size else 'empty'
-        raise _Unusable(f'{ann_file} is {problem}; {layout}') from error
-    if not isinstance(content, dict):
-        raise _Unusable(f"{ann_file} holds a JSON {type(content).__name__}, not the dict of COCO's format; {layout}")
+        return f'{ann_file} is not JSON ({error})', layout
     for key in ('images', 'categories', *(['annotations'] if labeled else [])):
-        _require(content.get(key), f'{ann_file} has no {key}; {layout}')
-    _require(folder.is_dir(), f'{folder} does not exist; {layout}')
-    first = content['images'][0].get('file_name')
-    found = not first or (folder / first).is_file()
-    _require(found, f'{first}, the first image of {ann_file.name}, is not in {folder}; {layout}')
+        if not isinstance(content, dict) or not content.get(key):
+            return f'{ann_file} has no {key}', layout
+    first = content['images'][0].get('file_name', '')
+    if not (folder / first).exists():
+        return f'{first}, the first image of {ann_file.name}, is not in {folder}', layout
     # mmdet drops the categories that it does not know, even if none is left.
     categories = [category.get('name') for category in content['categories']]
     classes = (dataset.get('metainfo') or {}).get('classes') or getattr(kind, 'METAINFO', {}).get('classes')
     if isinstance(classes, (list, tuple)) and not set(classes) & set(categories):
-        raise _Unusable(
-            f'no category of {ann_file} ({_some(categories)}) is one of its classes ({_some(classes)}); '
-            'set `metainfo = dict(classes=(...))` in the data set to the names in the file'
-        )
+        theirs, ours = (', '.join(map(str, names[:3])) + ', ...' * (len(names) > 3) for names in (categories, classes))
+        remedy = 'set `metainfo = dict(classes=(...))` in the data set to the names in the file'
+        return f'no category of {ann_file} ({theirs}) is one of its classes ({ours}): {remedy}', layout
+    return None, layout
 
 
-def _some(names: list | tuple) -> str:
-    return ', '.join(map(str, names[:3])) + (', ...' if len(names) > 3 else '')
-
-
-def _check_maps(dataset: dict, kind: type | None) -> None:
+def _maps_problem(dataset: dict, root: Path, kind: type | None) -> tuple[str | None, str]:
+    """Return what is wrong with images and label maps, if anything, and their expected layout."""
     names = dataset['data_prefix']['img_path'], dataset['data_prefix']['seg_map_path']
-    folders = [Path(dataset.get('data_root') or '', name) for name in names]
     defaults = inspect.signature(kind).parameters if kind else {}
     suffixes = [
         str(dataset.get(option) or getattr(defaults.get(option), 'default', fallback))
         for option, fallback in (('img_suffix', '.jpg'), ('seg_map_suffix', '.png'))
     ]
-    expected = 'images {0}/*{2} and, by the same names, label maps {1}/*{3}'
-    layout = _layout(dataset, expected.format(*names, *suffixes))
+    layout = f'images {names[0]}/*{suffixes[0]} and, by the same names, label maps {names[1]}/*{suffixes[1]}'
+    folders = [root / name for name in names]
     for folder in folders:
-        _require(folder.is_dir(), f'{folder} does not exist; {layout}')
+        if not folder.is_dir():
+            return f'{folder} does not exist', layout
     images, maps = (
         {str(path.relative_to(folder)).removesuffix(suffix) for path in folder.rglob(f'*{suffix}')}
         for folder, suffix in zip(folders, suffixes, strict=True)
     )
-    _require(images, f'{folders[0]} has no images *{suffixes[0]}; {layout}')
+    if not images:
+        return f'{folders[0]} has no images *{suffixes[0]}', layout
     # An annotation file lists the images that count.
     if images - maps and not dataset.get('ann_file'):
-        raise _Unusable(
-            f'{len(images - maps)} of {len(images)} images have no label map, '
-            f'first {min(images - maps)}{suffixes[0]}; {layout}'
-        )
+        first = min(images - maps)
+        return f'{len(images - maps)} of {len(images)} images have no label map, first {first}{suffixes[0]}', layout
+    return None, layout

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from mmengine_overlock.config import load_config, nodes
@@ -31,19 +30,6 @@ _MAPS = 1e-4
 _PIXELS, _SCORE = 0.5, 1e-3
 # Rounding may tip a box that is as good as another, or a pixel between two classes, but few of them.
 _SHARE = 0.98
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The prediction of a model for one image.
-
-    Attributes:
-        maps: Of its backbone, each (1, C, H, W).
-        sample: mmdet's or mmseg's data sample.
-    """
-
-    maps: tuple[Tensor, ...]
-    sample: Any
 
 
 def reparameterize(
@@ -76,8 +62,8 @@ def reparameterize(
         UserError: The predictions are not the same.
     """
     out = Path(out).expanduser()
-    cfg = load_config(config, cfg_options)
-    source = _check_paths(Path(config), checkpoint, out, image)
+    cfg, source = load_config(config, cfg_options), find_file(checkpoint)
+    _check_output(out, Path(config), source)
     if 'backbone' not in cfg.get('model', {}) or 'test_dataloader' not in cfg:
         raise UserError(
             f'{config} must be the configuration of a detector or segmenter: expected `model.backbone` and '
@@ -89,45 +75,24 @@ def reparameterize(
         verified = convert_file(source, weights, form='folded', ema=ema).verified
         deployed_config(cfg).dump(configuration)
         new = load_config(configuration)
-        after = predict(_build(new, load(weights), out.name), new, picture)
-        same, account = compare(after, before)
+        same, account = compare(predict(_build(new, load(weights), out.name), new, picture), before)
         if not same:
-            found = '; '.join(f'{what} {value}' for what, value in account.items())
             raise UserError(
-                f'{out} was not written: on {picture.name} the deploy form predicts something else '
-                f'({found}), expected the same but for rounding; check that the weights are finite, or '
-                'compare on another image with --image FILE'
+                f'{out} was not written: on {picture.name} the deploy form predicts something else ({account}), '
+                'expected the same but for rounding; check that the weights are finite, or compare on another image '
+                'with --image FILE'
             )
-    width = max(map(len, account))
-    return '\n'.join(
-        (
-            f'wrote {out} and {out.with_suffix(".py")}',
-            f'verified: {verified}',
-            f'before and after, on {picture.name}:',
-            *(f'{what:<{width}}  {value}' for what, value in account.items()),
-        )
-    )
+    lines = f'wrote {out} and {out.with_suffix(".py")}', f'verified: {verified}', f'on {picture.name}: {account}'
+    return '\n'.join(lines)
 
 
-def _check_paths(config: Path, checkpoint: str, out: Path, image: str | Path | None) -> Path:
-    """Return the local file of the checkpoint; check that the image can be read and that no input is overwritten."""
+def _check_output(out: Path, config: Path, checkpoint: Path) -> None:
+    """Check the name of the new weights, and that neither new file replaces a given one."""
     if out.suffix != '.pth' or out.is_dir() or out.with_suffix('.py').is_dir():
         raise UserError(f'the output must be a file that ends in .pth, got {out}')
-    if image is not None:
-        try:
-            Image.open(image).close()
-        except OSError as error:
-            raise UserError(
-                f'the image {image} given by --image cannot be read ({error}); give the path of an image file'
-            ) from error
-    source = find_file(checkpoint)
-    for old, new in ((config, out.with_suffix('.py')), (source, out)):
+    for old, new in ((config, out.with_suffix('.py')), (checkpoint, out)):
         if new.exists() and new.samefile(old):
-            raise UserError(
-                f'{new} would be overwritten by the new file of this name; give another name than {out}, '
-                'so that nothing is lost'
-            )
-    return source
+            raise UserError(f'{new} would be overwritten by the new file of this name; give another name than {out}')
 
 
 def deployed_config(cfg: Config) -> Config:
@@ -158,74 +123,53 @@ def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> BaseModel
 
 
 def _draw(path: Path) -> Path:
-    """Draw rectangles on a ground of smooth colors into a file."""
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((256, 256), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(image)
-    for x, y, width, height, *color in rng.integers(
-        (0, 0, 24, 24, 0, 0, 0), (200, 200, 96, 96, 256, 256, 256), (6, 7)
-    ).tolist():
-        pen.rectangle((x, y, x + width, y + height), fill=tuple(color))
-    image.save(path)
+    """Draw smooth blots of color into a file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC).save(path)
     return path
 
 
 @torch.no_grad()
-def predict(model: BaseModel, cfg: Config, image: Path) -> Prediction:
-    """Predict an image file, read by the test pipeline of the configuration."""
+def predict(model: BaseModel, cfg: Config, image: Path) -> tuple[Sequence[Tensor], Any]:
+    """Predict an image file, read by the test pipeline of the configuration.
+
+    Returns:
+        The maps of the backbone, each (1, C, H, W), and mmdet's or mmseg's data sample.
+
+    Raises:
+        UserError: The image cannot be read.
+    """
+    try:
+        Image.open(image).close()
+    except OSError as error:
+        raise UserError(f'the image {image} cannot be read ({error}); give the path of an image file') from error
     pipeline = next(node['pipeline'] for node in nodes(cfg.test_dataloader) if 'pipeline' in node)
     # There is no truth to load.
     steps = [step for step in pipeline if 'Annotations' not in str(step['type'])]
-    maps = []
+    maps: list[Tensor] = []
     handle = model.backbone.register_forward_hook(lambda module, args, outs: maps.extend(outs))
-    try:
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            item = Compose(steps)(dict(img_path=str(image), img_id=0))
-            sample = model.test_step(dict(inputs=[item['inputs']], data_samples=[item['data_samples']]))[0]
-    finally:
-        handle.remove()
-    return Prediction(tuple(maps), sample)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        item = Compose(steps)(dict(img_path=str(image), img_id=0))
+        sample = model.test_step(dict(inputs=[item['inputs']], data_samples=[item['data_samples']]))[0]
+    handle.remove()
+    return maps, sample
 
 
-def compare(prediction: Prediction, expected: Prediction) -> tuple[bool, dict[str, str]]:
-    """Return whether two predictions are equal up to rounding, and how far apart they are."""
-    deviation = largest_deviation(prediction.maps, expected.maps)
-    share, account = 1.0, dict[str, str]()
-    if 'pred_instances' in expected.sample:
-        share, account = _compare_instances(prediction.sample.pred_instances, expected.sample.pred_instances)
-    if 'pred_sem_seg' in expected.sample:
-        share, account = _compare_maps(prediction.sample, expected.sample)
-    account['outputs of the backbone'] = f'within {deviation:.1e} of the largest'
-    return deviation <= _MAPS and share >= _SHARE, account
-
-
-def _compare_maps(found: Any, expected: Any) -> tuple[float, dict[str, str]]:
-    """Return the share of pixels of the same class, and the numbers behind it."""
-    classes = found.pred_sem_seg.data, expected.pred_sem_seg.data
-    share = (classes[0] == classes[1]).double().mean().item()
-    deviation = largest_deviation([found.seg_logits.data], [expected.seg_logits.data])
-    return share, {
-        'classes': f'{share:.4%} of {classes[0].numel()} pixels the same',
-        'logits': f'within {deviation:.1e} of the largest',
-    }
-
-
-def _compare_instances(found: Any, expected: Any) -> tuple[float, dict[str, str]]:
-    """Return the share of boxes that both have, in any order as scores may be equal, and the numbers behind it."""
-    counts = len(expected.scores), len(found.scores)
-    account = {'boxes': f'{counts[0]} and {counts[1]}'}
-    if 0 in counts:
-        return float(counts[0] == counts[1]), account
-    shift = (found.bboxes[:, None] - expected.bboxes[None]).abs().amax(-1)
-    change = (found.scores[:, None] - expected.scores[None]).abs()
-    same = (found.labels[:, None] == expected.labels[None]) & (shift <= _PIXELS) & (change <= _SCORE)
-    mine = same.any(1).nonzero().flatten()
-    theirs = shift.masked_fill(~same, float('inf')).argmin(1)[mine]
-    account['boxes'] += f', {len(mine)} the same'
-    if len(mine):
-        account['corners'] = f'within {shift[mine, theirs].max().item():.1e} pixels'
-        account['scores'] = f'within {change[mine, theirs].max().item():.1e}'
-    if len(mine) and 'masks' in expected:
-        differ = (found.masks[mine] != expected.masks[theirs]).double().mean().item()
-        account['masks'] = f'{1 - differ:.4%} of the pixels the same'
-    return min(same.any(axis).double().mean().item() for axis in (0, 1)), account
+def compare(prediction: tuple[Sequence[Tensor], Any], expected: tuple[Sequence[Tensor], Any]) -> tuple[bool, str]:
+    """Return whether two predictions are equal up to rounding, and the numbers behind it."""
+    deviation = largest_deviation(prediction[0], expected[0])
+    same, account = deviation <= _MAPS, f'outputs of the backbone within {deviation:.1e} of the largest'
+    found, truth = prediction[1], expected[1]
+    if 'pred_sem_seg' in truth:
+        share = (found.pred_sem_seg.data == truth.pred_sem_seg.data).double().mean().item()
+        same = same and share >= _SHARE
+        account += f', {share:.4%} of {truth.pred_sem_seg.data.numel()} pixels of the same class'
+    if 'pred_instances' in truth:
+        found, truth = found.pred_instances, truth.pred_instances
+        # In any order, as scores may be equal.
+        pairs = (found.labels[:, None] == truth.labels) & ((found.scores[:, None] - truth.scores).abs() <= _SCORE)
+        pairs &= (found.bboxes[:, None] - truth.bboxes).abs().amax(-1) <= _PIXELS
+        both = min(int(pairs.any(axis).sum()) for axis in (0, 1))
+        same = same and both >= _SHARE * max(pairs.shape)
+        account += f', {both} of {len(truth)} and {len(found)} boxes the same'
+    return same, account

@@ -55,9 +55,9 @@ def test_whole_segmentation_sets_pass(ade):
     'damage, reason',
     [
         (lambda root: (root / 'annotations' / 'a.json').unlink(), 'a.json does not exist'),
-        (lambda root: (root / 'annotations' / 'a.json').write_text(''), 'a.json is empty'),
+        (lambda root: (root / 'annotations' / 'a.json').write_text(''), 'a.json is not JSON'),
         (lambda root: (root / 'annotations' / 'a.json').write_text('{'), 'a.json is not JSON'),
-        (lambda root: (root / 'annotations' / 'a.json').write_text('[]'), 'holds a JSON list'),
+        (lambda root: (root / 'annotations' / 'a.json').write_text('[]'), 'a.json has no images'),
         (lambda root: edit(root, images=[]), 'a.json has no images'),
         (lambda root: edit(root, annotations=[]), 'a.json has no annotations'),
         (lambda root: edit(root, categories=[]), 'a.json has no categories'),

@@ -87,11 +87,11 @@ def kind(request):
 def test_new_pair_is_whole_and_predicts_the_same(kind, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = reparameterize(trained / f'{kind}.py', str(trained / f'{kind}.pth'), 'new/out.v1.pth')
-    wrote, verified, where, *numbers = text.split('\n')
-    assert wrote == 'wrote new/out.v1.pth and new/out.v1.py' and where == 'before and after, on scene.png:'
+    wrote, verified, numbers = text.split('\n')
+    assert wrote == 'wrote new/out.v1.pth and new/out.v1.py'
     assert 'loaded strictly into OverLoCKBackbone (an arch of its own, folded form), outputs' in verified
-    assert numbers[-1].startswith('outputs of the backbone  within ')
-    assert ('20 and 20' if kind == 'detector' else '% of 65536 pixels the same') in text
+    assert numbers.startswith('on scene.png: outputs of the backbone within ')
+    assert numbers.endswith(('of 20 and 20 boxes the same', '% of 65536 pixels of the same class'))
     assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == ['out.v1.pth', 'out.v1.py']
 
     content = torch.load('new/out.v1.pth', weights_only=True)
@@ -203,6 +203,13 @@ def test_a_wrong_configuration_is_one_clear_sentence(text, checkpoint, error, me
     assert [path.name for path in tmp_path.iterdir()] == ['wrong.py']
 
 
+def test_an_image_that_cannot_be_read_is_one_clear_sentence(trained, tmp_path):
+    config, checkpoint = trained / 'segmenter.py', trained / 'segmenter.pth'
+    with pytest.raises(UserError, match='^the image .*segmenter.py cannot be read .*; give the path of an image file$'):
+        reparameterize(config, str(checkpoint), tmp_path / 'out.pth', image=config)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('factor', [1.001, float('nan')])
 def test_a_form_that_predicts_something_else_is_not_written(factor, kind, trained, tmp_path, monkeypatch):
     def convert_wrongly(source, out, **kwargs):
@@ -227,19 +234,18 @@ def test_boxes_are_compared_in_any_order_and_lost_ones_are_told(trained, tmp_pat
     cfg = load_config(trained / 'detector.py')
     picture = deploy._draw(tmp_path / 'scene.png')
     expected = predict(build(trained / 'detector.py').eval(), cfg, picture)
-    other = copy.deepcopy(expected)
-    instances = other.sample.pred_instances
-    other.sample.pred_instances = instances[torch.arange(len(instances) - 1, -1, -1)]
-    other.sample.pred_instances.bboxes[0] += 0.25
-    same, account = compare(other, expected)
-    assert same and account['boxes'] == '20 and 20, 20 the same' and account['corners'] == 'within 2.5e-01 pixels'
-    assert account['masks'] == '100.0000% of the pixels the same'
-    other.sample.pred_instances.labels[3] += 1
-    same, account = compare(other, expected)
-    assert not same and account['boxes'] == '20 and 20, 19 the same'
-    other.sample.pred_instances = instances[:0]
-    assert compare(other, expected)[0] is False
-    assert compare(other, other)[1]['boxes'] == '0 and 0'
+    maps, other = copy.deepcopy(expected)
+    instances = other.pred_instances
+    other.pred_instances = instances[torch.arange(len(instances) - 1, -1, -1)]
+    other.pred_instances.bboxes[0] += 0.25
+    same, account = compare((maps, other), expected)
+    assert same and account.endswith('20 of 20 and 20 boxes the same')
+    other.pred_instances.labels[3] += 1
+    same, account = compare((maps, other), expected)
+    assert not same and account.endswith('19 of 20 and 20 boxes the same')
+    other.pred_instances = instances[:0]
+    assert compare((maps, other), expected)[0] is False
+    assert compare((maps, other), (maps, other))[0] is True
 
 
 def test_configuration_given_is_not_changed(trained):
