@@ -32,31 +32,28 @@ mmdet==3.3.0 \\
 numpy==1.0 ; python_full_version < '3.11' \\
     --hash=sha256:cc \\
     --hash=sha256:dd
-numpy==2.0 ; python_full_version >= '3.11' \\
-    --hash=sha256:ee
 opencv-python-headless==4.11.0.86 \\
     --hash=sha256:ff
 uv==0.13.9 \\
     --hash=sha256:ff
 """
+HAS_ALL = {'pip': True, 'cv2': True, 'mmcv': True}
+FOUND = dict(
+    python='/env/bin/python',
+    version=[3, 11, 7],
+    headers='/include/python3.11',
+    torch='2.11.0+cu130',
+    overlock=None,
+    has=HAS_ALL,
+)
 
 
-def interpreter(**fields) -> SimpleNamespace:
-    defaults = dict(
-        python='/env/bin/python',
-        version=[3, 11, 7],
-        headers='/include/python3.11',
-        torch='2.11.0+cu130',
-        overlock=None,
-        has={'pip': True, 'cv2': True, 'mmcv': True},
-    )
-    return SimpleNamespace(**{**defaults, **fields})
-
-
-def one_sentence(error) -> str:
-    text = str(error.value)
-    assert '\n' not in text
-    return text
+@contextlib.contextmanager
+def refused(message, error=SetupError):
+    """Expect one sentence."""
+    with pytest.raises(error, match=message) as caught:
+        yield
+    assert '\n' not in str(caught.value)
 
 
 # --- Python and make
@@ -66,10 +63,9 @@ def one_sentence(error) -> str:
 def test_unsupported_python_is_refused_with_a_remedy(version):
     for supported in ((3, 10, 0), (3, 11, 7), (3, 12, 99)):
         environment.check_python(supported, 'python3')
-    with pytest.raises(SystemExit) as error:
+    found = r'\.'.join(map(str, version))
+    with refused(rf'3\.10, 3\.11 or 3\.12 is needed, got {found} \(/usr/bin/python3\).*PYTHON=', SystemExit):
         environment.check_python(version, '/usr/bin/python3')
-    expected = ('3.10, 3.11 or 3.12', '.'.join(map(str, version)), '/usr/bin/python3', 'PYTHON=')
-    assert all(part in one_sentence(error) for part in expected)
 
 
 def test_an_old_python_can_read_the_script_as_far_as_its_refusal():
@@ -78,32 +74,30 @@ def test_an_old_python_can_read_the_script_as_far_as_its_refusal():
 
 def make(*arguments: str, **variables: str) -> str:
     cleared = {'PYTHON', 'VENV', 'MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'PYTEST_ARGS', 'DEMO_ARGS'}
-    environ = {name: value for name, value in os.environ.items() if name not in cleared}
-    command = ['make', '--no-print-directory', *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env={**environ, **variables}, check=True, capture_output=True, text=True
-    ).stdout
+    environ = {**{name: value for name, value in os.environ.items() if name not in cleared}, **variables}
+    return subprocess.check_output(['make', '--no-print-directory', *arguments], cwd=ROOT, env=environ, text=True)
 
 
-def test_make_takes_the_next_supported_python_on_path_or_the_one_that_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ('arguments', 'command'),
+    [
+        (['setup'], "python3.11 tools/setup/environment.py '.venv'"),
+        (['setup', 'PYTHON=my', 'VENV=/env'], "my tools/setup/environment.py '/env'"),
+        (['test', 'PYTEST_ARGS=-k word'], "'.venv/bin/python' -m pytest -m 'not slow' -k word"),
+        (['test-slow', 'PYTEST_ARGS=-k word'], "'.venv/bin/python' -m pytest -m slow -k word"),
+    ],
+)
+def test_make_takes_the_next_supported_python_and_what_is_named(tmp_path, arguments, command):
     for name, status in (('python3', 1), ('python3.12', 127), ('python3.11', 0)):
         (tmp_path / name).write_text(f'#!/bin/sh\nexit {status}\n')
         (tmp_path / name).chmod(0o755)
-    path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
-    assert "python3.11 tools/setup/environment.py '.venv'" in make('-n', 'setup', PATH=path)
-    assert "my tools/setup/environment.py '/env'" in make('-n', 'setup', PATH=path, PYTHON='my', VENV='/env')
-
-
-def test_fast_and_slow_tests_part_the_suite():
-    assert "'.venv/bin/python' -m pytest -m 'not slow' -k word" in make('-n', 'test', 'PYTEST_ARGS=-k word')
-    assert "'.venv/bin/python' -m pytest -m slow -k word" in make('-n', 'test-slow', 'PYTEST_ARGS=-k word')
+    assert command in make('-n', *arguments, PATH=f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
 
 
 def test_make_alone_lists_every_target():
     targets = set(re.search(r'^\.PHONY: (.*)', (ROOT / 'Makefile').read_text(), re.M)[1].split()) - {'help'}
     assert {'setup', 'lock', 'demo', 'lint', 'test', 'test-slow', 'clean'} <= targets
-    listed = make()
-    assert all(re.search(rf'make {target} ', listed) for target in targets)
+    assert targets <= set(re.findall(r'make (\S+) ', make()))
 
 
 # --- requirements
@@ -124,183 +118,159 @@ def test_lock_pins_and_hashes_every_package_of_its_inputs():
     named = {name.lower() for name in re.findall(r'^[A-Za-z][\w.-]*', inputs, re.M)}
     assert len(named) > 30
     assert named <= {name for name, *_ in entries}
-    for line in re.findall(r'^\S+==\S+$', inputs, re.M):
-        assert re.search(rf'^{re.escape(line)} ', lock, re.M), line
+    assert all(f'\n{line} ' in lock for line in re.findall(r'^\S+==\S+$', inputs, re.M))
     assert 'opencv-python==' not in lock
 
 
 def test_package_requires_no_torch_and_no_extra_brings_mmcv():
     parser = configparser.ConfigParser()
     parser.read(ROOT / 'setup.cfg')
-    extras = dict(parser['options.extras_require'])
+    extras = parser['options.extras_require']
     assert set(extras) == {'det', 'seg', 'timm', 'imagenet', 'natten', 'dev'}
     assert parser['options']['install_requires'] == ''
-    required = [line.strip() for text in extras.values() for line in text.split('\n')]
-    assert not [line for line in required if line.startswith(('torch', 'mmcv'))]
+    assert not [line for text in extras.values() for line in text.split() if line.startswith(('torch', 'mmcv'))]
 
 
 # --- the set-up as a whole
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    root = tmp_path / 'checkout'
-    files = ('setup.cfg', 'pyproject.toml', 'tools/setup/environment.py', 'overlock/__init__.py', 'overlock/ops/x.cpp')
-    for name in (*files, 'requirements/lock.txt', 'requirements/runtime.txt'):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(LOCK if name.endswith('lock.txt') else name)
-    (root / '.venv').mkdir()
-    return root
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Record commands; `found` is what a probe finds, and `fails` the word whose command fails."""
-    state = SimpleNamespace(found=interpreter(), commands=[], fails=None, pins=[])
+def setup(tmp_path, monkeypatch):
+    """A checkout whose commands are recorded; `found` is what a probe finds, `fails` the word whose command fails."""
 
     def run(command, log, variables=None):
         state.commands.append(command)
         state.pins += [Path(word).read_text() for word in command if word.endswith('pins.txt')]
         if state.fails in command:
             raise SetupError('stopped')
-        return 'note: on the CPU only\n' if command[-1].endswith('pins.txt') and 'mmcv_operators' in command[1] else ''
+        return 'note: on the CPU only\n' if 'mmcv_operators' in command[1] else ''
 
+    def start(venv=None):
+        environment.set_up(venv or state.venv, root, {})
+
+    def is_set_up(**environ):
+        return environment.is_set_up(state.venv, root, environ)
+
+    def find(**fields):
+        state.found = SimpleNamespace(**{**FOUND, **fields})
+
+    root = tmp_path / 'checkout'
+    state = SimpleNamespace(
+        root=root, venv=root / '.venv', commands=[], pins=[], fails=None, start=start, is_set_up=is_set_up, find=find
+    )
+    files = ('setup.cfg', 'pyproject.toml', 'tools/setup/environment.py', 'overlock/__init__.py', 'overlock/ops/x.cpp')
+    for name in (*files, 'requirements/lock.txt', 'requirements/runtime.txt'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(LOCK if name.endswith('lock.txt') else name)
+    for folder in (root / '.venv', tmp_path / 'env'):
+        folder.mkdir()
+    find()
     monkeypatch.setattr(environment, 'run', run)
     monkeypatch.setattr(environment, 'probe', lambda python: state.found)
     monkeypatch.setattr(environment.signal, 'signal', lambda *_: None)
     return state
 
 
-def test_interrupted_set_up_is_continued_and_only_then_stamped(checkout, machine, capsys):
-    venv = checkout / '.venv'
-    machine.fails = '--no-build-isolation'
+def test_interrupted_set_up_is_continued_and_only_then_stamped_and_takes_the_tested_set(setup, capsys):
+    setup.fails = '--no-build-isolation'
     with pytest.raises(SetupError):
-        environment.set_up(venv, checkout, {})
-    assert not environment.is_set_up(venv, checkout, {})
-    machine.fails = None
-    machine.commands.clear()
-    environment.set_up(venv, checkout, {})
-    assert environment.is_set_up(venv, checkout, {})
-    uv, packages, mmcv, package, operators = machine.commands
+        setup.start()
+    assert not setup.is_set_up()
+    setup.fails, setup.commands, setup.pins = None, [], []
+    setup.start()
+    assert setup.is_set_up()
+    uv, packages, mmcv, package, operators = setup.commands
     assert uv[2:4] == ['pip', 'install'] and packages[2:5] == ['uv', 'pip', 'install']
     assert {'--require-hashes', '--no-deps'} <= set(uv) & set(packages)
-    assert mmcv[1] == str(checkout / 'tools/setup/mmcv_operators.py')
-    assert package[-2:] == ['-e', str(checkout)] and operators[-2:] == ['-m', 'overlock.ops.build']
+    assert mmcv[1] == str(setup.root / 'tools/setup/mmcv_operators.py')
+    assert package[-2:] == ['-e', str(setup.root)] and operators[-2:] == ['-m', 'overlock.ops.build']
+    # The lock but for mmcv, which is built by its hash.
+    assert setup.pins == [LOCK[LOCK.index('uv==') :], LOCK[LOCK.index('mmdet') :], ''.join(LOCK.splitlines(True)[1:3])]
     assert 'note: on the CPU only' in capsys.readouterr().out
 
 
-def test_tested_set_is_the_lock_but_for_mmcv_which_is_built_by_its_hash(checkout, machine):
-    environment.set_up(checkout / '.venv', checkout, {})
-    uv, packages, mmcv = machine.pins
-    assert uv == LOCK[LOCK.index('uv==') :]
-    assert packages == LOCK[LOCK.index('mmdet') :]
-    assert mmcv == 'mmcv==2.1.0 \\\n    --hash=sha256:aa\n'
-
-
-def test_set_up_goes_on_without_the_optional_operators(checkout, machine, capsys):
-    machine.fails = 'overlock.ops.build'
-    environment.set_up(checkout / '.venv', checkout, {})
-    assert environment.is_set_up(checkout / '.venv', checkout, {})
+def test_set_up_goes_on_without_the_optional_operators(setup, capsys):
+    setup.fails = 'overlock.ops.build'
+    setup.start()
+    assert setup.is_set_up()
     assert 'optional operators for this CPU could not be compiled' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('has_cv2', [False, True])
-def test_environment_of_the_user_keeps_its_torch_and_opencv(checkout, machine, tmp_path, has_cv2):
-    machine.found = interpreter(torch='2.13.0+cpu', has={'pip': True, 'cv2': has_cv2, 'mmcv': True})
-    (tmp_path / 'env').mkdir()
-    environment.set_up(tmp_path / 'env', checkout, {})
-    libraries, openmmlab = machine.commands[:2]
-    assert 'torch==2.13.0' in libraries and str(checkout / 'requirements/runtime.txt') in libraries
-    names = re.findall('^[a-z-]+', machine.pins[0], re.M)
+def test_environment_of_the_user_keeps_its_torch_and_opencv(setup, tmp_path, has_cv2):
+    setup.find(torch='2.13.0+cpu', has={**HAS_ALL, 'cv2': has_cv2})
+    setup.start(tmp_path / 'env')
+    libraries, openmmlab = setup.commands[:2]
+    assert 'torch==2.13.0' in libraries and str(setup.root / 'requirements/runtime.txt') in libraries
+    names = re.findall('^[a-z-]+', setup.pins[0], re.M)
     assert '--no-deps' in openmmlab and names == ['mmdet'] + ['opencv-python-headless'] * (not has_cv2)
 
 
-def test_environment_without_torch_gets_the_tested_set_and_keeps_getting_it(checkout, machine, tmp_path):
-    (tmp_path / 'env').mkdir()
-    machine.found = interpreter(torch=None)
-    environment.set_up(tmp_path / 'env', checkout, {})
-    machine.found = interpreter()
-    environment.set_up(tmp_path / 'env', checkout, {})
-    assert [command[2] for command in machine.commands].count('uv') == 2
+def test_environment_without_torch_gets_the_tested_set_and_keeps_getting_it(setup, tmp_path):
+    for torch_version in (None, '2.11.0+cu130'):
+        setup.find(torch=torch_version)
+        setup.start(tmp_path / 'env')
+    assert [command[2] for command in setup.commands].count('uv') == 2
 
 
 @pytest.mark.parametrize(('home', 'installs'), [('own', True), (None, True), ('file:///other/checkout', False)])
-def test_package_from_elsewhere_stays_installed(checkout, machine, home, installs, capsys):
-    machine.found = interpreter(overlock=checkout.as_uri() if home == 'own' else home)
-    environment.set_up(checkout / '.venv', checkout, {})
-    assert any('-e' in command for command in machine.commands) == installs
+def test_package_from_elsewhere_stays_installed(setup, home, installs, capsys):
+    setup.find(overlock=setup.root.as_uri() if home == 'own' else home)
+    setup.start()
+    assert any('-e' in command for command in setup.commands) == installs
     assert ('/other/checkout stays installed' in capsys.readouterr().out) != installs
 
 
-@pytest.fixture
-def elsewhere(tmp_path):
-    """A Python whose environment has this package, editable, from another checkout."""
+def test_package_from_elsewhere_is_found_but_make_runs_the_code_of_this_checkout(tmp_path):
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'env'], check=True)
-    (tmp_path / 'other/overlock').mkdir(parents=True)
-    (tmp_path / 'other/overlock/__init__.py').write_text('')
+    python, other = tmp_path / 'env/bin/python', tmp_path / 'other'
     site = next((tmp_path / 'env').glob('lib/python*/site-packages'))
-    (site / 'overlock.pth').write_text(f'{tmp_path}/other\n')
-    (site / 'overlock-1.dist-info').mkdir()
-    (site / 'overlock-1.dist-info/METADATA').write_text('Metadata-Version: 2.1\nName: overlock\nVersion: 1\n')
-    url = (tmp_path / 'other').as_uri()
-    (site / 'overlock-1.dist-info/direct_url.json').write_text(f'{{"dir_info": {{"editable": true}}, "url": "{url}"}}')
-    return tmp_path / 'env/bin/python', tmp_path / 'other'
-
-
-def test_package_from_elsewhere_is_found_by_the_probe(elsewhere):
-    python, other = elsewhere
+    for path, text in (
+        (other / 'overlock/__init__.py', ''),
+        (site / 'overlock.pth', f'{other}\n'),
+        (site / 'overlock-1.dist-info/METADATA', 'Metadata-Version: 2.1\nName: overlock\nVersion: 1\n'),
+        (site / 'overlock-1.dist-info/direct_url.json', f'{{"dir_info": {{}}, "url": "{other.as_uri()}"}}'),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     found = environment.probe(python)
     assert found.overlock == other.as_uri()
     assert found.torch is None and found.has == {'pip': False, 'cv2': False, 'mmcv': False}
-
-
-def test_make_runs_the_code_of_this_checkout_in_an_environment_that_has_another(elsewhere):
-    python, other = elsewhere
-    tell = 'import importlib.util; print(importlib.util.find_spec("overlock").origin)'
-    command = make('-n', 'demo', VENV=str(python.parents[1])).splitlines()[-1].replace('tools/demo.py', f"-c '{tell}'")
-    for prefix, home in ((f"'{python}' -c '{tell}'", other), (command, ROOT)):
-        printed = subprocess.check_output(prefix, shell=True, cwd='/', env={'PATH': os.environ['PATH']}, text=True)
+    tell = """-c 'import importlib.util; print(importlib.util.find_spec("overlock").origin)' """
+    made = make('-n', 'demo', VENV=str(tmp_path / 'env')).splitlines()[-1].replace('tools/demo.py', tell)
+    for command, home in ((f"'{python}' {tell}", other), (made, ROOT)):
+        printed = subprocess.check_output(command, shell=True, cwd='/', env={'PATH': os.environ['PATH']}, text=True)
         assert printed.strip() == str(home / 'overlock/__init__.py')
-
-
-# --- the stamp
 
 
 @pytest.mark.parametrize(
     'change',
     [
-        *(
-            'requirements/runtime.txt',
-            'setup.cfg',
-            'pyproject.toml',
-            'tools/setup/environment.py',
-            'overlock/ops/x.cpp',
-        ),
-        *('mmdet_overlock/__init__.py', '.venv/overlock-stamp'),
+        *('requirements/runtime.txt', 'setup.cfg', 'pyproject.toml', 'tools/setup/environment.py'),
+        *('overlock/ops/x.cpp', 'mmdet_overlock/__init__.py', '.venv/overlock-stamp'),
         *(dict(torch='2.12.0+cpu'), dict(torch=None), dict(version=[3, 11, 8]), {'FORCE_CUDA': '1'}),
     ],
 )
-def test_what_changed_calls_for_a_set_up(checkout, machine, change):
-    environment.set_up(checkout / '.venv', checkout, {})
-    assert environment.is_set_up(checkout / '.venv', checkout, {})
-    environ = change if 'FORCE_CUDA' in change else {}
+def test_what_changed_calls_for_a_set_up(setup, change):
+    setup.start()
+    assert setup.is_set_up()
     if isinstance(change, str):
-        (checkout / change).parent.mkdir(exist_ok=True)
-        (checkout / change).write_text('changed')
-    elif not environ:
-        machine.found = interpreter(**change)
-    assert not environment.is_set_up(checkout / '.venv', checkout, environ)
+        (setup.root / change).parent.mkdir(exist_ok=True)
+        (setup.root / change).write_text('changed')
+    elif 'FORCE_CUDA' not in change:
+        setup.find(**change)
+    assert not setup.is_set_up(**(change if 'FORCE_CUDA' in change else {}))
 
 
-def test_second_run_installs_nothing(machine, tmp_path, capsys):
+def test_second_run_installs_nothing(setup, tmp_path, capsys):
     environment.main(tmp_path / 'env')
-    count = len(machine.commands)
+    count = len(setup.commands)
     environment.main(tmp_path / 'env')
-    assert len(machine.commands) == count > 0
+    assert len(setup.commands) == count > 0
     assert capsys.readouterr().out.count('is set up') == 2
 
 
-def test_two_set_ups_wait_for_each_other(machine, monkeypatch, tmp_path):
+def test_two_set_ups_wait_for_each_other(setup, monkeypatch, tmp_path):
     running, most = [], []
 
     def set_up(venv, root, environ):
@@ -311,15 +281,14 @@ def test_two_set_ups_wait_for_each_other(machine, monkeypatch, tmp_path):
 
     monkeypatch.setattr(environment, 'set_up', set_up)
     threads = [threading.Thread(target=environment.main, args=(tmp_path,)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
     assert most == [1, 1]
 
 
 @pytest.mark.parametrize(('failure', 'words'), [(SetupError('no'), 'setup: no'), (KeyboardInterrupt(), 'continues')])
-def test_script_stops_with_the_message_of_a_failure(machine, monkeypatch, tmp_path, failure, words):
+def test_script_stops_with_the_message_of_a_failure(setup, monkeypatch, tmp_path, failure, words):
     monkeypatch.setattr(environment, 'set_up', lambda *_: (_ for _ in ()).throw(failure))
     with pytest.raises(SystemExit, match=words):
         environment.main(tmp_path)
@@ -345,40 +314,33 @@ def test_half_made_own_environment_is_made_anew(tmp_path):
 
 def test_folder_that_is_no_environment_is_left_alone(tmp_path):
     (tmp_path / 'thesis.txt').write_text('mine')
-    with pytest.raises(SetupError, match='VENV=') as error:
+    with refused('VENV='):
         environment.create(tmp_path, False, tmp_path / 'log')
-    one_sentence(error)
     assert [path.name for path in tmp_path.iterdir()] == ['thesis.txt']
 
 
-def test_pip_is_brought_where_it_is_missing_and_an_unsupported_python_is_refused(machine, tmp_path):
-    machine.found = interpreter(has={'pip': False})
-    environment.create(tmp_path, False, tmp_path / 'log')
-    assert machine.commands == [['/env/bin/python', '-m', 'ensurepip']]
-    machine.found = interpreter(version=[3, 13, 0])
-    with pytest.raises(SystemExit, match=r'3\.13\.0'):
-        environment.create(tmp_path, False, tmp_path / 'log')
-
-
-def test_torch_of_the_user_is_kept_from_2_6_on_and_refused_before(machine, tmp_path):
+def test_environment_of_the_user_gets_pip_and_needs_a_supported_python_and_torch(setup, tmp_path):
+    create = environment.create
+    setup.find(version=[3, 13, 0])
+    with refused(r'3\.13\.0', SystemExit):
+        create(tmp_path, False, tmp_path / 'log')
+    setup.find(torch='2.5.1+cu121')
+    with refused(r'torch >= 2\.6 is needed, got 2\.5\.1\+cu121 .*: upgrade'):
+        create(tmp_path, False, tmp_path / 'log')
     for version in ('2.6.0', '2.10.1+cu128', '3.0'):
-        machine.found = interpreter(torch=version)
-        assert environment.create(tmp_path, False, tmp_path / 'log').torch == version
-    machine.found = interpreter(torch='2.5.1+cu121')
-    with pytest.raises(SetupError, match=r'torch >= 2\.6 is needed, got 2\.5\.1\+cu121 .*: upgrade') as error:
-        environment.create(tmp_path, False, tmp_path / 'log')
-    one_sentence(error)
-    assert machine.commands == []
+        setup.find(torch=version)
+        assert create(tmp_path, False, tmp_path / 'log').torch == version
+    assert setup.commands == []
+    setup.find(has={'pip': False})
+    create(tmp_path, False, tmp_path / 'log')
+    assert setup.commands == [['/env/bin/python', '-m', 'ensurepip']]
 
 
-def test_missing_compiler_or_headers_stop_the_set_up_before_anything_is_installed(checkout, machine, monkeypatch):
-    machine.found = interpreter(has={'pip': True, 'cv2': True, 'mmcv': False})
-    with pytest.raises(
-        SetupError, match=r'nowhere-c\+\+ and /include/python3.11/Python.h was not found.*3\.11-dev'
-    ) as error:
-        environment.set_up(checkout / '.venv', checkout, {'CC': 'sh -x', 'CXX': 'nowhere-c++'})
-    one_sentence(error)
-    assert machine.commands == []
+def test_missing_compiler_or_headers_stop_the_set_up_before_anything_is_installed(setup):
+    setup.find(has={**HAS_ALL, 'mmcv': False})
+    with refused(r'nowhere-c\+\+ and /include/python3.11/Python.h was not found.*3\.11-dev'):
+        environment.set_up(setup.venv, setup.root, {'CC': 'sh -x', 'CXX': 'nowhere-c++'})
+    assert setup.commands == []
 
 
 # --- mmcv's operators
@@ -428,48 +390,45 @@ def test_cuda_that_cannot_be_compiled_is_noted_or_refused(cuda, monkeypatch, cap
         assert re.match(f'note: .*{reason}', capsys.readouterr().out)
 
 
-BUILD = ['wheel', 'install', 'prove']
-
-
 @pytest.mark.parametrize(
-    ('kept', 'outcomes', 'commands'),
+    ('kept', 'steps', 'left'),
     [
-        ('', [True], ['prove']),
-        ('', [False, True, True, True], ['prove', *BUILD]),
-        ('', [False, False], ['prove', 'wheel']),
-        ('', [False, True, True, False], ['prove', *BUILD]),
-        ('old', [False, True, True], ['prove', 'install', 'prove']),
-        ('old', [False, False, True, True, True], ['prove', 'install', *BUILD]),
-        ('old', [False, True, False, True, True, True], ['prove', 'install', 'prove', *BUILD]),
+        ('', '+prove', ''),
+        ('', '-prove +wheel +install +prove', 'new'),
+        ('', '-prove -wheel', ''),
+        ('', '-prove +wheel +install -prove', 'new'),
+        ('old', '-prove +install +prove', 'old'),
+        ('old', '-prove -install +wheel +install +prove', 'new'),
+        ('old', '-prove +install -prove +wheel +install +prove', 'new'),
     ],
-    ids=['works', 'new', 'no compilation', 'no proof', 'kept', 'kept but damaged', 'kept but wrong'],
 )
-def test_mmcv_is_kept_or_taken_from_a_kept_wheel_or_compiled_and_kept(tmp_path, monkeypatch, kept, outcomes, commands):
+def test_mmcv_is_kept_or_from_a_kept_wheel_or_compiled(tmp_path, monkeypatch, kept, steps, left):
+    """Steps succeed (+) or fail (-)."""
     tag = 'cp{}{}-{}'.format(*sys.version_info[:2], mmcv_operators.sysconfig.get_platform())
-    wheel = tmp_path / f'wheels/mmcv2.1.0-torch{torch.__version__}-cpu-{tag}/mmcv.whl'
+    folder = tmp_path / f'wheels/mmcv2.1.0-torch{torch.__version__}-cpu-{tag}'
     (tmp_path / 'pin').write_text('mmcv==2.1.0 \\\n    --hash=sha256:aa\n')
     if kept:
-        wheel.parent.mkdir(parents=True)
-        wheel.write_text(kept)
-    seen, results = [], iter(outcomes)
+        folder.mkdir(parents=True)
+        (folder / 'mmcv.whl').write_text(kept)
+    expected = iter(steps.split())
 
     def succeeds(command, variables=None):
         if 'c++-header' in command:
             return True
-        seen.append('prove' if command[1] == '-c' else command[3])
-        if command[3] == 'wheel':
+        step = next(expected)
+        assert step[1:] == ('prove' if command[1] == '-c' else command[3])
+        if step[1:] == 'wheel':
             Path(command[-1], 'mmcv.whl').write_text('new')
             assert {'--no-cache-dir', '--no-build-isolation', '--no-deps', '--require-hashes'} <= set(command)
             assert command[command.index('--no-binary') + 1] == 'mmcv'
             assert re.search(r'-g0 -include \S+/torch\.h$', variables['CPPFLAGS'])
-        return next(results)
+        return step[0] == '+'
 
     monkeypatch.setattr(mmcv_operators, 'succeeds', succeeds)
-    with contextlib.nullcontext() if outcomes[-1] else pytest.raises(SystemExit, match='mmcv'):
+    with contextlib.nullcontext() if steps.endswith('+prove') else pytest.raises(SystemExit, match='mmcv'):
         mmcv_operators.set_up(tmp_path / 'pin', {'OVERLOCK_CACHE': str(tmp_path), 'FORCE_CUDA': '0'})
-    assert seen == commands
-    built = BUILD[:2] == [word for word in commands if word in BUILD[:2]][-2:]
-    assert [path.read_text() for path in wheel.parent.glob('*')] == (['new'] if built else [kept] if kept else [])
+    assert not list(expected)
+    assert ''.join(path.read_text() for path in folder.glob('*')) == left
 
 
 @pytest.mark.slow
@@ -502,40 +461,39 @@ def test_excerpt_shows_the_first_errors_and_the_last_lines():
 
 
 @pytest.fixture
-def log(tmp_path):
+def shell(tmp_path):
+    """Run a shell command with a log that has a line already."""
     (tmp_path / 'log').write_text('before\n')
-    return tmp_path / 'log'
+    return lambda text, *args, **kwargs: console.run(['sh', '-c', text], tmp_path / 'log', *args, **kwargs)
 
 
-def test_output_of_a_command_goes_to_the_log_alone(log, capfd):
-    assert console.run(['sh', '-c', 'echo given $GIVEN'], log, {'GIVEN': 'variable'}) == 'given variable\n'
-    assert log.read_text() == 'before\ngiven variable\n'
+def test_output_of_a_command_goes_to_the_log_alone(shell, tmp_path, capfd):
+    assert shell('echo given $GIVEN', {'GIVEN': 'variable'}) == 'given variable\n'
+    assert (tmp_path / 'log').read_text() == 'before\ngiven variable\n'
     assert capfd.readouterr() == ('', '')
 
 
-def test_failed_command_is_told_with_status_last_lines_and_log(log):
-    with pytest.raises(SetupError, match=rf'(?s)status 3:\n    No space.*{log}'):
-        console.run(['sh', '-c', 'echo No space left on device; exit 3'], log)
+def test_failed_command_is_told_with_status_last_lines_and_log(shell, tmp_path):
+    with pytest.raises(SetupError, match=rf'(?s)status 3:\n    No space.*{tmp_path}/log'):
+        shell('echo No space left on device; exit 3')
 
 
 @pytest.mark.parametrize('terminal', [False, True])
-def test_progress_is_lines_or_one_line_rewritten_on_a_terminal(log, monkeypatch, capsys, terminal):
+def test_progress_is_lines_or_one_line_rewritten_on_a_terminal(shell, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal, raising=False)
-    console.run(['sh', '-c', 'echo "[3/6] c++"; sleep 1.2'], log, every=0.5)
+    shell('echo "[3/6] c++"; sleep 1.2', every=0.5)
     shown = capsys.readouterr().out
     assert '3 of 6 files' in shown
     assert ('\n' not in shown and shown.endswith('\r\x1b[K')) if terminal else '\r' not in shown
 
 
-def test_interruption_ends_the_command_and_its_children(log, tmp_path, monkeypatch):
+def test_interruption_ends_the_command_and_its_children(shell, tmp_path, monkeypatch):
     def interrupt(output, seconds):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(console, 'progress', interrupt)
     with pytest.raises(KeyboardInterrupt):
-        console.run(
-            ['sh', '-c', f'(touch {tmp_path}/started; sleep 2; touch {tmp_path}/outlived) & wait'], log, every=1
-        )
+        shell(f'(touch {tmp_path}/started; sleep 2; touch {tmp_path}/outlived) & wait', every=1)
     assert (tmp_path / 'started').exists()
     time.sleep(2)
     assert not (tmp_path / 'outlived').exists()
