@@ -22,9 +22,7 @@ from overlock.utils.errors import UserError
 _ADE_FOLDERS = {'train': 'training', 'val': 'validation'}
 
 
-def run_demo(
-    config: str | os.PathLike, work_dir: str | os.PathLike, cfg_options: dict[str, Any] | None = None
-) -> Outcome:
+def run_demo(config: str | Path, work_dir: str | Path, cfg_options: dict[str, Any] | None = None) -> Outcome:
     """Draw the data, train from random weights, evaluate the checkpoint on held-out images and report.
 
     Args:

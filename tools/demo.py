@@ -2,20 +2,17 @@
 """Draw a data set of shapes, train Cascade Mask R-CNN with OverLoCK-XT on it from random weights, show the results."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 # A plain clone works too, without `pip install -e .` and from any folder.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from demo.detector import draw, run_demo  # noqa: E402
-from demo.outcome import add_options  # noqa: E402
-from mmengine_overlock.command_line import add_cfg_options  # noqa: E402
-from overlock.utils.distributed import exit_on_user_error  # noqa: E402
+from demo.detector import draw, run_demo
+from demo.outcome import add_options
+from mmengine_overlock.command_line import add_cfg_options
+from overlock.utils.distributed import exit_on_user_error
 
 
 def main() -> int:

@@ -2,21 +2,18 @@
 """Draw ten classes of textures and shapes, train OverLoCK-XT on them from random weights, validate both heads."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 # A plain clone works too, without `pip install -e .` and from any folder.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from demo.classifier import draw, run_demo  # noqa: E402
-from demo.outcome import add_options  # noqa: E402
-from imagenet_overlock.distributed import log_to_terminal  # noqa: E402
-from imagenet_overlock.recipe import add_recipe_options, recipe_options  # noqa: E402
-from overlock.utils.distributed import exit_on_user_error  # noqa: E402
+from demo.classifier import draw, run_demo
+from demo.outcome import add_options
+from imagenet_overlock.distributed import log_to_terminal
+from imagenet_overlock.recipe import add_recipe_options, recipe_options
+from overlock.utils.distributed import exit_on_user_error
 
 
 def main() -> int:

@@ -13,23 +13,13 @@ from mmengine_overlock.run import train
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='auto|PATH',
-        help='continue from a checkpoint; without a PATH, from the last complete one in the work folder',
-    )
-    parser.add_argument('--amp', action='store_true', help='train in bfloat16 where the device has it, else in float16')
-    parser.add_argument(
-        '--auto-scale-lr', action='store_true', help='scale the learning rate with the total batch size'
-    )
-    parser.add_argument(
-        '--weights',
-        metavar='FILE',
-        help="weights of the backbone, instead of the configuration's: a path, URL or published name",
-    )
-    parser.add_argument('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
+    option = parser.add_argument
+    resume = 'continue from a checkpoint; without a PATH, from the last complete one in the work folder'
+    option('--resume', nargs='?', const='auto', metavar='auto|PATH', help=resume)
+    option('--amp', action='store_true', help='train in bfloat16 where the device has it, else in float16')
+    option('--auto-scale-lr', action='store_true', help='scale the learning rate with the total batch size')
+    option('--weights', metavar='FILE', help='start the backbone from these weights: a path, URL or published name')
+    option('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
     run_command(train, parser)
 
 

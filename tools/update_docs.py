@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(ROOT))
 
-from overlock import ARCHS, OverLoCK  # noqa: E402
-from overlock.checkpoint import WEIGHTS, Weights  # noqa: E402
+from overlock import ARCHS, OverLoCK
+from overlock.checkpoint import WEIGHTS, Weights
 
 _RESULTS = {
     'classification': ('Image Classification', 'ImageNet-1K', {'top1': 'Top 1 Accuracy'}),

@@ -1,2 +1,2 @@
 # COCO, 12 epochs: Swin's rate and scales, as for 36.
-_base_ = ['datasets/coco.py', 'schedules/coco_adamw.py', 'schedules/coco_1x.py', 'det_runtime.py']
+_base_ = ['datasets/coco.py', 'schedules/coco_1x.py', 'det_runtime.py']

@@ -1,5 +1,5 @@
 # COCO, 12 epochs, as the authors train Mask R-CNN: at one scale and twice the rate of 36 epochs.
-_base_ = ['datasets/coco.py', 'schedules/coco_adamw.py', 'schedules/coco_1x.py', 'det_runtime.py']
+_base_ = ['datasets/coco.py', 'schedules/coco_1x.py', 'det_runtime.py']
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
