@@ -14,12 +14,12 @@ from pathlib import Path
 from overlock.utils.errors import UserError
 
 # Marks a folder that a demonstration may replace.
-_MARK = 'drawn.json'
+_MARK = '.demo'
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a demonstration: figures in percent as a Markdown table, and the one that it is judged by."""
+    """The results of a demonstration: its figures as a Markdown table, and the one that it is judged by, in percent."""
 
     title: str
     table: str

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
-from mmengine_overlock.config import as_list
+from mmengine_overlock.config import nodes
 from overlock.utils.errors import UserError
 
 
@@ -27,14 +26,13 @@ def check_data(cfg: Config, *splits: str) -> None:
         UserError: Files are missing, empty or of another format; the message gives the expected layout.
     """
     for split in splits:
-        evaluators = as_list(cfg.get(f'{split}_evaluator'))
+        evaluators = list(nodes(cfg.get(f'{split}_evaluator')))
         labeled = not any(evaluator.get('format_only') for evaluator in evaluators)
-        for dataset in _leaves((cfg.get(f'{split}_dataloader') or {}).get('dataset')):
+        for dataset in nodes(cfg.get(f'{split}_dataloader')):
             problem = _problem(dataset, cfg.get('default_scope', 'mmengine'), labeled)
             if problem:
                 raise UserError(f'The {split} data set cannot be used: {problem}.')
-        for evaluator in evaluators:
-            path = evaluator.get('ann_file')
+        for path in (evaluator.get('ann_file') for evaluator in evaluators):
             if path and '://' not in path and not Path(path).is_file():
                 raise UserError(
                     f'The annotation file {path} of {split}_evaluator does not exist; give the folder of '
@@ -42,17 +40,8 @@ def check_data(cfg: Config, *splits: str) -> None:
                 )
 
 
-def _leaves(dataset: dict | None) -> Iterator[dict]:
-    """Yield the data sets inside RepeatDataset, ConcatDataset and other wrappers."""
-    inner = (dataset or {}).get('dataset', (dataset or {}).get('datasets'))
-    for item in as_list(inner):
-        yield from _leaves(item)
-    if dataset and inner is None:
-        yield dataset
-
-
 def _problem(dataset: dict, scope: str, labeled: bool) -> str | None:
-    """Return why a data set cannot be used, with the remedy, or None."""
+    """Return why a data set cannot be used, with the remedy; None for one without problems, or without files."""
     root, prefix = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
     maps = 'seg_map_path' in prefix
     coco = 'img' in prefix and str(dataset.get('ann_file')).endswith('.json')

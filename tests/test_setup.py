@@ -3,6 +3,7 @@
 import ast
 import configparser
 import contextlib
+import fcntl
 import os
 import re
 import subprocess
@@ -270,21 +271,15 @@ def test_second_run_installs_nothing(setup, tmp_path, capsys):
     assert capsys.readouterr().out.count('is set up') == 2
 
 
-def test_two_set_ups_wait_for_each_other(setup, monkeypatch, tmp_path):
-    running, most = [], []
-
-    def set_up(venv, root, environ):
-        running.append(venv)
-        most.append(len(running))
-        time.sleep(0.2)
-        running.pop()
-
-    monkeypatch.setattr(environment, 'set_up', set_up)
-    threads = [threading.Thread(target=environment.main, args=(tmp_path,)) for _ in range(2)]
-    for act in (threading.Thread.start, threading.Thread.join):
-        for thread in threads:
-            act(thread)
-    assert most == [1, 1]
+def test_a_set_up_waits_for_another_one_in_the_same_folder(setup, tmp_path):
+    thread = threading.Thread(target=environment.main, args=(tmp_path,))
+    with open(tmp_path / 'overlock-lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and not setup.commands
+    thread.join()
+    assert setup.commands
 
 
 @pytest.mark.parametrize(('failure', 'words'), [(SetupError('no'), 'setup: no'), (KeyboardInterrupt(), 'continues')])
