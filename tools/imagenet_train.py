@@ -12,36 +12,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from imagenet_overlock.distributed import log_to_terminal  # noqa: E402
-from imagenet_overlock.recipe import add_recipe_options, load_recipe, recipe_options  # noqa: E402
-from imagenet_overlock.train import train  # noqa: E402
-from overlock.utils.distributed import exit_on_user_error  # noqa: E402
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('data_dir', metavar='DIR', help='image folder: train/CLASS/*.jpg and val/CLASS/*.jpg')
-    parser.add_argument('-c', '--config', metavar='FILE', help='recipe, see configs/imagenet/')
-    parser.add_argument(
-        '--output',
-        metavar='DIR',
-        help='folder for checkpoints and logs (default: work_dirs/imagenet/<name of the recipe>)',
-    )
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='auto|FILE',
-        help='go on from a checkpoint; without a FILE, from last.pth in the output folder',
-    )
-    parser.add_argument('--device', metavar='NAME', help='cuda or cpu (default: cuda where there is a GPU)')
-    parser.add_argument('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
-    add_recipe_options(parser)
-    return parser.parse_args()
+from imagenet_overlock.distributed import log_to_terminal
+from imagenet_overlock.recipe import add_recipe_options, load_recipe, recipe_options
+from imagenet_overlock.train import train
+from overlock.utils.distributed import exit_on_user_error
 
 
 def main() -> None:
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    option = parser.add_argument
+    option('data_dir', metavar='DIR', help='image folder: train/CLASS/*.jpg and val/CLASS/*.jpg')
+    option('-c', '--config', metavar='FILE', help='recipe, see configs/imagenet/')
+    option('--output', metavar='DIR', help='folder for checkpoints and logs (default: work_dirs/imagenet/<recipe>)')
+    resume = 'go on from a checkpoint; without a FILE, from last.pth in the output folder'
+    option('--resume', nargs='?', const='auto', metavar='auto|FILE', help=resume)
+    option('--device', metavar='NAME', help='cuda or cpu (default: cuda where there is a GPU)')
+    option('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
+    add_recipe_options(parser)
+    args = parser.parse_args()
     options = recipe_options(args)
     with exit_on_user_error():
         recipe = load_recipe(args.config, options)

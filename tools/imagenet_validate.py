@@ -11,59 +11,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from imagenet_overlock.distributed import is_first_process, log_to_terminal  # noqa: E402
-from imagenet_overlock.validate import validate  # noqa: E402
-from overlock.utils.distributed import exit_on_user_error  # noqa: E402
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('data_dir', metavar='DIR', help='image folder with val/CLASS/*.jpg, or the folder val/ itself')
-    parser.add_argument(
-        '--model',
-        metavar='NAME',
-        help='such as overlock_xt, overlock_xt_reparam (default: that which the checkpoint names)',
-    )
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument('--pretrained', action='store_true', help='the published weights')
-    weights.add_argument('--checkpoint', metavar='FILE', help='a path or URL of weights')
-    parser.add_argument('--ema', action='store_true', help='the averaged weights of the checkpoint')
-    parser.add_argument('--aux', action='store_true', help='validate the auxiliary head too')
-    parser.add_argument(
-        '-b',
-        '--batch-size',
-        type=int,
-        default=128,
-        metavar='N',
-        help='images of a batch, in each process (default: %(default)s)',
-    )
-    parser.add_argument(
-        '-j',
-        '--workers',
-        type=int,
-        default=4,
-        metavar='N',
-        help='processes that read images, for each process (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--img-size', type=int, metavar='N', help='side of the images in pixels (default: that of the training)'
-    )
-    parser.add_argument(
-        '--crop-pct',
-        type=float,
-        metavar='X',
-        help='side of the centre crop over that of the resized image (default: that of the training; '
-        '1.0 for larger images)',
-    )
-    parser.add_argument('--amp', action='store_true', help='run in bfloat16')
-    parser.add_argument('--device', metavar='NAME', help='cuda or cpu (default: cuda where there is a GPU)')
-    parser.add_argument('--confusion', metavar='FILE', help='write the confusion matrix, as .csv or .png')
-    parser.add_argument('--results', metavar='FILE.json', help='write the figures')
-    return parser.parse_args()
+from imagenet_overlock.distributed import is_first_process, log_to_terminal
+from imagenet_overlock.validate import validate
+from overlock.utils.distributed import exit_on_user_error
 
 
 def main() -> None:
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    option = parser.add_argument
+    option('data_dir', metavar='DIR', help='image folder with val/CLASS/*.jpg, or the folder val/ itself')
+    option('--model', metavar='NAME', help='such as overlock_xt_reparam (default: that which the checkpoint names)')
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument('--pretrained', action='store_true', help='the published weights')
+    weights.add_argument('--checkpoint', metavar='FILE', help='a path or URL of weights')
+    option('--ema', action='store_true', help='the averaged weights of the checkpoint')
+    option('--aux', action='store_true', help='validate the auxiliary head too')
+    option('-b', '--batch-size', type=int, default=128, metavar='N', help='batch size of each process (default: 128)')
+    option('-j', '--workers', type=int, default=4, metavar='N', help='readers of images in each process (default: 4)')
+    option('--img-size', type=int, metavar='N', help='side of the images in pixels (default: that of the training)')
+    crop = 'side of the center crop over that of the resized image (default: that of the training; 1.0 above its size)'
+    option('--crop-pct', type=float, metavar='X', help=crop)
+    option('--amp', action='store_true', help='run in bfloat16')
+    option('--device', metavar='NAME', help='cuda or cpu (default: cuda where there is a GPU)')
+    option('--confusion', metavar='FILE', help='write the confusion matrix, as .csv or .png')
+    option('--results', metavar='FILE.json', help='write the figures')
+    args = parser.parse_args()
     with exit_on_user_error():
         log_to_terminal()
         validation = validate(**vars(args))
