@@ -1,4 +1,4 @@
-"""The networks that benchmarks/network.py and growth.py measure, each as a `benchmarks.rounds.Case`."""
+"""The networks that benchmarks/network.py measures, each as a `benchmarks.rounds.Case`."""
 
 import pkgutil
 from collections.abc import Iterable, Mapping

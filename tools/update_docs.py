@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the generated parts of documents: tables of weights, model-index.yml and the figure of the packages."""
+"""Write the generated parts of documents: tables of weights, model-index.yml and figures of the architecture."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import networkx
 import torch
 import yaml
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(ROOT))
 
-from overlock import ARCHS, OverLoCK
+from overlock import ARCHS, OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import WEIGHTS, Weights
 
 _RESULTS = {
@@ -28,6 +30,17 @@ _RESULTS = {
     'detection': ('Instance Segmentation', 'COCO', {'box_ap': 'box AP', 'mask_ap': 'mask AP'}),
     'segmentation': ('Semantic Segmentation', 'ADE20K', {'miou': 'mIoU (single scale)'}),
 }
+
+# The ways of the image through the backbone.
+_WAYS = (
+    ('image', 'base_net.stem', 'base_net.stage1', 'base_net.stage2', 'output_norms.out1', 'base_net.stage3'),
+    ('base_net.stage3', 'overview_net.stage', 'focus_net.context_proj', 'focus_net.stage3', 'focus_net.stage4'),
+    ('base_net.stage1', 'output 0'),
+    ('output_norms.out1', 'output 1'),
+    ('base_net.stage3', 'focus_net.stage3', 'output 2'),
+    ('focus_net.context_proj', 'focus_net.stage4', 'output 3'),
+    ('overview_net.stage', 'overview_proj', 'output 3'),
+)
 
 
 @cache
@@ -71,6 +84,7 @@ def parts() -> dict[str, str]:
         'table: classification': classification_table(),
         'table: dense': dense_table(),
         'figure: packages': package_figure(),
+        'figure: network': network_figure(),
     }
 
 
@@ -109,11 +123,36 @@ def package_figure() -> str:
         names = {name for file in files for name in _imported(file)}
         imported = {other for name in names for other in packages if f'{name}.'.startswith(f'{other}.')}
         graph.add_edges_from((package, other) for other in imported - {package})
-    ids = {package: package.replace('.', '_') for package in packages}
-    arrows = sorted(networkx.transitive_reduction(graph).edges)
-    lines = [f'    {ids[package]}["{package.replace(".", "/")}"]' for package in packages]
-    lines += [f'    {ids[package]} --> {ids[other]}' for package, other in arrows]
+    labels = {package: package.replace('.', '/') for package in packages}
+    return _flowchart(labels, sorted(networkx.transitive_reduction(graph).edges))
+
+
+def _flowchart(labels: Mapping[str, str], arrows: Iterable[tuple[str, str]]) -> str:
+    ids = {name: re.sub(r'\W', '_', name) for name in labels}
+    lines = [f'    {ids[name]}["{label}"]' for name, label in labels.items()]
+    lines += [f'    {ids[start]} --> {ids[end]}' for start, end in arrows]
     return '\n'.join(['```mermaid', 'flowchart TD', *lines, '```', ''])
+
+
+def network_figure(size: int = 512) -> str:
+    """Return a Mermaid graph of an image's way through the backbone of XT, with the shapes that a run gives."""
+    arrows = list(dict.fromkeys(arrow for way in _WAYS for arrow in pairwise(way)))
+    shapes = {name: '' for arrow in arrows for name in arrow} | {'image': f'3x{size}x{size}'}
+
+    def note(name: str, out: Tensor | tuple[Tensor, ...]) -> None:
+        maps = (out,) if isinstance(out, Tensor) else out
+        shapes[name] = ' + '.join('x'.join(map(str, x.shape[1:])) for x in maps)
+
+    with torch.device('meta'):
+        backbone = OverLoCKBackbone('xt').eval()
+        for name, module in backbone.named_modules():
+            if name in shapes:
+                # Nobody calls a list of blocks: its last block stands for it.
+                last = module[-1] if isinstance(module, nn.ModuleList) else module
+                last.register_forward_hook(lambda _, args, out, name=name: note(name, out))
+        for index, out in enumerate(backbone(torch.zeros(1, 3, size, size))):
+            note(f'output {index}', out)
+    return _flowchart({name: f'{name}<br>{shape}' for name, shape in shapes.items()}, arrows)
 
 
 def _imported(file: Path) -> Iterator[str]:
@@ -139,6 +178,8 @@ def main() -> int:
     documents = [ROOT / 'README.md', ROOT / 'docs/architecture.md']
     contents = {path: fill_in(path.read_text(encoding='utf-8'), generated) for path in documents}
     contents[ROOT / 'model-index.yml'] = yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120)
+    absent = [name for name in generated if not any(f'<!-- {name} -->' in text for text in contents.values())]
+    assert not absent, f'no document has a place for {absent}'
     stale = [path for path, content in contents.items() if path.read_text(encoding='utf-8') != content]
     for path in stale:
         print(f'{path.relative_to(ROOT)} {"is stale" if check else "written"}')

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import contmix, growth, network, rounds
+from benchmarks import contmix, network, rounds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,28 +76,6 @@ def test_operator_times_what_is_right_and_says_of_the_rest_why_not(run):
     assert not any('modes' in row for row in (scaled, detached, raising, dying))
     assert raising['error'] == 'RuntimeError: no such kernel' and dying['error'].startswith('the worker process died')
     assert status == 1 and eager['stage'] == 4 and eager['image'] == [64, 64]
-
-
-@pytest.mark.slow
-def test_growth_writes_a_row_for_each_shape_and_draws_them(run, tmp_path):
-    from PIL import Image
-
-    figure = tmp_path / 'cost.png'
-    status, record = run(
-        growth, *'--arch xt --sizes 32x32 32x64 --batches 1 2 --rounds 1 --figure'.split(), str(figure)
-    )
-    assert status == 0
-    shapes = [(*row['task']['size'], row['task']['batch']) for row in record['rows']]
-    assert shapes == [(32, 32, 1), (32, 64, 1), (32, 32, 2)]
-    with Image.open(figure) as picture:
-        assert min(picture.size) > 600 and len(picture.convert('RGB').getcolors(2**24)) > 10
-
-
-def test_committed_growth_is_drawn(monkeypatch, tmp_path):
-    source = sorted((ROOT / 'benchmarks' / 'results').glob('growth-*.json'))[0]
-    figure = tmp_path / 'cost.png'
-    monkeypatch.setattr(sys, 'argv', ['growth.py', '--plot', str(source), '--figure', str(figure)])
-    assert growth.main() == 0 and figure.stat().st_size > 10000
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import yaml
 
 from overlock.checkpoint import WEIGHTS
 from tests.testing import published_shapes
-from tools.update_docs import fill_in, package_figure, parameters
+from tools.update_docs import fill_in, network_figure, package_figure, parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,3 +56,10 @@ def test_figure_shows_only_arrows_that_point_down():
     figure = package_figure()
     assert 'overlock_checkpoint --> overlock_models' in figure
     assert 'overlock_models --> overlock_checkpoint' not in figure
+
+
+def test_figure_of_the_network_has_the_shapes_of_a_run():
+    figure = network_figure(size=64)
+    assert 'focus_net_stage4["focus_net.stage4<br>336x2x2 + 84x2x2"]' in figure
+    assert 'output_3["output 3<br>420x2x2"]' in figure
+    assert '<br>"' not in figure
