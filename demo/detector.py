@@ -1,10 +1,9 @@
-"""Draw scenes of shapes as a COCO and as an ADE20K data set; train a detector on them, evaluate it and report."""
+"""Draw scenes of shapes as a COCO data set; train a detector on them, evaluate it and report."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from demo.outcome import Outcome, new_folder, timed
 from demo.report import ap_table, draw_predictions, plot_curves
 from mmengine_overlock.run import test, train
 from overlock.utils.errors import UserError
-
-_ADE_FOLDERS = {'train': 'training', 'val': 'validation'}
 
 
 def run_demo(config: str | Path, work_dir: str | Path, cfg_options: dict[str, Any] | None = None) -> Outcome:
@@ -58,9 +55,8 @@ def run_demo(config: str | Path, work_dir: str | Path, cfg_options: dict[str, An
 def draw(root: str | os.PathLike, train: int = 320, val: int = 48, size: int = 128, seed: int = 0) -> Path:
     """Draw `train` and `val` square images of `size` pixels; a folder drawn earlier is replaced.
 
-    The same scenes are written twice: `coco/` (`annotations/instances_{train,val}2017.json`, `train2017/`,
-    `val2017/`; masks, boxes and areas of the visible parts) and `ade/` (`images/{training,validation}/`,
-    `annotations/{training,validation}/`; 0 is background, c + 1 is `SCENE_CLASSES[c]`).
+    `coco/` below it has COCO's layout: `annotations/instances_{train,val}2017.json`, `train2017/`, `val2017/`; masks,
+    boxes and areas are those of the visible parts.
 
     Raises:
         UserError: If a number is out of range, or `root` holds files that are of no demonstration.
@@ -80,18 +76,15 @@ def draw(root: str | os.PathLike, train: int = 320, val: int = 48, size: int = 1
 
 
 def _write_split(root: Path, split: str, scenes: Iterable[Scene]) -> None:
-    """Write one split in both formats."""
+    """Write the images and the annotations of one split."""
     photos, coco = root / 'coco' / f'{split}2017', root / 'coco' / 'annotations'
-    ade_photos, ade_maps = (root / 'ade' / kind / _ADE_FOLDERS[split] for kind in ('images', 'annotations'))
-    for folder in (photos, coco, ade_photos, ade_maps):
+    for folder in (photos, coco):
         folder.mkdir(parents=True, exist_ok=True)
     images: list[dict] = []
     annotations: list[dict] = []
     for image_id, scene in enumerate(scenes, start=1):
         name = f'{image_id:06d}'
         Image.fromarray(scene.image).save(photos / f'{name}.jpg', quality=95, subsampling=0)
-        shutil.copyfile(photos / f'{name}.jpg', ade_photos / f'{name}.jpg')
-        Image.fromarray(scene.semantic_map()).save(ade_maps / f'{name}.png')
         height, width = scene.owner.shape
         images.append(dict(id=image_id, file_name=f'{name}.jpg', height=height, width=width))
         for annotation in _annotations(scene):

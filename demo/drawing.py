@@ -36,10 +36,6 @@ class Scene:
     owner: np.ndarray
     labels: tuple[int, ...]
 
-    def semantic_map(self) -> np.ndarray:
-        """Return (size, size), uint8: 0 is background, c + 1 a visible pixel of `SCENE_CLASSES[c]`."""
-        return np.array((0, *(label + 1 for label in self.labels)), np.uint8)[self.owner]
-
 
 def silhouette(
     name: str, center: tuple[float, float], radius: float, turn: float, size: int, subpixels: int

@@ -79,7 +79,11 @@ def train(
         trainer = Trainer(recipe, *splits, output, world, from_start=last is None)
         if last is not None:
             trainer.resume(last)
-        return trainer.fit(_tensorboard_writer(output, world) if tensorboard else None)
+        if tensorboard and world.is_first:
+            from torch.utils.tensorboard import SummaryWriter  # here: its import takes long
+
+            return trainer.fit(SummaryWriter(output / 'tensorboard'))
+        return trainer.fit()
 
 
 class Trainer:
@@ -338,13 +342,3 @@ def _create_optimizer(recipe: Recipe, world: World, model: TimmOverLoCK) -> torc
     # timm asserts the name before 1.0.12, and raises after.
     except (ValueError, AssertionError) as error:
         raise UserError(f'timm cannot build the optimizer {recipe.opt} ({error}); take adamw.') from error
-
-
-def _tensorboard_writer(output: Path, world: World) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            '--tensorboard needs the package tensorboard; install it with `pip install tensorboard`.'
-        ) from error
-    return SummaryWriter(str(output / 'tensorboard')) if world.is_first else None

@@ -121,7 +121,7 @@ def test_the_loss_is_that_of_the_main_head_plus_a_part_of_the_auxiliary_one(draw
 def test_the_weight_of_the_auxiliary_head_scales_its_gradients_alone(drawn, recipe, tmp_path, monkeypatch):
     gradients = []
 
-    def fit(self, writer):
+    def fit(self, writer=None):
         batch = [(torch.ones(2, 3, 32, 32), torch.tensor([1, 2])), (torch.zeros(2, 3, 32, 32), torch.tensor([3, 3]))]
         self.parallel.train()
         monkeypatch.setattr(self.optimizer, 'zero_grad', lambda: None)
@@ -159,7 +159,7 @@ def trainer(drawn, recipe, tmp_path, monkeypatch):
     def make(**settings):
         trainers = []
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, 'fit', lambda self, writer: trainers.append(self))
+            patch.setattr(Trainer, 'fit', lambda self, writer=None: trainers.append(self))
             train(recipe(**settings), drawn, tmp_path / 'run')
         return trainers[0]
 
@@ -266,7 +266,7 @@ def test_fine_tuning_takes_over_weights_and_classifiers_that_fit(drawn, recipe, 
     train(recipe(epochs=1, warmup_epochs=0), drawn, tmp_path / 'first')
     path = tmp_path / 'first' / 'last.pth'
     trainers = []
-    monkeypatch.setattr(Trainer, 'fit', lambda self, writer: trainers.append(self))
+    monkeypatch.setattr(Trainer, 'fit', lambda self, writer=None: trainers.append(self))
     train(recipe(initial_checkpoint=str(path), img_size=64), drawn, tmp_path / 'second')
     torch.testing.assert_close(
         dict(trainers[0].model.state_dict()), overlock.checkpoint.load(path, ema=True), rtol=0, atol=0
@@ -277,7 +277,7 @@ def test_fine_tuning_starts_the_heads_anew_for_other_classes(drawn, recipe, tmp_
     given = tiny.TimmOverLoCK(tiny.ARCH, num_classes=1000).state_dict()
     torch.save(given, tmp_path / 'in1k.pth')
     trainers = []
-    monkeypatch.setattr(Trainer, 'fit', lambda self, writer: trainers.append(self))
+    monkeypatch.setattr(Trainer, 'fit', lambda self, writer=None: trainers.append(self))
     with caplog.at_level('INFO', 'imagenet_overlock'):
         train(recipe(initial_checkpoint=str(tmp_path / 'in1k.pth')), drawn, tmp_path / 'run')
     state = trainers[0].model.state_dict()
@@ -411,7 +411,7 @@ def test_resuming_a_run_at_its_end_changes_nothing(drawn, recipe, trained):
 
 
 def test_resume_does_not_ask_for_the_weights_of_the_start(drawn, recipe, trained, monkeypatch):
-    monkeypatch.setattr(Trainer, 'fit', lambda self, writer: self.epoch)
+    monkeypatch.setattr(Trainer, 'fit', lambda self, writer=None: self.epoch)
     assert train(recipe(initial_checkpoint='absent.pth'), drawn, trained, resume='auto') == 1
 
 
@@ -427,7 +427,7 @@ def test_autocast_trains_and_keeps_the_weights_in_float32(drawn, recipe, tmp_pat
 
 
 def test_other_settings_on_resume_are_told(drawn, recipe, trained, monkeypatch, caplog):
-    monkeypatch.setattr(Trainer, 'fit', lambda self, writer: None)
+    monkeypatch.setattr(Trainer, 'fit', lambda self, writer=None: None)
     train(recipe(epochs=5, lr=2e-3), drawn, trained, resume='auto')
     assert 'Resumed with other settings' in caplog.text
     assert 'epochs 1 -> 5' in caplog.text and 'lr 0.001 -> 0.002' in caplog.text
