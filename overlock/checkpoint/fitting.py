@@ -9,15 +9,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from overlock.checkpoint.reading import load
-from overlock.models.forms import Foldable
-from overlock.models.names import form_of, from_published
-from overlock.models.overlock import Trunk
+from overlock.models.network import Network
 from overlock.utils.errors import CheckpointError
-
-# Parts that a dense-prediction backbone adds to the ImageNet network, and parts that it leaves out.
-_NEW_PARTS = ('output_norms.', 'overview_proj.', 'overview_scale.')
-_DROPPED_PARTS = ('head.', 'aux_head.')
-_NETS = ('base_net.', 'overview_net.', 'focus_net.')
 
 
 @dataclass(frozen=True)
@@ -73,10 +66,10 @@ def compare_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
     """
     given, wanted = dict(state_dict), model.state_dict()
     for path, network in model.named_modules():
-        if isinstance(network, Foldable):
+        if isinstance(network, Network):
             prefix = f'{path}.' if path else ''
-            given = from_published(given, prefix)
-            form = form_of(name for name in given if name.startswith(prefix))
+            given = network.to_own_names(given, prefix)
+            form = network.form_of(name for name in given if name.startswith(prefix))
             if form not in (None, network.form):
                 twin = network.twin(form, source).state_dict()
                 wanted = {name: value for name, value in wanted.items() if not name.startswith(prefix)}
@@ -92,12 +85,12 @@ def compare_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
 
 
 def load_pretrained(
-    model: Trunk, source: str | os.PathLike[str], prefix: str | None = None, ema: bool = False
+    model: Network, source: str | os.PathLike[str], prefix: str | None = None, ema: bool = False
 ) -> LoadReport:
     """Load a weight file into a classifier or a backbone, see `load_state_dict`.
 
     Args:
-        model: An `OverLoCK` or `OverLoCKBackbone`.
+        model: A classifier or a backbone.
         source: A name of published weights, a path, or a URL, see `find_file`.
         prefix: Use only the entries below this prefix, without it; by default `backbone.` where the file has it.
         ema: Whether to take the running average of the weights, where the file has both.
@@ -109,7 +102,7 @@ def load_pretrained(
 
 
 def load_state_dict(
-    model: Trunk, state_dict: Mapping[str, Tensor], source: str = 'the state dict', prefix: str | None = None
+    model: Network, state_dict: Mapping[str, Tensor], source: str = 'the state dict', prefix: str | None = None
 ) -> LoadReport:
     """Load a state dict in published or our names; nothing is loaded unless all that must fit fits.
 
@@ -121,28 +114,24 @@ def load_state_dict(
     """
     if prefix is None:
         prefix = 'backbone.' if any(name.startswith('backbone.') for name in state_dict) else ''
-    given = from_published(
+    given = model.to_own_names(
         {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     )
     report = compare_weights(model, given, source)
     remedy = 'give the file of the same variant'
-    if report.misfits and all(name.startswith(_DROPPED_PARTS) for name in report.misfits):
+    if report.misfits and all(name.startswith(model.head_parts) for name in report.misfits):
         _, received = next(iter(report.misfits.values()))
         remedy = f'build the model with num_classes={received[0]}'
-    built = {_stage(name) for name in (*report.loaded, *report.new)}
+    built = {model.stage_of(name) for name in (*report.loaded, *report.new)}
     replace(
         report,
-        new=tuple(name for name in report.new if not name.startswith(_NEW_PARTS)),
+        new=tuple(name for name in report.new if not name.startswith(model.new_parts)),
         dropped=tuple(
             name
             for name in report.dropped
-            if not name.startswith(_DROPPED_PARTS + _NEW_PARTS)
-            and (_stage(name) in built or not name.startswith(_NETS))
+            if not name.startswith(model.head_parts + model.new_parts)
+            and (model.stage_of(name) in built or not name.startswith(model.stage_parts))
         ),
     ).require(remedy)
     model.load_state_dict({name: given[name] for name in report.loaded}, strict=False)
     return report
-
-
-def _stage(name: str) -> str:
-    return '.'.join(name.split('.')[:2])

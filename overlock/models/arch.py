@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar('T')
 
 _LENGTHS = dict(embed_dims=4, base_depths=3, focus_depths=2, focus_groups=2, kernel_sizes=4, dynamic_kernel_sizes=2)
 
@@ -82,22 +84,27 @@ ARCHS: dict[str, Arch] = {
 
 
 def get_arch(arch: str | Mapping[str, Any] | Arch) -> Arch:
-    """Return the `Arch` for a name, a mapping of its fields, or an `Arch`.
+    """Return the `Arch` for a name, a mapping of its fields, or an `Arch`; see `find_arch`."""
+    return find_arch(arch, Arch, ARCHS)
+
+
+def find_arch(arch: str | Mapping[str, Any] | T, kind: type[T], archs: Mapping[str, T]) -> T:
+    """Return an arch of a kind, a dataclass, by its name in a table, by a mapping of its fields, or as it is.
 
     Raises:
         ValueError: If the name is unknown or the fields do not make a network.
         TypeError: If `arch` is none of the three.
     """
-    if isinstance(arch, Arch):
+    if isinstance(arch, kind):
         return arch
     if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f"arch must be one of {', '.join(ARCHS)} or a dict of one's own, got {arch!r}")
-        return ARCHS[arch]
+        if arch not in archs:
+            raise ValueError(f"arch must be one of {', '.join(archs)} or a dict of one's own, got {arch!r}")
+        return archs[arch]
     if isinstance(arch, Mapping):
         try:
-            return Arch(**arch)
+            return kind(**arch)
         except TypeError as error:
-            names = ', '.join(field.name for field in fields(Arch))
+            names = ', '.join(field.name for field in fields(kind))  # type: ignore[arg-type]
             raise ValueError(f'arch dict: {error}; its fields are {names}') from error
-    raise TypeError(f'arch must be a name, a dict or an overlock.Arch, got {type(arch).__name__}')
+    raise TypeError(f'arch must be a name, a dict or an overlock.{kind.__name__}, got {type(arch).__name__}')

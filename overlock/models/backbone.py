@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from overlock.layers import ChannelAffine, LayerNorm2d
-from overlock.layers.fold import BatchNorm, fold_into_previous
+from overlock.layers.fold import fold_into_previous
 from overlock.models.arch import Arch
+from overlock.models.dense import DenseBackbone, check_out_indices
 from overlock.models.overlock import Trunk
 
 
-class OverLoCKBackbone(Trunk):
+class OverLoCKBackbone(DenseBackbone, Trunk):
     """The dense-prediction backbone: four maps at strides 4, 8, 16 and 32.
 
     It has no classifier and no auxiliary head, and only the nets that `out_indices` needs: every parameter gets a
@@ -50,15 +51,9 @@ class OverLoCKBackbone(Trunk):
         overview_residual: bool = True,
         contmix_backend: str = 'auto',
     ) -> None:
-        indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
-        if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= set(range(4)):
-            raise ValueError(f'out_indices must be ascending and among 0 to 3, got {indices}')
-        if frozen_stages not in range(-1, 5):
-            raise ValueError(f'frozen_stages must be between -1 and 4, got {frozen_stages}')
+        indices = check_out_indices(out_indices)
         super().__init__(arch, in_channels, indices[-1] + 1, drop_path_rate, with_cp, contmix_backend)
         self.out_indices = indices
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
         channels = self.arch.out_channels
         self.out_channels = tuple(channels[i] for i in indices)
         # Stage 3 takes the normed second output: build this norm even if the output is not returned.
@@ -72,7 +67,7 @@ class OverLoCKBackbone(Trunk):
         self.init_parameters()
         if deploy:
             self.switch_to_deploy()
-        self._freeze()
+        self.freeze(frozen_stages, norm_eval)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map an image (B, C, H, W) to the outputs (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up."""
@@ -98,23 +93,40 @@ class OverLoCKBackbone(Trunk):
     def _rebuilt(self) -> 'OverLoCKBackbone':
         return OverLoCKBackbone(self.arch, self.in_channels, self.out_indices, overview_residual=self.overview_residual)
 
-    def _freeze(self) -> None:
+    def freezable_stages(self) -> list[list[nn.Module]]:
+        """Return the modules of the stem, of the stages of Base-Net, and of Overview-Net."""
         base = self.base_net
         stages: list[list[nn.Module]] = [[base.stem], [base.stage1]]
         if self.num_outputs > 1:
             stages.append([base.downsample2, base.stage2])
         if self.num_outputs > 2:
             stages += [[base.downsample3, base.stage3], [self.overview_net]]
-        for stage in stages[: self.frozen_stages + 1]:
-            for module in stage:
-                module.eval().requires_grad_(False)
+        return stages
 
-    def train(self, mode: bool = True) -> 'OverLoCKBackbone':
-        """Set the mode; frozen modules, and under `norm_eval` every BatchNorm, stay in evaluation."""
-        super().train(mode)
-        self._freeze()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, BatchNorm):
-                    module.eval()
-        return self
+    def layer_ids(self) -> dict[str, int]:
+        """Return the depth of each parameter: 0 for the stem, one more for each block, most for what follows them.
+
+        A layer between stages has the depth of the block after it.
+        """
+        ids = {'base_net.stem': 0}
+        for stage, entries in _STAGES.items():
+            depth = max(ids.values())
+            ids.update((entry, depth + 1) for entry in entries)
+            blocks = {name.split('.')[2] for name, _ in self.named_parameters() if name.startswith(f'{stage}.')}
+            ids.update((f'{stage}.{i}', depth + 1 + i) for i in range(len(blocks)))
+        last = max(ids.values()) + 1
+        modules = {name: name.split('.') for name, _ in self.named_parameters()}
+        return {
+            name: ids.get('.'.join(parts[:3]), ids.get('.'.join(parts[:2]), last)) for name, parts in modules.items()
+        }
+
+
+# In the order of the forward pass: a stage of blocks, and the layers before it.
+_STAGES = {
+    'base_net.stage1': (),
+    'base_net.stage2': ('base_net.downsample2',),
+    'base_net.stage3': ('base_net.downsample3',),
+    'overview_net.stage': ('overview_net.downsample',),
+    'focus_net.stage3': ('focus_net.context_proj',),
+    'focus_net.stage4': ('focus_net.downsample', 'focus_net.context_downsample'),
+}

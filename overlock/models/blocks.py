@@ -18,20 +18,19 @@ from overlock.layers import (
     SqueezeExcite,
 )
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next, fold_into_previous, switch_children
+from overlock.models.network import Block
 from overlock.ops import contmix
 
 # Side of the grid of regions; the affinities to them make the kernels.
 NUM_REGIONS = 7
 
 
-class StaticBlock(nn.Module):
+class StaticBlock(Block):
     """Mix space with a dilated re-parameterized large kernel, then channels with a ConvFFN.
 
     `kernel_size` is a key of `overlock.layers.large_kernel.BRANCHES`; with `layer_scale` the shortcut is scaled by a
     learned affine for each channel.
     """
-
-    with_cp = False  # see `overlock.models.overlock.run_block`
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class StaticBlock(nn.Module):
             self.ls.move_bias_to(self.ffn.fc2)
 
 
-class DynamicBlock(nn.Module):
+class DynamicBlock(Block):
     """Mix features and context with kernels computed from the affinity of each pixel to 7x7 regions (ContMix).
 
     Args:
@@ -85,7 +84,6 @@ class DynamicBlock(nn.Module):
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
 
-    with_cp = False
     # An attribute, so that a benchmark can put the published steps in its place.
     operator: Callable[..., Tensor] = staticmethod(contmix)
 

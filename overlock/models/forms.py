@@ -6,7 +6,7 @@ convolutions and no BatchNorm is left; `switch_to_deploy()`, `deploy=True` and t
 form. A network may be merged and then folded; there is no way back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from overlock.layers import DilatedReparamConv
 from overlock.layers.fold import switch_children
-from overlock.models.names import form_of, from_published
 from overlock.utils.errors import CheckpointError
 
 FORMS = ('training', 'merged', 'folded')
 
 Self = TypeVar('Self', bound='Foldable')
+T = TypeVar('T')
 
 
 def check_form(given: str, wanted: str, source: str) -> None:
@@ -37,10 +37,20 @@ class Foldable(nn.Module):
     It loads state dicts in our names and the published ones, at any prefix, of its own form and of earlier ones.
     """
 
+    @staticmethod
+    def to_own_names(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
+        """Rename published entries below `prefix` to the names of the network; all others stay as they are."""
+        return dict(state_dict)
+
+    @staticmethod
+    def form_of(names: Iterable[str]) -> str | None:
+        """Return the form that names of the network tell, or None if they hold too little."""
+        raise NotImplementedError
+
     @property
     def form(self) -> str:
         """Return the form of the network: 'training', 'merged' or 'folded'."""
-        return form_of(self.state_dict()) or 'training'
+        return self.form_of(self.state_dict()) or 'training'
 
     def switch_to_deploy(self: Self) -> Self:
         """Fold all linear steps for inference, in place and idempotently, and return self.
@@ -83,8 +93,8 @@ class Foldable(nn.Module):
 
         The network itself keeps its parameters: an optimizer may hold them already.
         """
-        tensors = from_published({name.removeprefix(prefix): value for name, value in state_dict.items()})
-        form = form_of(tensors)
+        tensors = self.to_own_names({name.removeprefix(prefix): value for name, value in state_dict.items()})
+        form = self.form_of(tensors)
         if form not in (None, self.form):
             tensors = self._in_own_form(tensors, form)
         # In place: the children are given what is in `state_dict` after this.

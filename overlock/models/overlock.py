@@ -1,11 +1,9 @@
 """The network: Base-Net, Overview-Net and Focus-Net (paper, Fig. 3), and the ImageNet classifier."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,10 +11,11 @@ from overlock.layers import ConvNorm
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next
 from overlock.models.arch import Arch, get_arch
 from overlock.models.blocks import DynamicBlock, StaticBlock
-from overlock.models.forms import Foldable
+from overlock.models.names import form_of, from_published
+from overlock.models.network import Network, drop_path_rates, run_block
 from overlock.ops.contmix.dispatch import check_backend
 
-MIN_SIZE = 32
+T = TypeVar('T')
 
 # Modules that only the output of this number, counted from 1, and later ones need.
 _NEEDED_BY = {
@@ -24,31 +23,6 @@ _NEEDED_BY = {
     3: ('focus_net', 'overview_net', 'base_net.downsample3', 'base_net.stage3'),
     2: ('base_net.downsample2', 'base_net.stage2'),
 }
-
-
-def run_block(block: nn.Module, *maps: Tensor) -> Any:
-    """Run a block; if its `with_cp` is set, compute its activations again in the backward pass, not keep them."""
-    if block.with_cp and torch.is_grad_enabled():
-        # torch.compile makes the second run pure by itself, and takes no context for it.
-        context: dict[str, Any] = (
-            {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _same_statistics(block))}
-        )
-        return torch.utils.checkpoint.checkpoint(block, *maps, use_reentrant=False, **context)
-    return block(*maps)
-
-
-@contextmanager
-def _same_statistics(block: nn.Module) -> Iterator[None]:
-    """Keep the second run of a block from updating the running statistics of its BatchNorms again."""
-    norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, (_, count) in zip(norms, kept, strict=True):
-        norm.momentum, norm.num_batches_tracked = 0.0, count if count is None else count.clone()
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class StaticStage(nn.Sequential):
@@ -167,18 +141,18 @@ class FocusNet(nn.Module):
         return x, context
 
 
-class Trunk(Foldable):
+class Trunk(Network):
     """Base-Net, Overview-Net and Focus-Net, up to the last output that is needed.
 
     Args:
         arch: See `OverLoCK`; so are `in_channels`, `drop_path_rate`, `with_cp` and `contmix_backend`.
         num_outputs: How many of the four outputs to compute; nets that only later ones need are left out.
-
-    Attributes:
-        memory_format: Memory format of the maps inside; None means channels_last on CPUs, elsewhere that of the image.
     """
 
-    memory_format: torch.memory_format | None = None
+    new_parts = ('output_norms.', 'overview_proj.', 'overview_scale.')
+    head_parts = ('head.', 'aux_head.')
+    stage_parts = ('base_net.', 'overview_net.', 'focus_net.')
+    stage_depth = 2
 
     def __init__(
         self,
@@ -190,18 +164,15 @@ class Trunk(Foldable):
         contmix_backend: str = 'auto',
     ) -> None:
         super().__init__()
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
         check_backend(contmix_backend)
         self.arch = get_arch(arch)
         self.in_channels = in_channels
         # The published order: Base-Net, Overview-Net, Focus-Net.
         depths = (*self.arch.base_depths, self.arch.overview_depth, *self.arch.focus_depths)
-        rates = (drop_path_rate * i / (sum(depths) - 1) for i in range(sum(depths)))
-        stages = [[next(rates) for _ in range(depth)] for depth in depths]
-        self.base_net = BaseNet(self.arch, in_channels, stages[:3])
-        self.overview_net = OverviewNet(self.arch, stages[3])
-        self.focus_net = FocusNet(self.arch, stages[4:], contmix_backend)
+        rates = drop_path_rates(drop_path_rate, depths)
+        self.base_net = BaseNet(self.arch, in_channels, rates[:3])
+        self.overview_net = OverviewNet(self.arch, rates[3])
+        self.focus_net = FocusNet(self.arch, rates[4:], contmix_backend)
         self.num_outputs = 4
         self.shorten(num_outputs)
         self.set_grad_checkpointing(with_cp)
@@ -214,11 +185,15 @@ class Trunk(Foldable):
                 delattr(self.get_submodule(parent), child)
         self.num_outputs = num_outputs
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Make blocks recompute their activations in the backward pass, to save memory, or not."""
-        for module in self.modules():
-            if isinstance(module, (StaticBlock, DynamicBlock)):
-                module.with_cp = enable
+    @staticmethod
+    def to_own_names(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
+        """Rename published entries below `prefix`."""
+        return from_published(state_dict, prefix)
+
+    @staticmethod
+    def form_of(names: Iterable[str]) -> str | None:
+        """Return the form that our names tell, or None if they hold too little."""
+        return form_of(names)
 
     def init_parameters(self) -> None:
         """Give convolutions truncated normal weights with std 0.02 and zero biases; the rest stays as built."""
@@ -239,21 +214,7 @@ class Trunk(Foldable):
         Raises:
             ValueError: If the image is smaller than 32x32, has other channels, or is not a batch.
         """
-        if x.ndim != 4:
-            raise ValueError(f'input must have shape (B, C, H, W), got {tuple(x.shape)}; stack images into a batch')
-        if x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'input must have {self.in_channels} channels, got {x.shape[1]}; build the network with '
-                f'in_channels={x.shape[1]}, or convert the image'
-            )
-        if min(x.shape[2:]) < MIN_SIZE:
-            raise ValueError(
-                f'input must be at least {MIN_SIZE}x{MIN_SIZE} pixels, got {x.shape[2]}x{x.shape[3]}; enlarge or pad it'
-            )
-        # oneDNN's depthwise kernels are up to 20 times faster in channels_last.
-        memory_format = self.memory_format or (torch.channels_last if x.device.type == 'cpu' else None)
-        if memory_format is not None:
-            x = x.contiguous(memory_format=memory_format)
+        x = self.prepare(x)
         outs = self.base_net(x, min(self.num_outputs, 3), stage2_norm)
         if self.num_outputs <= 2:
             return outs, None

@@ -11,7 +11,7 @@ from torch import nn
 
 from overlock.checkpoint import WEIGHTS, Weights, find_file, from_published
 from overlock.models.arch import ARCHS
-from overlock.models.overlock import MIN_SIZE
+from overlock.models.network import MIN_SIZE
 from overlock.timm.model import CLASSIFIERS, FIRST_CONV, TimmOverLoCK
 
 __all__ = ['TimmOverLoCK']

@@ -1,0 +1,111 @@
+"""What networks share: images, blocks that recompute, drop-path rates, and what weight files may lack."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from overlock.layers.fold import BatchNorm
+from overlock.models.forms import Foldable
+
+MIN_SIZE = 32
+
+
+class Block(nn.Module):
+    """A block of a network, to be run by `run_block`.
+
+    Attributes:
+        with_cp: Whether its activations are computed again in the backward pass, to save memory.
+    """
+
+    with_cp = False
+
+
+def run_block(block: nn.Module, *maps: Tensor) -> Any:
+    """Run a block; if its `with_cp` is set, compute its activations again in the backward pass, not keep them."""
+    if block.with_cp and torch.is_grad_enabled():
+        # torch.compile makes the second run pure by itself, and takes no context for it.
+        context: dict[str, Any] = (
+            {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _same_statistics(block))}
+        )
+        return torch.utils.checkpoint.checkpoint(block, *maps, use_reentrant=False, **context)
+    return block(*maps)
+
+
+@contextmanager
+def _same_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep the second run of a block from updating the running statistics of its BatchNorms again."""
+    norms = [module for module in block.modules() if isinstance(module, BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, (_, count) in zip(norms, kept, strict=True):
+        norm.momentum, norm.num_batches_tracked = 0.0, count if count is None else count.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Return the drop-path rate of each block by stage: linear from 0 to `rate` over all blocks in order.
+
+    Raises:
+        ValueError: If `rate` is not in [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate}')
+    rates = (rate * i / (sum(depths) - 1) for i in range(sum(depths)))
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+class Network(Foldable):
+    """A network of blocks for images, and what weight files may have less or more than it.
+
+    Attributes:
+        memory_format: Memory format of the maps inside; None means channels_last on CPUs, elsewhere that of the image.
+        new_parts: Beginnings of names that a dense-prediction backbone adds to the ImageNet network.
+        head_parts: Beginnings of names of ImageNet heads, which a backbone leaves out.
+        stage_parts: Beginnings of names of stages, which a network may leave out as a whole.
+        stage_depth: How many parts of a name tell the stage.
+    """
+
+    memory_format: torch.memory_format | None = None
+    new_parts: tuple[str, ...] = ()
+    head_parts: tuple[str, ...] = ('head.',)
+    stage_parts: tuple[str, ...] = ()
+    stage_depth = 1
+    in_channels: int
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Check an image (B, in_channels, H, W) and give it the memory format of the maps inside.
+
+        Raises:
+            ValueError: If it is smaller than 32x32, has other channels, or is not a batch.
+        """
+        if x.ndim != 4:
+            raise ValueError(f'input must have shape (B, C, H, W), got {tuple(x.shape)}; stack images into a batch')
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'input must have {self.in_channels} channels, got {x.shape[1]}; build the network with '
+                f'in_channels={x.shape[1]}, or convert the image'
+            )
+        if min(x.shape[2:]) < MIN_SIZE:
+            raise ValueError(
+                f'input must be at least {MIN_SIZE}x{MIN_SIZE} pixels, got {x.shape[2]}x{x.shape[3]}; enlarge or pad it'
+            )
+        # oneDNN's depthwise kernels are up to 20 times faster in channels_last.
+        memory_format = self.memory_format or (torch.channels_last if x.device.type == 'cpu' else None)
+        return x if memory_format is None else x.contiguous(memory_format=memory_format)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Make blocks recompute their activations in the backward pass, to save memory, or not."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.with_cp = enable
+
+    def stage_of(self, name: str) -> str:
+        """Return the stage of an entry of a state dict, in our names."""
+        return '.'.join(name.split('.')[: self.stage_depth])
