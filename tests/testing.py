@@ -81,6 +81,8 @@ TINY = dict(
     embed_dims=(8, 16, 16, 32), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1), focus_groups=(2, 4)
 )
 
+MOGANET_TINY = dict(embed_dims=(8, 16, 16, 32), depths=(1, 2, 1, 1), ffn_ratios=(2, 2, 2, 2))
+
 # Relative to the largest magnitude.
 FOLDED = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -2,6 +2,17 @@
 
 from overlock.models.arch import ARCHS, Arch, get_arch
 from overlock.models.backbone import OverLoCKBackbone
+from overlock.models.moganet import MOGANET_ARCHS, MogaArch, MogaNet, MogaNetBackbone
 from overlock.models.overlock import OverLoCK
 
-__all__ = ['ARCHS', 'Arch', 'OverLoCK', 'OverLoCKBackbone', 'get_arch']
+__all__ = [
+    'ARCHS',
+    'MOGANET_ARCHS',
+    'Arch',
+    'MogaArch',
+    'MogaNet',
+    'MogaNetBackbone',
+    'OverLoCK',
+    'OverLoCKBackbone',
+    'get_arch',
+]

@@ -1,0 +1,491 @@
+"""MogaNet (ICLR 2024): multi-order gated aggregation in space, channel aggregation in the feed-forward.
+
+The names of modules and parameters are the published ones, so published state dicts load without translation. Where
+paper and published code differ, this is the code, which the published weights belong to: inside the layer scale the
+spatial branch has a shortcut, and its feature decomposition ends with SiLU.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from overlock.layers import DropPath
+from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next, fold_into_previous
+from overlock.models.arch import find_arch
+from overlock.models.dense import DenseBackbone, check_out_indices, set_norms
+from overlock.models.network import Block, Network, drop_path_rates, run_block
+from overlock.ops.depthwise import depthwise_conv2d
+
+Self = TypeVar('Self', bound='MogaNetTrunk')
+
+
+@dataclass(frozen=True)
+class MogaArch:
+    """The shape of one MogaNet (paper, Table A1).
+
+    Args:
+        embed_dims: Channels of stages 1 to 4 (strides 4, 8, 16, 32), each divisible by 8.
+        depths: Blocks of stages 1 to 4.
+        ffn_ratios: Hidden width of the feed-forwards over the channels, in stages 1 to 4.
+
+    Raises:
+        ValueError: If a field has the wrong length or a value that no network can have.
+    """
+
+    embed_dims: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    ffn_ratios: tuple[int, int, int, int] = (8, 8, 4, 4)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (tuple, list)) or len(value) != 4:
+                raise ValueError(f'arch: {field.name} must have 4 entries, got {value!r}')
+            if not all(isinstance(entry, int) and entry > 0 for entry in value):
+                raise ValueError(f'arch: {field.name} must hold positive integers, got {value!r}')
+            object.__setattr__(self, field.name, tuple(value))
+        if any(dims % 8 for dims in self.embed_dims):
+            raise ValueError(f'arch: embed_dims must be divisible by 8, got {self.embed_dims}')
+
+
+MOGANET_ARCHS: dict[str, MogaArch] = {
+    'xt': MogaArch((32, 64, 96, 192), (3, 3, 10, 2)),
+    't': MogaArch((32, 64, 128, 256), (3, 3, 12, 2)),
+    's': MogaArch((64, 128, 320, 512), (2, 3, 12, 2)),
+    'b': MogaArch((64, 160, 320, 512), (4, 6, 22, 3)),
+    'l': MogaArch((64, 160, 320, 640), (4, 6, 44, 4)),
+    'xl': MogaArch((96, 192, 480, 960), (6, 6, 44, 4)),
+}
+
+# Depths for layer-wise learning-rate decay; blocks3 has several, and norms have the most.
+_LAYER_IDS = {
+    'patch_embed1': 0,
+    'blocks1': 2,
+    'patch_embed2': 3,
+    'blocks2': 3,
+    'patch_embed3': 4,
+    'patch_embed4': 12,
+    'blocks4': 12,
+}
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution that keeps the size of the map."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int = 1) -> None:
+        padding = kernel_size // 2 * dilation
+        super().__init__(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
+
+
+class ElementScale(nn.Module):
+    """A learned factor for each channel, (1, C, 1, 1), that starts at 1e-5."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
+
+
+class MultiOrderDWConv(nn.Module):
+    """Depthwise convolutions of three reaches: 5x5 on all channels, after it dilated ones on two groups of them.
+
+    Of C channels, the first C / 8 stay as they are, the next 3C / 8 get 5x5 with dilation 2, the last C / 2 get 7x7
+    with dilation 3.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.groups = (channels // 8, channels * 3 // 8, channels // 2)
+        self.DW_conv0 = DepthwiseConv(channels, 5)
+        self.DW_conv1 = DepthwiseConv(self.groups[1], 5, dilation=2)
+        self.DW_conv2 = DepthwiseConv(self.groups[2], 7, dilation=3)
+        self.PW_conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        near, middle, far = self.DW_conv0(x).split(self.groups, dim=1)
+        return self.PW_conv(torch.cat([near, self.DW_conv1(middle), self.DW_conv2(far)], dim=1))
+
+
+class MultiOrderGatedAggregation(nn.Module):
+    """Mix space: feature decomposition, then multi-order context gated by the map itself (paper, Sec. 4.2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj_1 = nn.Conv2d(channels, channels, 1)
+        self.gate = nn.Conv2d(channels, channels, 1)
+        self.value = MultiOrderDWConv(channels)
+        self.proj_2 = nn.Conv2d(channels, channels, 1)
+        self.sigma = ElementScale(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape; the shortcut around it is the block's."""
+        x = F.silu(self.decompose_features(self.proj_1(x)))
+        return self.proj_2(F.silu(self.gate(x)) * F.silu(self.value(x)))
+
+    def decompose_features(self, x: Tensor) -> Tensor:
+        """Return `x + sigma * (x - mean of x over space)`, in one pass over `x`."""
+        scale = self.sigma.scale.to(x.dtype)
+        return torch.addcmul(-scale * x.mean((2, 3), keepdim=True), x, 1 + scale)
+
+
+class ChannelAggregationFFN(nn.Module):
+    """Mix channels: a feed-forward with a depthwise 3x3, in which all channels are compared with one that sums them up.
+
+    On the hidden map h the published network computes `h + sigma * (h - GELU(decompose(h)))`, then `fc2`.
+
+    Args:
+        channels: Channels in and out.
+        hidden: Channels between.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.dwconv = DepthwiseConv(hidden, 3)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+        self.decompose = nn.Conv2d(hidden, 1, 1)
+        self.sigma = ElementScale(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        hidden = F.gelu(self.dwconv(self.fc1(x)))
+        common = F.gelu(self.decompose(hidden))
+        # All but `common` is linear: scaling the weights of fc2 saves three passes over the wide map.
+        weight, scale = self.fc2.weight, self.sigma.scale
+        out = F.conv2d(hidden, weight * (1 + scale), self.fc2.bias)
+        return out - F.conv2d(common, (weight * scale).sum(1, keepdim=True))
+
+
+class MogaBlock(Block):
+    """Mix space, then channels, each behind a BatchNorm and scaled by a layer scale.
+
+    Folded, no BatchNorm and no layer scale is left; what they do to the shortcuts are two scales.
+
+    Args:
+        channels: Channels in and out.
+        ffn_ratio: Hidden width of the feed-forward over `channels`.
+        drop_path_rate: Probability of dropping a branch of a sample; a folded block drops none.
+    """
+
+    shortcut_scale_1: nn.Parameter | None
+    shortcut_scale_2: nn.Parameter | None
+
+    def __init__(self, channels: int, ffn_ratio: int, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.layer_scale_1 = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
+        self.layer_scale_2 = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
+        self.register_parameter('shortcut_scale_1', None)
+        self.register_parameter('shortcut_scale_2', None)
+        self.norm1: nn.Module = nn.BatchNorm2d(channels)
+        self.attn = MultiOrderGatedAggregation(channels)
+        self.drop_path = DropPath(drop_path_rate)
+        self.norm2: nn.Module = nn.BatchNorm2d(channels)
+        self.mlp = ChannelAggregationFFN(channels, channels * ffn_ratio)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        if self.shortcut_scale_1 is not None and self.shortcut_scale_2 is not None:
+            x = torch.addcmul(self.attn(x), x, self.shortcut_scale_1)
+            return torch.addcmul(self.mlp(x), x, self.shortcut_scale_2)
+        y = self.norm1(x)
+        x = torch.addcmul(x, self.drop_path(y + self.attn(y)), self.layer_scale_1)
+        return torch.addcmul(x, self.drop_path(self.mlp(self.norm2(x))), self.layer_scale_2)
+
+    def switch_to_deploy(self, out_norm: nn.Module | None = None) -> None:
+        """Fold all BatchNorms and layer scales, in place and idempotently.
+
+        Args:
+            out_norm: The BatchNorm that takes the output, if it is to be folded too.
+        """
+        if not (isinstance(self.norm1, BatchNorm) and isinstance(self.norm2, BatchNorm)):
+            return
+        layer_scale_1, layer_scale_2 = (
+            scale.detach().double().flatten() for scale in (self.layer_scale_1, self.layer_scale_2)
+        )
+        scale, shift = bn_affine(self.norm1)
+        fold_into_next(scale, shift, self.attn.proj_1)
+        # The shortcut inside the branch: layer_scale * (norm(x) + proj_2(...)).
+        fold_into_previous(self.attn.proj_2, layer_scale_1, layer_scale_1 * shift)
+        shortcut_scale_1 = 1 + layer_scale_1 * scale
+        fold_into_next(*bn_affine(self.norm2), self.mlp.fc1)
+        fold_into_previous(self.mlp.fc2, layer_scale_2, torch.zeros_like(layer_scale_2))
+        shortcut_scale_2 = torch.ones_like(layer_scale_2)
+        if isinstance(out_norm, BatchNorm):
+            shortcut_scale_2, shift = bn_affine(out_norm)
+            fold_into_previous(self.mlp.fc2, shortcut_scale_2, shift)
+        self.shortcut_scale_1 = _like(self.layer_scale_1, shortcut_scale_1)
+        self.shortcut_scale_2 = _like(self.layer_scale_2, shortcut_scale_2)
+        self.norm1 = self.norm2 = nn.Identity()
+        del self.layer_scale_1, self.layer_scale_2
+
+
+def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().view_as(old).to(old.dtype), old.requires_grad)
+
+
+class StackConvPatchEmbed(nn.Module):
+    """The stem: two 3x3 convolutions with stride 2, each with a BatchNorm, and GELU between them."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.projection = nn.Sequential(
+            nn.Conv2d(in_channels, channels // 2, 3, stride=2, padding=1),
+            nn.BatchNorm2d(channels // 2),
+            nn.GELU(),
+            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, channels, H / 4, W / 4), rounded up."""
+        return self.projection(x)
+
+    def switch_to_deploy(self) -> None:
+        """Fold the BatchNorms into the convolutions, in place and idempotently."""
+        for i in (1, 4):
+            conv, norm = self.projection[i - 1], self.projection[i]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm):
+                fold_into_previous(conv, *bn_affine(norm))
+                self.projection[i] = nn.Identity()
+
+
+class ConvPatchEmbed(nn.Module):
+    """Downsampling between stages: a 3x3 convolution with stride 2 and a BatchNorm."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
+        self.norm: nn.Module = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, channels, H / 2, W / 2), rounded up."""
+        return self.norm(self.projection(x))
+
+    def switch_to_deploy(self) -> None:
+        """Fold the BatchNorm into the convolution, in place and idempotently."""
+        if isinstance(self.norm, BatchNorm):
+            fold_into_previous(self.projection, *bn_affine(self.norm))
+            self.norm = nn.Identity()
+
+
+class MogaNetTrunk(Network):
+    """The stages of MogaNet, up to the last one that is needed.
+
+    Args:
+        arch: 'xt', 't', 's', 'b', 'l', 'xl', a dict of the fields of `overlock.MogaArch`, or one.
+        in_channels: Channels of the image.
+        num_outputs: How many of the four outputs to compute; later stages are left out.
+        drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+    """
+
+    stage_parts = ('patch_embed', 'blocks', 'norm')
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] | MogaArch,
+        in_channels: int = 3,
+        num_outputs: int = 4,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.arch = find_arch(arch, MogaArch, MOGANET_ARCHS)
+        self.in_channels = in_channels
+        self.num_outputs = num_outputs
+        dims = self.arch.embed_dims
+        rates = drop_path_rates(drop_path_rate, self.arch.depths)
+        for i in range(num_outputs):
+            embed = ConvPatchEmbed(dims[i - 1], dims[i]) if i else StackConvPatchEmbed(in_channels, dims[0])
+            blocks = [MogaBlock(dims[i], self.arch.ffn_ratios[i], rate) for rate in rates[i]]
+            self.add_module(f'patch_embed{i + 1}', embed)
+            self.add_module(f'blocks{i + 1}', nn.ModuleList(blocks))
+            self.add_module(f'norm{i + 1}', nn.BatchNorm2d(dims[i]))
+        self.set_grad_checkpointing(with_cp)
+
+    def shorten(self, num_outputs: int) -> None:
+        """Remove all that only later outputs need, in place."""
+        for i in range(num_outputs + 1, self.num_outputs + 1):
+            for name in ('patch_embed', 'blocks', 'norm'):
+                delattr(self, f'{name}{i}')
+        self.num_outputs = num_outputs
+
+    @staticmethod
+    def form_of(names: Iterable[str]) -> str | None:
+        """Return the form that names tell, 'training' or 'folded', or None if they hold too little."""
+        scales = {name.rpartition('.')[2] for name in names}
+        return 'folded' if 'shortcut_scale_1' in scales else 'training' if 'layer_scale_1' in scales else None
+
+    def stages(self) -> Iterator[tuple[nn.Module, nn.ModuleList, nn.Module]]:
+        """Yield patch embedding, blocks, and norm of each stage."""
+        for i in range(1, self.num_outputs + 1):
+            yield getattr(self, f'patch_embed{i}'), getattr(self, f'blocks{i}'), getattr(self, f'norm{i}')
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Map an image (B, in_channels, H, W), at least 32x32, to the normed map of each stage.
+
+        Returns:
+            (B, C_i, H / 2^(i+1), W / 2^(i+1)) for stage i, rounded up.
+        """
+        x = self.prepare(x)
+        outs = []
+        for embed, blocks, norm in self.stages():
+            x = embed(x)
+            for block in blocks:
+                x = run_block(block, x)
+            # On the main path too: the next stage takes the normed map.
+            x = norm(x)
+            outs.append(x)
+        return outs
+
+    def init_parameters(self) -> None:
+        """Give convolutions normal weights of variance 2 / fan_out, linear layers truncated ones; biases are zero."""
+        for module in self.modules():
+            # On the meta device there is nothing to draw.
+            if not isinstance(module, (nn.Conv2d, nn.Linear)) or module.weight.is_meta:
+                continue
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            else:
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def switch_to_deploy(self: Self) -> Self:
+        """Fold every BatchNorm and layer scale for inference, in place and idempotently, and return self."""
+        for i, (_, blocks, norm) in enumerate(self.stages(), 1):
+            last = blocks[-1]
+            assert isinstance(last, MogaBlock)
+            last.switch_to_deploy(norm)
+            setattr(self, f'norm{i}', nn.Identity())
+        return super().switch_to_deploy()
+
+
+class MogaNet(MogaNetTrunk):
+    """The ImageNet classifier.
+
+    Args:
+        arch: 'xt', 't', 's', 'b', 'l', 'xl', a dict of the fields of `overlock.MogaArch`, or one.
+        in_channels: Channels of the image.
+        num_classes: Classes.
+        drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        deploy: Whether to build the folded form of `switch_to_deploy`.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] | MogaArch = 'xt',
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        deploy: bool = False,
+    ) -> None:
+        if num_classes < 1:
+            raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+        super().__init__(arch, in_channels, 4, drop_path_rate, with_cp)
+        self.num_classes = num_classes
+        self.head: nn.Module = nn.Linear(self.arch.embed_dims[3], num_classes)
+        self.init_parameters()
+        if deploy:
+            self.switch_to_deploy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map an image (B, C, H, W), at least 32x32, to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map an image (B, C, H, W) to the last map (B, C4, H / 32, W / 32), rounded up."""
+        return self.encode(x)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map the last map to logits (B, num_classes), or to the features (B, C4) that `head` takes."""
+        x = x.mean((2, 3))
+        return x if pre_logits else self.head(x)
+
+    def _rebuilt(self) -> 'MogaNet':
+        return MogaNet(self.arch, self.in_channels, self.num_classes)
+
+
+class MogaNetBackbone(DenseBackbone, MogaNetTrunk):
+    """The dense-prediction backbone: the normed maps of the stages, at strides 4, 8, 16 and 32.
+
+    It has no classifier, and only the stages that `out_indices` needs: every parameter gets a gradient.
+
+    Args:
+        arch: 'xt', 't', 's', 'b', 'l', 'xl', a dict of the fields of `overlock.MogaArch`, or one.
+        in_channels: Channels of the image.
+        out_indices: Which of the four outputs to return, in ascending order.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and stages 1 to k with their norms, as for OverLoCK.
+        norm_eval: Whether all BatchNorms stay in evaluation mode while training.
+        norm_cfg: Settings of all BatchNorms in mmcv's form, see `overlock.models.dense.set_norms`.
+        drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        deploy: Whether to build the folded form of `switch_to_deploy`.
+
+    Attributes:
+        out_channels: Channels of the outputs, in the order of `out_indices`.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] | MogaArch = 'xt',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        norm_cfg: Mapping[str, Any] | None = None,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        deploy: bool = False,
+    ) -> None:
+        indices = check_out_indices(out_indices)
+        super().__init__(arch, in_channels, indices[-1] + 1, drop_path_rate, with_cp)
+        self.out_indices = indices
+        self.out_channels = tuple(self.arch.embed_dims[i] for i in indices)
+        self.init_parameters()
+        set_norms(self, norm_cfg or {})
+        if deploy:
+            self.switch_to_deploy()
+        self.freeze(frozen_stages, norm_eval)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map an image (B, C, H, W) to the outputs (B, C_i, H / 2^(i+2), W / 2^(i+2)), rounded up.
+
+        Raises:
+            ValueError: If the image is smaller than 32x32.
+        """
+        outs = self.encode(x)
+        # mmcv's RoIAlign reads memory as contiguous, whatever the format.
+        return tuple(outs[i].contiguous() for i in self.out_indices)
+
+    def freezable_stages(self) -> list[list[nn.Module]]:
+        """Return the modules of the stem, and of each stage that is built."""
+        (stem, *first), *later = (list(stage) for stage in self.stages())
+        return [[stem], first, *later]
+
+    def _rebuilt(self) -> 'MogaNetBackbone':
+        return MogaNetBackbone(self.arch, self.in_channels, self.out_indices)
+
+    def layer_ids(self) -> dict[str, int]:
+        """Return the depth of each parameter as the authors number them; two blocks of stage 3 share a number.
+
+        It is ConvNeXt's rule with stages counted from 1: 0 for the stem, up to 12 for stage 4, 13 for the norms of the
+        stages. Nothing has depth 1.
+        """
+        ids = {}
+        for name, _ in self.named_parameters():
+            module, _, rest = name.partition('.')
+            ids[name] = min(3 + int(rest.split('.')[0]) // 2, 11) if module == 'blocks3' else _LAYER_IDS.get(module, 13)
+        return ids
