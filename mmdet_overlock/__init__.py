@@ -1,5 +1,5 @@
-"""OverLoCK in MMDetection: importing this registers the backbone `OverLoCK` in `mmdet.registry.MODELS`."""
+"""OverLoCK and MogaNet in MMDetection: importing this registers both backbones in `mmdet.registry.MODELS`."""
 
-from mmdet_overlock.backbone import OverLoCK
+from mmdet_overlock.backbone import MogaNet, OverLoCK
 
-__all__ = ['OverLoCK']
+__all__ = ['MogaNet', 'OverLoCK']

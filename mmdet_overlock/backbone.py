@@ -4,11 +4,13 @@ from typing import Any
 
 from mmdet.registry import MODELS
 
-from mmengine_overlock.backbone import BackboneModule
+from mmengine_overlock.backbone import MogaNet, OverLoCKModule
+
+MODELS.register_module(module=MogaNet)
 
 
 @MODELS.register_module()
-class OverLoCK(BackboneModule):
+class OverLoCK(OverLoCKModule):
     """The OverLoCK backbone, by default with the overview added to its last output, as in published detectors.
 
     Args:

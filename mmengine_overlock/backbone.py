@@ -1,4 +1,4 @@
-"""The OverLoCK backbone as a module of mmengine."""
+"""Backbones as modules of mmengine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 
-from overlock import OverLoCKBackbone
+from overlock import MogaNetBackbone, OverLoCKBackbone
 from overlock.checkpoint import load_pretrained
+from overlock.models.network import Network
 
 
-class BackboneModule(OverLoCKBackbone, BaseModule):
-    """`overlock.OverLoCKBackbone` with mmengine's `init_cfg`.
+class WithInitCfg(Network, BaseModule):
+    """mmengine's `init_cfg` for a backbone; it stands before the backbone in a class's bases.
 
     `init_cfg=dict(type='Pretrained', checkpoint=...)` takes a name in `overlock.checkpoint.WEIGHTS`, a path or a URL.
     It loads ImageNet weights, or those of the backbone in a detector's or segmenter's file, logs what was loaded
     and what was not, and refuses a file of another variant. `prefix` says where else in the file they are.
 
     Args:
-        *args: Those of `overlock.OverLoCKBackbone`.
+        *args: Those of the backbone.
         init_cfg: Initialization, in mmengine's form.
-        **kwargs: Those of `overlock.OverLoCKBackbone`.
+        **kwargs: Those of the backbone.
     """
 
     def __init__(self, *args: Any, init_cfg: dict | list[dict] | None = None, **kwargs: Any) -> None:
@@ -51,3 +52,11 @@ class BackboneModule(OverLoCKBackbone, BaseModule):
             print_log(str(report), 'current', logging.INFO)
             if hasattr(self, '_params_init_info'):
                 update_init_info(self, init_info=f'Pretrained: {report.source}')
+
+
+class OverLoCKModule(WithInitCfg, OverLoCKBackbone):
+    """`overlock.OverLoCKBackbone` with mmengine's `init_cfg`."""
+
+
+class MogaNet(WithInitCfg, MogaNetBackbone):
+    """`overlock.MogaNetBackbone` with mmengine's `init_cfg`, for the registries of both toolboxes."""

@@ -20,7 +20,7 @@ from mmengine_overlock.config import load_config, nodes
 from overlock.checkpoint import find_file, load
 from overlock.checkpoint.convert import convert_file, largest_deviation
 from overlock.checkpoint.fitting import compare_weights
-from overlock.models.overlock import Trunk
+from overlock.models.network import Network
 from overlock.utils.errors import UserError
 from overlock.utils.files import drafted
 
@@ -112,10 +112,10 @@ def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> BaseModel
     settings.backbone.pop('init_cfg', None)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = revert_sync_batchnorm(MODELS.build(settings))
-    if not isinstance(model.backbone, Trunk):
+    if not isinstance(model.backbone, Network):
         raise UserError(
-            f'{cfg.filename} has the backbone {cfg.model.backbone.type}, expected OverLoCK, which alone '
-            'can be folded; give the configuration of an OverLoCK detector or segmenter'
+            f'{cfg.filename} has the backbone {cfg.model.backbone.type}, expected OverLoCK or MogaNet, '
+            'which alone can be folded; give the configuration of a detector or segmenter with one of them'
         )
     compare_weights(model, tensors, source).require('give the configuration that it was trained with')
     model.load_state_dict(tensors)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mmengine_overlock.amp import half_dtype
-from overlock.models.blocks import DynamicBlock, StaticBlock
-from overlock.models.overlock import Trunk
+from overlock.models.dense import DenseBackbone
+from overlock.models.network import Block
 from overlock.utils.errors import UserError
 
 
 def compile_backbones(model: nn.Module, **options: Any) -> None:
-    """Compile the blocks of every OverLoCK backbone in a model with torch.compile, in place, at their first call.
+    """Compile the blocks of every backbone of ours in a model with torch.compile, in place, at their first call.
 
     Blocks of one stage share a graph, and one graph serves every image size: the whole network as one graph would take
     many times as long to compile. The names of parameters stay. Inference on a CPU does not gain: the folded XT
@@ -26,35 +26,37 @@ def compile_backbones(model: nn.Module, **options: Any) -> None:
         **options: Those of torch.compile.
 
     Raises:
-        UserError: The model has no OverLoCK backbone.
+        UserError: The model has none.
     """
     for backbone in _backbones(model):
         for block in backbone.modules():
-            if isinstance(block, (StaticBlock, DynamicBlock)):
+            if isinstance(block, Block):
                 block.compile(**{'dynamic': True, **options})
 
 
 def narrow_backbones(model: nn.Module) -> None:
-    """Run every OverLoCK backbone in a model in bfloat16 autocast, with float32 outputs.
+    """Run every backbone of ours in a model in bfloat16 autocast, with float32 outputs.
 
     On a GPU without bfloat16 it is float16. Boxes at hundreds of pixels need more than the 8 bits of bfloat16, and
     mmcv's operators have no bfloat16.
 
     Raises:
-        UserError: The model has no OverLoCK backbone.
+        UserError: The model has none.
     """
     for backbone in _backbones(model):
         backbone.forward = MethodType(_narrow_forward, backbone)
 
 
-def _narrow_forward(backbone: Trunk, x: Tensor) -> tuple[Tensor, ...]:
+def _narrow_forward(backbone: DenseBackbone, x: Tensor) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, half_dtype(x.device.type)):
         outs = type(backbone).forward(backbone, x)
     return tuple(out.float() for out in outs)
 
 
-def _backbones(model: nn.Module) -> list[Trunk]:
-    found = [module for module in model.modules() if isinstance(module, Trunk)]
+def _backbones(model: nn.Module) -> list[DenseBackbone]:
+    found = [module for module in model.modules() if isinstance(module, DenseBackbone)]
     if not found:
-        raise UserError('--compile and --amp work on the OverLoCK backbone, and this model has none; leave them out.')
+        raise UserError(
+            '--compile and --amp work on the backbones OverLoCK and MogaNet, and this model has none; leave them out.'
+        )
     return found

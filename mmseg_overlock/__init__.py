@@ -1,5 +1,5 @@
-"""OverLoCK in MMSegmentation: importing this registers the backbone `OverLoCK` in `mmseg.registry.MODELS`."""
+"""OverLoCK and MogaNet in MMSegmentation: importing this registers both backbones in `mmseg.registry.MODELS`."""
 
-from mmseg_overlock.backbone import OverLoCK
+from mmseg_overlock.backbone import MogaNet, OverLoCK
 
-__all__ = ['OverLoCK']
+__all__ = ['MogaNet', 'OverLoCK']

@@ -4,11 +4,13 @@ from typing import Any
 
 from mmseg.registry import MODELS
 
-from mmengine_overlock.backbone import BackboneModule
+from mmengine_overlock.backbone import MogaNet, OverLoCKModule
+
+MODELS.register_module(module=MogaNet)
 
 
 @MODELS.register_module()
-class OverLoCK(BackboneModule):
+class OverLoCK(OverLoCKModule):
     """The OverLoCK backbone, by default without the overview in its last output, as in published segmenters.
 
     Args:

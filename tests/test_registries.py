@@ -10,9 +10,9 @@ from mmengine.registry import DefaultScope
 from torch import distributed
 
 from mmengine_overlock import backbone
-from overlock import OverLoCK
+from overlock import MogaNet, OverLoCK
 from overlock.checkpoint import CheckpointError
-from tests.testing import TINY
+from tests.testing import MOGANET_TINY, TINY, randomise
 
 TOOLBOXES = ['mmdet', 'mmseg']
 
@@ -89,3 +89,19 @@ def test_other_initialisation_is_left_to_mmengine(build):
     model = build(init_cfg=dict(type='Constant', layer='Conv2d', val=0.5))
     model.init_weights()
     assert (model.base_net.stem[0].conv.weight == 0.5).all()
+
+
+@pytest.mark.parametrize('toolbox', TOOLBOXES)
+def test_moganet_is_registered_with_both_and_takes_pretrained_weights(toolbox, tmp_path, monkeypatch):
+    classifier, said = randomise(MogaNet(MOGANET_TINY)), []
+    torch.save({'state_dict': classifier.state_dict()}, tmp_path / 'imagenet.pth.tar')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'imagenet.pth.tar'))
+    importlib.import_module(f'{toolbox}_overlock')
+    models = importlib.import_module(f'{toolbox}.registry').MODELS
+    with DefaultScope.overwrite_default_scope(toolbox):
+        model = models.build(dict(type='MogaNet', arch=MOGANET_TINY, out_indices=(1, 2), init_cfg=init_cfg))
+    monkeypatch.setattr(backbone, 'print_log', lambda message, *args: said.append(message))
+    model.init_weights()
+    assert len(said) == 1 and 'dropped from the file' in said[0] and 'head' in said[0]
+    state = classifier.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

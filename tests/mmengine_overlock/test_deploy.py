@@ -185,7 +185,7 @@ def test_options_stay_in_the_new_configuration(trained, tmp_path):
             CONFIGS['segmenter'].replace(BACKBONE, "backbone=dict(_delete_=True, type='MobileNetV2')"),
             'segmenter.pth',
             UserError,
-            'has the backbone MobileNetV2, expected OverLoCK, which alone can be folded; give',
+            'has the backbone MobileNetV2, expected OverLoCK or MogaNet, which alone can be folded; give',
         ),
         (
             "model = dict(type='EncoderDecoder')",

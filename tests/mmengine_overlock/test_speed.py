@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
-from overlock import OverLoCKBackbone
+from overlock import MogaNetBackbone, OverLoCKBackbone
 from overlock.utils.errors import UserError
 
 TINY = dict(
@@ -17,14 +17,15 @@ TINY = dict(
 
 # oneDNN has no fast bfloat16 kernels for depthwise convolutions of few channels: with 8 one takes minutes.
 WIDER = {**TINY, 'embed_dims': (64, 64, 64, 64)}
+WIDE_MOGANET = dict(embed_dims=(64, 64, 64, 64), depths=(1, 1, 1, 1), ffn_ratios=(2, 2, 2, 2))
 
 
 class Detector(nn.Module):
     """A model with a backbone."""
 
-    def __init__(self, arch=None) -> None:
+    def __init__(self, backbone=None) -> None:
         super().__init__()
-        self.backbone = OverLoCKBackbone(arch or TINY, drop_path_rate=0.3)
+        self.backbone = backbone or OverLoCKBackbone(TINY, drop_path_rate=0.3)
 
     def forward(self, x):
         return self.backbone(x)
@@ -34,9 +35,10 @@ def image(height=256, width=224, batch=2):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
 
 
-def test_backbone_in_bfloat16_gives_float32_near_the_exact_maps():
+@pytest.mark.parametrize('network', [OverLoCKBackbone, MogaNetBackbone])
+def test_backbone_in_bfloat16_gives_float32_near_the_exact_maps(network):
     torch.manual_seed(0)
-    model = Detector(WIDER).eval()
+    model = Detector(network(WIDER if network is OverLoCKBackbone else WIDE_MOGANET)).eval()
     with torch.no_grad():
         expected = model(image(64, 96))
         narrow_backbones(model)
@@ -48,7 +50,7 @@ def test_backbone_in_bfloat16_gives_float32_near_the_exact_maps():
 
 
 def test_narrow_backbone_can_be_copied_and_the_copy_uses_its_own_weights():
-    model = Detector(WIDER).eval()
+    model = Detector(OverLoCKBackbone(WIDER)).eval()
     narrow_backbones(model)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -59,7 +61,7 @@ def test_narrow_backbone_can_be_copied_and_the_copy_uses_its_own_weights():
 
 @pytest.mark.parametrize('function', [narrow_backbones, compile_backbones])
 def test_model_without_the_backbone_is_refused(function):
-    with pytest.raises(UserError, match='work on the OverLoCK backbone, and this model has none'):
+    with pytest.raises(UserError, match='work on the backbones OverLoCK and MogaNet, and this model has none'):
         function(nn.Linear(1, 1))
 
 
@@ -86,3 +88,14 @@ def test_compiled_blocks_train_the_same_in_few_graphs_for_every_size():
     assert list(compiled.state_dict()) == names
     # Four static stages; dynamic blocks without a prior, with one, and the last: not one for each block and size.
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 7
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_moganet_compute_the_same():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Detector(MogaNetBackbone(WIDE_MOGANET)).train()
+    compiled = copy.deepcopy(model)
+    compile_backbones(compiled, backend='aot_eager', fullgraph=True)
+    for ours, truth in zip(compiled(image(64, 96)), model(image(64, 96)), strict=True):
+        assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max()
