@@ -1,5 +1,5 @@
 default_scope = 'mmdet'
-# Registers `OverLoCK` with mmdet, from any working directory.
+# Registers the backbones with mmdet, from any working directory.
 custom_imports = dict(imports=['mmdet_overlock'], allow_failed_imports=False)
 
 default_hooks = dict(

@@ -1,5 +1,5 @@
 default_scope = 'mmseg'
-# Registers `OverLoCK` with mmseg, from any working directory.
+# Registers the backbones with mmseg, from any working directory.
 custom_imports = dict(imports=['mmseg_overlock'], allow_failed_imports=False)
 
 default_hooks = dict(

@@ -3,36 +3,15 @@
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS
-from torch import Tensor
 
 from overlock.checkpoint import to_published
-from tests.configs.testing import VARIANTS, build_meta, load_config
+from tests.configs.testing import VARIANTS, build_meta, learning_rates, load_config, warm_up
 
 # The learning rate of each head, epochs, and the epochs after which the rate falls.
 COCO = {
     '1x': (dict(mask_rcnn=2e-4, cascade=1e-4), 12, (8, 11)),
     '3x': (dict(mask_rcnn=1e-4, cascade=1e-4), 36, (27, 33)),
 }
-
-
-def learning_rates(cfg, iterations: int, epoch: int) -> Tensor:
-    """Return the rate of every iteration, (iterations,), float64, stepping the schedulers as the runner does."""
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
-    schedulers = [PARAM_SCHEDULERS.build(item, default_args=dict(optimizer=optimizer)) for item in cfg.param_scheduler]
-    optimizer.step()
-    rates = []
-    for iteration in range(1, iterations + 1):
-        rates.append(optimizer.param_groups[0]['lr'])
-        for scheduler in schedulers:
-            if not scheduler.by_epoch or iteration % epoch == 0:
-                scheduler.step()
-    return torch.tensor(rates, dtype=torch.float64)
-
-
-def warm_up(iterations: Tensor, length: int, ratio: float) -> Tensor:
-    """Return the linear warm-up factor of mmcv 1.7, with which the authors trained."""
-    return 1 - (1 - iterations / length).clamp(min=0) * (1 - ratio)
 
 
 @pytest.mark.parametrize('arch', VARIANTS)

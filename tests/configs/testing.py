@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.model.utils import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope, init_default_scope
 from mmengine.structures import PixelData
+from torch import Tensor
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 
@@ -69,6 +70,8 @@ def build_small(cfg: Config) -> torch.nn.Module:
     """Build the model with random weights and its layers as they are, cheap to train and test on 64x96 images."""
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (64, 64)
+    elif 'rcnn' not in cfg.model.train_cfg:
+        cfg.model.test_cfg.update(score_thr=0.0, max_per_img=5)
     else:
         rcnn = cfg.model.train_cfg.rcnn
         for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
@@ -112,3 +115,22 @@ def _segmentation_batch(height: int, width: int) -> dict:
         samples.append(sample)
     images = [torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8) for _ in range(2)]
     return dict(inputs=images, data_samples=samples)
+
+
+def learning_rates(cfg, iterations: int, epoch: int) -> Tensor:
+    """Return the rate of every iteration, (iterations,), float64, stepping the schedulers as the runner does."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
+    schedulers = [PARAM_SCHEDULERS.build(item, default_args=dict(optimizer=optimizer)) for item in cfg.param_scheduler]
+    optimizer.step()
+    rates = []
+    for iteration in range(1, iterations + 1):
+        rates.append(optimizer.param_groups[0]['lr'])
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or iteration % epoch == 0:
+                scheduler.step()
+    return torch.tensor(rates, dtype=torch.float64)
+
+
+def warm_up(iterations: Tensor, length: int, ratio: float) -> Tensor:
+    """Return the linear warm-up factor of mmcv 1.7, with which the authors trained."""
+    return 1 - (1 - iterations / length).clamp(min=0) * (1 - ratio)

@@ -21,6 +21,7 @@ from overlock.checkpoint import CheckpointError, to_published
 from overlock.checkpoint.convert import convert_file
 from overlock.models.names import form_of
 from overlock.utils.errors import UserError
+from tests.testing import randomise
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONE = """backbone=dict(arch=dict(
@@ -48,6 +49,12 @@ model = dict({BACKBONE}, decode_head=dict(in_channels=[8, 16, 24, 40], channels=
              auxiliary_head=dict(in_channels=24, channels=16))
 """,
 }
+MOGANET = f"""
+_base_ = '{ROOT}/configs/fpn_moganet_xt_80k.py'
+model = dict(backbone=dict(arch=dict(_delete_=True, embed_dims=(8, 16, 16, 32), depths=(1, 2, 1, 1))),
+             neck=dict(in_channels=[8, 16, 16, 32], out_channels=16),
+             decode_head=dict(in_channels=[16, 16, 16, 16], channels=16))
+"""
 CLASSES = {'classes': ('cat', 'dog'), 'palette': [(1, 2, 3), (4, 5, 6)]}
 
 
@@ -82,6 +89,16 @@ def trained(tmp_path_factory):
 @pytest.fixture(params=CONFIGS)
 def kind(request):
     return request.param
+
+
+def test_moganet_is_folded_too(tmp_path):
+    (tmp_path / 'config.py').write_text(MOGANET)
+    model = build(tmp_path / 'config.py')
+    randomise(model.backbone)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'trained.pth')
+    text = reparameterize(tmp_path / 'config.py', str(tmp_path / 'trained.pth'), tmp_path / 'out.pth')
+    assert 'loaded strictly into MogaNetBackbone (an arch of its own, folded form), outputs' in text
+    assert build(tmp_path / 'out.py').load_state_dict(torch.load(tmp_path / 'out.pth')['state_dict'], strict=True)
 
 
 def test_new_pair_is_whole_and_predicts_the_same(kind, trained, tmp_path, monkeypatch):

@@ -1,0 +1,10 @@
+_base_ = ['_base_/models/mask_rcnn_fpn.py', '_base_/moganet_coco_1x.py']
+
+model = dict(
+    backbone=dict(
+        type='MogaNet', arch='b', drop_path_rate=0.2, init_cfg=dict(type='Pretrained', checkpoint='moganet_b_in1k')
+    ),
+    neck=dict(in_channels=[64, 160, 320, 512]),
+)
+
+optim_wrapper = dict(optimizer=dict(lr=1e-4))

@@ -1,0 +1,8 @@
+_base_ = '_base_/retinanet_moganet_1x.py'
+
+model = dict(
+    backbone=dict(
+        type='MogaNet', arch='b', drop_path_rate=0.2, init_cfg=dict(type='Pretrained', checkpoint='moganet_b_in1k')
+    ),
+    neck=dict(in_channels=[64, 160, 320, 512]),
+)
