@@ -15,8 +15,10 @@ from overlock.checkpoint.download import find_file
 from overlock.checkpoint.reading import load, read_pickled
 from overlock.checkpoint.recognize import recognize
 from overlock.models.arch import ARCHS
+from overlock.models.moganet import MOGANET_ARCHS, MogaNet
 from overlock.models.names import to_published
-from overlock.models.overlock import OverLoCK, Trunk
+from overlock.models.network import Network
+from overlock.models.overlock import OverLoCK
 from overlock.utils.errors import CheckpointError, UserError
 from overlock.utils.files import drafted, whole_file
 
@@ -84,10 +86,10 @@ def convert(
         The new state dict, in the order of the network, which may share memory with the old one; and the report.
 
     Raises:
-        CheckpointError: If the state dict is not of one whole OverLoCK, or cannot be brought into that form.
+        CheckpointError: If the state dict is not of one whole network, or cannot be brought into that form.
     """
     network, prefix, given_names = recognize(state_dict, source)
-    if backbone and isinstance(network, OverLoCK):
+    if backbone and isinstance(network, (OverLoCK, MogaNet)):
         raise CheckpointError(
             f'{source} is of a classifier, expected a detector or segmenter to take the backbone of; '
             'backbones load a classifier as it is'
@@ -194,7 +196,9 @@ def _verify(draft: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tens
             f'{draft.name} does not hold what was written to it, and was discarded; check the disk and convert again'
         )
     network, old = recognize(read).network, recognize(given).network
-    variant = next((name for name, arch in ARCHS.items() if arch == network.arch), 'an arch of its own')
+    variant = next(
+        (name for name, arch in {**ARCHS, **MOGANET_ARCHS}.items() if arch == network.arch), 'an arch of its own'
+    )
     text = (
         f'{len(read)} tensors read back bit for bit, loaded strictly into {type(network).__name__} ({variant}, '
         f'{network.form} form)'
@@ -216,7 +220,7 @@ def _bits(value: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
 
 
 @torch.no_grad()
-def _outputs(network: Trunk) -> Sequence[Tensor]:
+def _outputs(network: Network) -> Sequence[Tensor]:
     """Compute the outputs for a small random image in float64, so that only the weights are rounded."""
     x = torch.rand(1, network.in_channels, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     outs = network.double()(x)

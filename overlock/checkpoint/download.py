@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from torch.hub import tqdm
 
-from overlock.checkpoint.registry import WEIGHTS
+from overlock.checkpoint.registry import REFUSED, WEIGHTS
 from overlock.utils.distributed import local_rank
 from overlock.utils.errors import CheckpointError
 
@@ -36,6 +36,8 @@ def find_file(source: str | os.PathLike[str]) -> Path:
     """
     source = os.fspath(source)
     path = Path(os.path.expanduser(source))
+    if path.name in REFUSED:
+        raise CheckpointError(f'{source} fits no network here: {REFUSED[path.name]}')
     if os.path.isfile(path):
         return path
     url = WEIGHTS[source].url if source in WEIGHTS else source

@@ -54,7 +54,10 @@ def test_verbose_tells_of_every_tensor(run):
             ('classifier.pth', './classifier.pth'),
             'the output classifier.pth is the file that is converted; give another',
         ),
-        (('resnet.pth', 'out.pth'), 'resnet.pth holds no OverLoCK: expected an entry base_net.stem.0.conv.weight or '),
+        (
+            ('resnet.pth', 'out.pth'),
+            'resnet.pth holds no OverLoCK or MogaNet: expected an entry base_net.stem.0.conv.weight, ',
+        ),
         (('classifier.pth', 'out.pth', '--deploy', '--names', 'published'), 'the state dict has the folded form'),
         (('classifier.pth', 'out.pth', '--backbone'), 'classifier.pth is of a classifier, expected a detector'),
         (('classifier.pth', 'out.pth', '--ema'), 'classifier.pth holds no running average of weights'),

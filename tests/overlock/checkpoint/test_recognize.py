@@ -95,14 +95,14 @@ def without(state_dict, *names):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (lambda d: {}, 'a.pth holds no OverLoCK: expected an entry .*, got nothing; give'),
+        (lambda d: {}, 'a.pth holds no OverLoCK or MogaNet: expected an entry .*, got nothing; give'),
         (
             lambda d: {'conv1.weight': torch.ones(1)},
-            r'holds no OverLoCK: expected .* got conv1.weight; give a file of an',
+            r'holds no OverLoCK or MogaNet: expected .* got conv1.weight; give a file of one',
         ),
         (
             lambda d: d | {f'teacher.{name}': value for name, value in d.items()},
-            "holds 2 OverLoCKs, expected one: below '' and 'teacher.'; give",
+            "holds 2 networks, expected one: below '' and 'teacher.'; give",
         ),
         (
             lambda d: without(d, 'overview_net.stage.0.ffn'),
@@ -116,10 +116,7 @@ def without(state_dict, *names):
             lambda d: d | {'base_net.stem.0.bn.bias': torch.ones(1)},
             r': 1 tensor of another shape \(first base_net.stem.0.bn.bias, expected \(4,\), got \(1,\)\); give',
         ),
-        (
-            lambda d: d | {'base_net.stem.0.conv.weight': torch.ones(1)},
-            'is neither an OverLoCK classifier nor a backbone',
-        ),
+        (lambda d: d | {'base_net.stem.0.conv.weight': torch.ones(1)}, 'is neither a classifier nor a backbone'),
         (lambda d: without(d, 'output_norms', 'overview_proj', 'overview_scale'), 'expected head.fc or output_norms'),
         (
             lambda d: d | {'base_net.stage1.0.dilated.conv.weight': torch.ones(8, 1, 19, 19)},
