@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d, create_classifier
-from timm.models import adapt_input_conv
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.checkpoint import from_published, load, load_state_dict
 from overlock.layers import ConvNorm
 from overlock.models.arch import Arch
 from overlock.models.overlock import OverLoCK
-from overlock.utils.errors import UserError
+from overlock.timm.interface import TimmModel
 
-_logger = logging.getLogger(__name__)
-
-FIRST_CONV = 'base_net.stem.0.conv'
-CLASSIFIERS = ('head.fc', 'aux_head.fc')
 _FEATURES = ('base_net.stage1', 'base_net.stage2', 'focus_net.stage3', 'focus_net.stage4')
 
 # In the order of the forward pass: a stage of blocks, and the layers before it (regular expressions).
@@ -38,7 +30,7 @@ _STAGES = (
 )
 
 
-class TimmOverLoCK(OverLoCK):
+class TimmOverLoCK(TimmModel, OverLoCK):
     """The ImageNet classifier with timm's interface.
 
     State dicts are those of `OverLoCK`; entries for an auxiliary head that the model lacks are ignored.
@@ -53,6 +45,9 @@ class TimmOverLoCK(OverLoCK):
             and `aux` logits.
         **kwargs: `drop_path_rate`, `with_cp`, `deploy` and `contmix_backend` of `OverLoCK`.
     """
+
+    first_conv = 'base_net.stem.0.conv'
+    classifiers = ('head.fc', 'aux_head.fc')
 
     def __init__(
         self,
@@ -87,34 +82,9 @@ class TimmOverLoCK(OverLoCK):
             x = self.head.fc(x)
         return x.flatten(1) if self.global_pool else x
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Compute the raw outputs at strides 4, 8, 16 and 32, the last two with their context.
-
-        `norm` and `stop_early` have no effect: the classifier norms no output, and `prune_intermediate_layers` leaves
-        out what is not needed.
-
-        Args:
-            x: Image (B, C, H, W).
-            indices: Which outputs; the last ones where it is a number, all where it is None.
-            intermediates_only: Whether to leave out the output of `forward_features`.
-
-        Returns:
-            The output of `forward_features` and the list of outputs, or that list alone.
-        """
-        if output_fmt != 'NCHW':
-            raise UserError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take_indices, _ = feature_take_indices(self.num_outputs, indices)
-        outs, _ = self.encode(x)
-        intermediates = [outs[i] for i in take_indices]
-        return intermediates if intermediates_only else (outs[-1], intermediates)
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Map an image (B, C, H, W) to the raw outputs at strides 4, 8, 16 and 32, the last two with their context."""
+        return self.encode(x)[0]
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -165,28 +135,6 @@ class TimmOverLoCK(OverLoCK):
                 rf'^(?:{entry}|{stage})\.' if coarse else [(rf'^{entry}\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
             )
         return groups
-
-    def load_pretrained(self, checkpoint_path: str) -> None:
-        """Load a weight file of any form, adapted to the channels and classes of the model; timm calls this for files.
-
-        For images of other than three channels timm combines the weights of the first convolution. Classifiers stay as
-        they are if the model has other classes than `pretrained_cfg` says of the file.
-
-        Raises:
-            CheckpointError: If the file cannot be found or read, or is not of this model; nothing is loaded then.
-        """
-        given = from_published(load(checkpoint_path))
-        stem = given.get(f'{FIRST_CONV}.weight')
-        if stem is not None and stem.shape[1] == 3 != self.in_chans:
-            given[f'{FIRST_CONV}.weight'] = adapt_input_conv(self.in_chans, stem)
-        kept = {}
-        if self.num_classes != getattr(self, 'pretrained_cfg', {}).get('num_classes', 1000):
-            kept = {name: value for name, value in self.state_dict().items() if name.startswith(CLASSIFIERS)}
-        report = load_state_dict(self, {**given, **kept}, checkpoint_path)
-        _logger.info(
-            '%s',
-            replace(report, loaded=tuple(name for name in report.loaded if name not in kept), new=(*report.new, *kept)),
-        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if self.aux_head is None:
