@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
         'the mode has'
     )
     parser.add_argument('--presets', nargs='+', metavar='NAME', help=presets)
-    parser.add_argument('--beside', action='store_true', help=f'measure {" and ".join(BESIDE)} of timm too')
+    parser.add_argument('--beside', action='store_true', help=f'measure {", ".join(BESIDE)} too')
     return parser.parse_args()
 
 

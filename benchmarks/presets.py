@@ -16,8 +16,13 @@ from overlock.models.overlock import Trunk
 FORWARD = ('published', 'train', 'deploy', 'compile')
 # A merged model does not train: there `compile` compiles the training form.
 TRAIN = ('published', 'train', 'compile')
-# Networks of timm in the same rounds; there is nothing to compare their outputs with.
-BESIDE = {'convnext_tiny': 'convnext_tiny', 'swin_tiny': 'swin_tiny_patch4_window7_224'}
+# Networks of timm's registry in the same rounds; there is nothing to compare their outputs with.
+BESIDE = {
+    'convnext_tiny': 'convnext_tiny',
+    'swin_tiny': 'swin_tiny_patch4_window7_224',
+    'moganet_t': 'moganet_t',
+    'moganet_s': 'moganet_s',
+}
 
 
 @dataclass
@@ -37,7 +42,7 @@ class NetworkCase:
         self.device, training = torch.device(self.device), self.mode == 'train'
         torch.manual_seed(0)
         if self.preset in BESIDE:
-            self.model = beside(BESIDE[self.preset], self.network, self.size).to(self.device).train(training)
+            self.model = beside(BESIDE[self.preset], self.network, self.size, training).to(self.device)
         else:
             model = (OverLoCK if self.network == 'classifier' else OverLoCKBackbone)(self.arch)
             randomise(model)
@@ -116,14 +121,21 @@ def checkpointed(model: Trunk) -> Trunk:
     return model
 
 
-def beside(name: str, network: str, size: tuple[int, int]) -> nn.Module:
-    """Return a network of timm with random weights: its four maps beside a backbone, else its classifier."""
+def beside(name: str, network: str, size: tuple[int, int], training: bool) -> nn.Module:
+    """Return a network of timm with random weights: its four maps beside a backbone, else its classifier.
+
+    MogaNet, which is ours, has the form of `deploy`.
+    """
     import timm
+
+    import overlock.timm  # noqa: F401  (registers)
 
     options: dict[str, Any] = {'features_only': True} if network == 'backbone' else {}
     if name.startswith('swin'):
         options |= {'img_size': size, 'strict_img_size': False}
-    return timm.create_model(name, pretrained=False, **options)
+    if name.startswith('moganet'):
+        options |= {'deploy': not training}
+    return timm.create_model(name, pretrained=False, **options).train(training)
 
 
 def outputs(found: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:

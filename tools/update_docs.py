@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(ROOT))
 
-from overlock import ARCHS, OverLoCK, OverLoCKBackbone
+from overlock import ARCHS, MogaNet, OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import WEIGHTS, Weights
 
 _RESULTS = {
@@ -44,16 +44,16 @@ _WAYS = (
 
 
 @cache
-def parameters(arch: str, form: str = 'training') -> int:
-    """Return the number of parameters of a classifier in one of the published forms, both heads included."""
+def parameters(arch: str, form: str = 'training', network: str = 'OverLoCK') -> int:
+    """Return the number of parameters of a classifier in one of the published forms, all heads included."""
     with torch.device('meta'):
-        model = OverLoCK(arch).to_form(form)
+        model = (OverLoCK(arch) if network == 'OverLoCK' else MogaNet(arch)).to_form(form)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def model_index() -> dict[str, Any]:
     """Return the published weights in the form of OpenMMLab's model-index.yml; results are paper-reported."""
-    collection = dict(
+    overlock = dict(
         Name='OverLoCK',
         README='README.md',
         Metadata=dict(Architecture=['Base-Net', 'Overview-Net', 'Focus-Net', 'ContMix']),
@@ -62,16 +62,25 @@ def model_index() -> dict[str, Any]:
             Title='OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels',
         ),
     )
-    return dict(Collections=[collection], Models=[_entry(name, weights) for name, weights in WEIGHTS.items()])
+    moganet = dict(
+        Name='MogaNet',
+        README='README.md',
+        Metadata=dict(Architecture=['Multi-Order Gated Aggregation', 'Channel Aggregation']),
+        Paper=dict(URL='https://arxiv.org/abs/2211.03295', Title='MogaNet: Multi-order Gated Aggregation Network'),
+    )
+    return dict(Collections=[overlock, moganet], Models=[_entry(name, weights) for name, weights in WEIGHTS.items()])
 
 
 def _entry(name: str, weights: Weights) -> dict[str, Any]:
     task, dataset, metrics = _RESULTS[weights.task]
-    entry: dict[str, Any] = {'Name': name, 'In Collection': 'OverLoCK'}
+    entry: dict[str, Any] = {'Name': name, 'In Collection': weights.network}
     if weights.task == 'classification':
-        entry['Metadata'] = dict(Parameters=parameters(weights.arch, weights.form), Form=weights.form)
+        count = parameters(weights.arch, weights.form, weights.network)
+        entry['Metadata'] = dict(Parameters=count, Form=weights.form)
     else:
         entry['Config'] = f'configs/{weights.config}.py'
+    # RetinaNet has no masks.
+    task = 'Object Detection' if [*weights.metrics] == ['box_ap'] else task
     figures = {metrics[key]: value for key, value in weights.metrics.items()}
     entry['Results'] = [dict(Task=task, Dataset=dataset, Source='paper', Metrics=figures)]
     entry['Weights'] = weights.url
@@ -82,7 +91,9 @@ def parts() -> dict[str, str]:
     """Return the generated parts of documents by the names in their comments."""
     return {
         'table: classification': classification_table(),
-        'table: dense': dense_table(),
+        'table: dense': dense_table('OverLoCK'),
+        'table: moganet': moganet_table(),
+        'table: moganet_dense': dense_table('MogaNet'),
         'figure: packages': package_figure(),
         'figure: network': network_figure(),
     }
@@ -98,10 +109,20 @@ def classification_table() -> str:
     return '\n'.join([*lines, ''])
 
 
-def dense_table() -> str:
+def moganet_table() -> str:
+    lines = ['| weights | parameters | image | top-1 | crop |', '| --- | --- | --- | --- | --- |']
+    for name, weights in WEIGHTS.items():
+        if weights.network == 'MogaNet' and weights.task == 'classification':
+            count = f'{parameters(weights.arch, network="MogaNet") / 1e6:.2f} M'
+            top1, size = weights.metrics['top1'], f'{weights.size}x{weights.size}'
+            lines.append(f'| {_link(name)} | {count} | {size} | {top1:.1f} | {weights.crop_pct} |')
+    return '\n'.join([*lines, ''])
+
+
+def dense_table(network: str) -> str:
     lines = ['| weights | configuration | result |', '| --- | --- | --- |']
     for name, weights in WEIGHTS.items():
-        if weights.config:
+        if weights.config and weights.network == network:
             metrics = _RESULTS[weights.task][2]
             results = ', '.join(f'{metrics[key]} {value:.1f}' for key, value in weights.metrics.items())
             lines.append(f'| {_link(name)} | [{weights.config}.py](configs/{weights.config}.py) | {results} |')
@@ -175,7 +196,7 @@ def main() -> int:
     parser.add_argument('--check', action='store_true', help='write nothing; the exit code is 1 if something is stale')
     check = parser.parse_args().check
     generated = parts()
-    documents = [ROOT / 'README.md', ROOT / 'docs/architecture.md']
+    documents = [ROOT / 'README.md', ROOT / 'docs/architecture.md', ROOT / 'docs/moganet.md']
     contents = {path: fill_in(path.read_text(encoding='utf-8'), generated) for path in documents}
     contents[ROOT / 'model-index.yml'] = yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120)
     absent = [name for name in generated if not any(f'<!-- {name} -->' in text for text in contents.values())]
