@@ -25,7 +25,7 @@ from benchmarks import published
 from benchmarks.record import make_parser, show, size, write_result
 from benchmarks.rounds import Worker, compute_truth, deviation, is_timed, is_within, measure
 from overlock import ARCHS, contmix, get_arch
-from overlock.models.blocks import NUM_REGIONS
+from overlock.models.mixing import NUM_REGIONS
 from overlock.ops import explain
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}

@@ -9,6 +9,7 @@ from overlock.ops.depthwise import depthwise_conv2d
 
 # (kernel size, dilation) of the branches beside a large kernel.
 BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
+    19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
     17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
     15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
     13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),

@@ -2,6 +2,7 @@
 
 from overlock.models.arch import ARCHS, Arch, get_arch
 from overlock.models.backbone import OverLoCKBackbone
+from overlock.models.contmix_block import ContMixBlock
 from overlock.models.moganet import MOGANET_ARCHS, MogaArch, MogaNet, MogaNetBackbone
 from overlock.models.overlock import OverLoCK
 
@@ -9,6 +10,7 @@ __all__ = [
     'ARCHS',
     'MOGANET_ARCHS',
     'Arch',
+    'ContMixBlock',
     'MogaArch',
     'MogaNet',
     'MogaNetBackbone',

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from overlock.utils.errors import CheckpointError
 
@@ -70,8 +70,18 @@ _STAGES = {
     'sub_blocks4': ('focus_net.stage4', _DYNAMIC_BLOCK),
 }
 
+_CONTMIX_BLOCK = {
+    **{
+        published: ours
+        for published, ours in _DYNAMIC_BLOCK.items()
+        if not published.startswith(('x_scale', 'h_scale', 'fusion', 'dyconv_proj'))
+    },
+    **_conv_norm('weight_value', 0, 'value'),
+    **_conv_norm('fusion_proj', 0, 'dynamic_proj'),
+}
+
 # A published module or parameter, and ours; `#` stands for a number that both share.
-_TABLE = {
+_NETWORK = {
     **{a: b for i in range(4) for a, b in _conv_norm('patch_embed1', 3 * i, f'base_net.stem.{i}').items()},
     **_conv_norm('patch_embed2', 0, 'base_net.downsample2'),
     **_conv_norm('patch_embed3', 0, 'base_net.downsample3'),
@@ -110,25 +120,36 @@ def _renamer(table: Mapping[str, str]) -> Callable[[str], str]:
     return rename
 
 
-_to_ours = _renamer(_TABLE)
-_to_published = _renamer({ours: published for published, ours in _TABLE.items()})
+class Names(NamedTuple):
+    """The functions that rename the modules and parameters of one kind of network."""
+
+    to_ours: Callable[[str], str]
+    to_published: Callable[[str], str]
+
+
+def _both_ways(table: Mapping[str, str]) -> Names:
+    return Names(_renamer(table), _renamer({ours: published for published, ours in table.items()}))
+
+
+NETWORK = _both_ways(_NETWORK)
+CONTMIX_BLOCK = _both_ways(_CONTMIX_BLOCK)
 
 
 def form_of(names: Iterable[str]) -> str | None:
     """Return the form that our names tell, see `overlock.models.forms`, or None if they hold too little."""
     names = list(names)
     has_norms = any('.bn.' in name for name in names)
-    if any(name.endswith(('.dilated.conv.bias', '.local.0.conv.bias')) for name in names):
+    if any(name.endswith(('dilated.conv.bias', 'local.0.conv.bias')) for name in names):
         return 'merged' if has_norms else 'folded'
     return 'training' if has_norms else None
 
 
-def from_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
+def from_published(state_dict: Mapping[str, T], prefix: str = '', names: Names = NETWORK) -> dict[str, T]:
     """Rename published entries below `prefix` to our names; all others stay as they are."""
-    return {_below(prefix, name, _to_ours): value for name, value in state_dict.items()}
+    return {_below(prefix, name, names.to_ours): value for name, value in state_dict.items()}
 
 
-def to_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
+def to_published(state_dict: Mapping[str, T], prefix: str = '', names: Names = NETWORK) -> dict[str, T]:
     """Rename our entries below `prefix` to the published names; all others stay as they are.
 
     Raises:
@@ -139,7 +160,7 @@ def to_published(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
             'the state dict has the folded form of switch_to_deploy(), for which there are no '
             'published names; give that of the model before it was folded'
         )
-    return {_below(prefix, name, _to_published): value for name, value in state_dict.items()}
+    return {_below(prefix, name, names.to_published): value for name, value in state_dict.items()}
 
 
 def _below(prefix: str, name: str, rename: Callable[[str], str]) -> str:

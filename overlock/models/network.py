@@ -1,6 +1,6 @@
 """What networks share: images, blocks that recompute, drop-path rates, and what weight files may lack."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,15 +24,19 @@ class Block(nn.Module):
     with_cp = False
 
 
-def run_block(block: nn.Module, *maps: Tensor) -> Any:
-    """Run a block; if its `with_cp` is set, compute its activations again in the backward pass, not keep them."""
+def run_block(block: nn.Module, *maps: Tensor, forward: Callable[..., Any] | None = None) -> Any:
+    """Run a block; if its `with_cp` is set, compute its activations again in the backward pass, not keep them.
+
+    A block whose `forward` calls this gives what to run instead.
+    """
+    forward = forward or block
     if block.with_cp and torch.is_grad_enabled():
         # torch.compile makes the second run pure by itself, and takes no context for it.
         context: dict[str, Any] = (
             {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _same_statistics(block))}
         )
-        return torch.utils.checkpoint.checkpoint(block, *maps, use_reentrant=False, **context)
-    return block(*maps)
+        return torch.utils.checkpoint.checkpoint(forward, *maps, use_reentrant=False, **context)
+    return forward(*maps)
 
 
 @contextmanager

@@ -1,0 +1,131 @@
+"""The authors' plug-and-play block: ContMix in any network, with one map for features and context."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from overlock.layers import ConvNorm
+from overlock.models.forms import Foldable
+from overlock.models.mixing import NUM_REGIONS, MixingBlock
+from overlock.models.names import CONTMIX_BLOCK, form_of, from_published, to_published
+from overlock.models.network import run_block
+from overlock.ops.contmix.dispatch import check_backend
+
+T = TypeVar('T')
+
+
+class ContMixBlock(MixingBlock, Foldable):
+    """Mix a map with kernels computed from the affinity of each pixel to 7x7 regions of it, then its channels.
+
+    It keeps the shape of any map (B, dim, H, W): it goes behind or in place of a block of a ResNet, ConvNeXt, or a ViT
+    whose tokens are laid out as a map (examples/contmix_block.py). State dicts have our names or the authors'.
+    Convolutions start as PyTorch's, position biases from a truncated normal with std 0.02.
+
+    Args:
+        dim: Channels, a multiple of 4 x `num_heads`.
+        num_heads: ContMix has 2 x `num_heads` groups for each of its two kernels.
+        kernel_size: The large kernel of ContMix and of the local branch, a key of
+            `overlock.layers.large_kernel.BRANCHES`. Smaller maps are enlarged for ContMix.
+        smk_size: The small kernel of ContMix, odd and at most `kernel_size`.
+        mlp_ratio: Hidden width of the feed-forward over `dim`.
+        res_scale: Whether layer scale is on the shortcuts, or else on the branches.
+        ls_init_value: Initial value of layer scale; None for no layer scale.
+        drop_path: Probability of dropping the branch of a sample while training.
+        with_cp: Whether to recompute activations in the backward pass to save memory.
+        deploy: Whether to build the folded form of `switch_to_deploy`.
+        contmix_backend: Backend of `overlock.ops.contmix`.
+
+    Raises:
+        ValueError: If `dim`, `kernel_size` or `smk_size` do not make a block.
+    """
+
+    def __init__(
+        self,
+        dim: int = 64,
+        num_heads: int = 2,
+        kernel_size: int = 7,
+        smk_size: int = 5,
+        mlp_ratio: int = 4,
+        res_scale: bool = False,
+        ls_init_value: float | None = None,
+        drop_path: float = 0.0,
+        with_cp: bool = False,
+        deploy: bool = False,
+        contmix_backend: str = 'auto',
+    ) -> None:
+        if num_heads < 1 or dim < 1 or dim % (4 * num_heads):
+            raise ValueError(f'dim must be a multiple of 4 x num_heads, got dim {dim} and num_heads {num_heads}')
+        if smk_size % 2 == 0 or not 0 < smk_size <= kernel_size:
+            raise ValueError(f'smk_size must be odd and at most kernel_size {kernel_size}, got {smk_size}')
+        check_backend(contmix_backend)
+        super().__init__(
+            width=dim,
+            channels=dim,
+            key_channels=dim,
+            kernel_sizes=(smk_size, kernel_size),
+            num_groups=2 * num_heads,
+            local_kernel_size=kernel_size,
+            hidden=dim * mlp_ratio,
+            fusion=nn.Identity(),
+            drop_path_rate=drop_path,
+            layer_scale=ls_init_value,
+            scale_shortcut=res_scale,
+            contmix_backend=contmix_backend,
+        )
+        self.with_cp = with_cp
+        self._shape: dict[str, Any] = dict(
+            dim=dim,
+            num_heads=num_heads,
+            kernel_size=kernel_size,
+            smk_size=smk_size,
+            mlp_ratio=mlp_ratio,
+            res_scale=res_scale,
+            ls_init_value=ls_init_value,
+        )
+        self.value = ConvNorm(dim, dim)
+        for rpb in (self.rpb_small, self.rpb_large):
+            nn.init.trunc_normal_(rpb, std=0.02)
+        if deploy:
+            self.switch_to_deploy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, dim, H, W), of any height and width, to the same shape.
+
+        Raises:
+            ValueError: If the map has another number of channels or axes.
+        """
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f'input must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}')
+        return run_block(self, x, forward=self.run)
+
+    def project(self, x: Tensor, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query (B, dim / 2, H, W), key (B, dim / 2, 7, 7) and value (B, dim, H, W), all of the normed map."""
+        return self.query(x), self.key(F.adaptive_avg_pool2d(x, NUM_REGIONS)), self.value(x)
+
+    def switch_to_deploy(self) -> 'ContMixBlock':
+        """Fold all linear steps for inference, in place and idempotently, and return self."""
+        self.fold()
+        return self
+
+    @staticmethod
+    def to_own_names(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
+        """Rename published entries below `prefix` to our names; all others stay as they are."""
+        return from_published(state_dict, prefix, CONTMIX_BLOCK)
+
+    @staticmethod
+    def form_of(names: Iterable[str]) -> str | None:
+        """Return the form that our names tell, or None if they hold too little."""
+        return form_of(names)
+
+    def _rebuilt(self) -> 'ContMixBlock':
+        return ContMixBlock(**self._shape)
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors of the block under the authors' names.
+
+        Raises:
+            CheckpointError: If the block is folded: no names were published for this form.
+        """
+        return to_published(self.state_dict(), names=CONTMIX_BLOCK)
