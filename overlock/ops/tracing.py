@@ -1,10 +1,28 @@
 """Checks for whether a graph is being made of the operations that run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+_keeping = False
+
+
+@contextmanager
+def keep_operators() -> Iterator[None]:
+    """Keep our operators in graphs that are traced inside: those that are read here, and used nowhere else."""
+    global _keeping
+    before, _keeping = _keeping, True
+    try:
+        yield
+    finally:
+        _keeping = before
 
 
 def is_exporting() -> bool:
     """Return whether a graph is being made for use elsewhere: by `torch.export`, for ONNX or by `torch.jit.trace`."""
+    if _keeping:
+        return False
     # torch 2.6 has no is_exporting(); later ones also return True for it while torch.compile traces.
     exporting = getattr(torch.compiler, 'is_exporting', bool)() and not torch.compiler.is_dynamo_compiling()
     return exporting or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
