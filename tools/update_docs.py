@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(ROOT))
 
+from mmengine_overlock.complexity import count, count_config
 from overlock import ARCHS, MogaNet, OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import WEIGHTS, Weights
 
@@ -30,6 +32,10 @@ _RESULTS = {
     'detection': ('Instance Segmentation', 'COCO', {'box_ap': 'box AP', 'mask_ap': 'mask AP'}),
     'segmentation': ('Semantic Segmentation', 'ADE20K', {'miou': 'mIoU (single scale)'}),
 }
+
+COMPLEXITY = ROOT / 'docs/complexity.json'
+# Paper-reported: parameters in M, multiply-adds at 224x224 in G.
+_PAPER = {'xt': (16, 2.6), 't': (33, 5.5), 's': (56, 9.7), 'b': (95, 16.7)}
 
 # The ways of the image through the backbone.
 _WAYS = (
@@ -49,6 +55,41 @@ def parameters(arch: str, form: str = 'training', network: str = 'OverLoCK') -> 
     with torch.device('meta'):
         model = (OverLoCK(arch) if network == 'OverLoCK' else MogaNet(arch)).to_form(form)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@cache
+def complexity() -> dict[str, dict[str, Any]]:
+    """Return the costs of OverLoCK's models by name: those in docs/complexity.json, and others counted now."""
+    recorded = json.loads(COMPLEXITY.read_text(encoding='utf-8')) if COMPLEXITY.is_file() else {}
+    models = {model_name(weights): weights for weights in WEIGHTS.values() if weights.network == 'OverLoCK'}
+    return {model: recorded.get(model) or count_weights(weights) for model, weights in models.items()}
+
+
+def model_name(weights: Weights) -> str:
+    """Return a name of the model that a file is for; the schedule that it was trained by makes no difference."""
+    if weights.config:
+        return weights.config.rpartition('_')[0]
+    return f'{weights.network}-{weights.arch.upper()}, {weights.form} form, {weights.size}x{weights.size}'
+
+
+def count_weights(weights: Weights) -> dict[str, Any]:
+    """Count a detector or segmenter with folded backbone, or a classifier in the form of its file, one head."""
+    if weights.config:
+        counted = count_config(ROOT / f'configs/{weights.config}.py')
+    else:
+        network = OverLoCK(weights.arch, aux_head=False).to_form(weights.form)
+        counted = count(network, torch.zeros(1, 3, weights.size, weights.size))
+    return dict(
+        size=list(counted.size),
+        parameters=counted.parameters[''],
+        multiply_adds=counted.multiply_adds[''],
+        operators=counted.operators,
+    )
+
+
+def _costs(weights: Weights) -> str:
+    counted = complexity()[model_name(weights)]
+    return f'{counted["parameters"] / 1e6:.2f} M | {counted["multiply_adds"] / 1e9:.2f} G'
 
 
 def model_index() -> dict[str, Any]:
@@ -74,11 +115,18 @@ def model_index() -> dict[str, Any]:
 def _entry(name: str, weights: Weights) -> dict[str, Any]:
     task, dataset, metrics = _RESULTS[weights.task]
     entry: dict[str, Any] = {'Name': name, 'In Collection': weights.network}
+    counted = complexity().get(model_name(weights))
+    metadata: dict[str, Any] = (
+        {} if counted is None else dict(Parameters=counted['parameters'], FLOPs=counted['multiply_adds'])
+    )
     if weights.task == 'classification':
-        count = parameters(weights.arch, weights.form, weights.network)
-        entry['Metadata'] = dict(Parameters=count, Form=weights.form)
+        # The file has all heads.
+        metadata['Parameters'] = parameters(weights.arch, weights.form, weights.network)
+        metadata['Form'] = weights.form
     else:
         entry['Config'] = f'configs/{weights.config}.py'
+    if metadata:
+        entry['Metadata'] = metadata
     # RetinaNet has no masks.
     task = 'Object Detection' if [*weights.metrics] == ['box_ap'] else task
     figures = {metrics[key]: value for key, value in weights.metrics.items()}
@@ -92,6 +140,7 @@ def parts() -> dict[str, str]:
     return {
         'table: classification': classification_table(),
         'table: dense': dense_table('OverLoCK'),
+        'table: paper': paper_table(),
         'table: moganet': moganet_table(),
         'table: moganet_dense': dense_table('MogaNet'),
         'figure: packages': package_figure(),
@@ -100,12 +149,13 @@ def parts() -> dict[str, str]:
 
 
 def classification_table() -> str:
-    lines = ['| weights | parameters | top-1 at 224x224 | crop |', '| --- | --- | --- | --- |']
+    lines = ['| weights | parameters | multiply-adds | paper | top-1 | crop |', '| --- | --- | --- | --- | --- | --- |']
     for arch in ARCHS:
         name = f'overlock_{arch}_in1k'
         top1, crop = WEIGHTS[name].metrics['top1'], WEIGHTS[name].crop_pct
         links = f'{_link(name)}, {_link(f"{name}_reparam")}'
-        lines.append(f'| {links} | {parameters(arch) / 1e6:.2f} M | {top1:.1f} | {crop} |')
+        costs, paper = _costs(WEIGHTS[f'{name}_reparam']), '{} M, {} G'.format(*_PAPER[arch])
+        lines.append(f'| {links} | {costs} | {paper} | {top1:.1f} | {crop} |')
     return '\n'.join([*lines, ''])
 
 
@@ -120,12 +170,57 @@ def moganet_table() -> str:
 
 
 def dense_table(network: str) -> str:
-    lines = ['| weights | configuration | result |', '| --- | --- | --- |']
+    columns = 'parameters | multiply-adds | result' if network == 'OverLoCK' else 'result'
+    lines = [f'| weights | configuration | {columns} |', '| --- ' * (3 + columns.count('|')) + '|']
     for name, weights in WEIGHTS.items():
         if weights.config and weights.network == network:
             metrics = _RESULTS[weights.task][2]
             results = ', '.join(f'{metrics[key]} {value:.1f}' for key, value in weights.metrics.items())
-            lines.append(f'| {_link(name)} | [{weights.config}.py](configs/{weights.config}.py) | {results} |')
+            cells = [_link(name), f'[{weights.config}.py](configs/{weights.config}.py)', results]
+            if network == 'OverLoCK':
+                cells.insert(2, _costs(weights))
+            lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join([*lines, ''])
+
+
+def paper_table() -> str:
+    """Return how the multiply-adds of the paper come out, see docs/complexity.md: from the count here, step by step."""
+    rows: dict[str, list[float]] = {}
+    for name, arch in ARCHS.items():
+        counted = complexity()[model_name(WEIGHTS[f'overlock_{name}_in1k_reparam'])]
+        operators = counted['operators']
+        contmix = operators['contmix'] + operators['matmul']
+        kept = operators['conv'] + operators['batch_norm']
+        *base_sides, side3, side4 = (224 // stride for stride in (4, 8, 16, 32, 16, 32))
+        static = zip((*arch.base_depths, arch.overview_depth), base_sides, arch.embed_dims, strict=True)
+        hidden = [(depth, side, dims * arch.static_mlp_ratio) for depth, side, dims in static]
+        projection = 0
+        dynamic = zip(
+            arch.focus_depths,
+            (side3, side4),
+            arch.embed_dims[2:],
+            arch.focus_groups,
+            arch.dynamic_kernel_sizes,
+            strict=True,
+        )
+        for depth, side, dims, groups, size in dynamic:
+            hidden.append((depth, side, dims * arch.dynamic_mlp_ratio))
+            projection += depth * side**2 * groups * 49 * (arch.small_kernel_size**2 + size**2)
+        depthwise = sum(depth * side**2 * width * 9 for depth, side, width in hidden)
+        for label, value in {
+            'counted here, merged form': counted['multiply_adds'],
+            'ContMix as here': -contmix,
+            'projection of affinities at each pixel': projection,
+            'LayerNorm, interpolation, pooling': kept + contmix - counted['multiply_adds'],
+            'depthwise convolutions of the feed-forwards': -depthwise,
+            'sum': kept + projection - depthwise,
+            'paper-reported': _PAPER[name][1] * 1e9,
+        }.items():
+            rows.setdefault(label, []).append(value / 1e9)
+    lines = [f'| G at 224x224 | {" | ".join(name.upper() for name in ARCHS)} |', f'| --- |{" --- |" * len(ARCHS)}']
+    for label, values in rows.items():
+        cells = (f'{value:.1f}' if label == 'paper-reported' else f'{value:.3f}' for value in values)
+        lines.append(f'| {label} | {" | ".join(cells)} |')
     return '\n'.join([*lines, ''])
 
 
@@ -196,8 +291,10 @@ def main() -> int:
     parser.add_argument('--check', action='store_true', help='write nothing; the exit code is 1 if something is stale')
     check = parser.parse_args().check
     generated = parts()
-    documents = [ROOT / 'README.md', ROOT / 'docs/architecture.md', ROOT / 'docs/moganet.md']
+    names = ('README.md', 'docs/architecture.md', 'docs/complexity.md', 'docs/moganet.md')
+    documents = [ROOT / name for name in names]
     contents = {path: fill_in(path.read_text(encoding='utf-8'), generated) for path in documents}
+    contents[COMPLEXITY] = json.dumps(complexity(), indent=1) + '\n'
     contents[ROOT / 'model-index.yml'] = yaml.safe_dump(model_index(), sort_keys=False, allow_unicode=True, width=120)
     absent = [name for name in generated if not any(f'<!-- {name} -->' in text for text in contents.values())]
     assert not absent, f'no document has a place for {absent}'

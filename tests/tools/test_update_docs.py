@@ -9,7 +9,16 @@ import yaml
 
 from overlock.checkpoint import WEIGHTS
 from tests.testing import published_shapes
-from tools.update_docs import fill_in, network_figure, package_figure, parameters
+from tools.update_docs import (
+    complexity,
+    count_weights,
+    fill_in,
+    model_name,
+    network_figure,
+    package_figure,
+    paper_table,
+    parameters,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +53,20 @@ def test_parameters_are_those_of_the_published_state_dicts():
                 size *= length
             total += 0 if name.endswith(buffers) else size
         assert parameters('xt', form) == total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name', ['overlock_xt_in1k_reparam', 'mask_rcnn_overlock_t_1x_coco', 'upernet_overlock_t_ade20k']
+)
+def test_recorded_counts_are_those_of_a_run(name):
+    assert complexity()[model_name(WEIGHTS[name])] == count_weights(WEIGHTS[name])
+
+
+def test_multiply_adds_of_the_paper_come_out_to_the_digit():
+    rows = {row.split(' | ')[0]: row.split(' | ')[1:] for row in paper_table().strip().splitlines()}
+    reported = [float(cell.rstrip(' |')) for cell in rows['| paper-reported']]
+    assert [round(float(cell.rstrip(' |')), 1) for cell in rows['| sum']] == reported == [2.6, 5.5, 9.7, 16.7]
 
 
 def test_parts_replace_what_stands_between_the_comments():
