@@ -16,14 +16,15 @@ import yaml
 
 from overlock.utils.errors import UserError
 
-# By the annotation of a setting: its type, and how to call that.
-_KINDS = {
-    'int': (int, 'a whole number'),
-    'float': (float, 'a number'),
-    'float | None': (float, 'a number'),
-    'bool': (bool, 'true or false'),
-    'str': (str, 'text'),
-    'tuple[float, float]': (tuple, 'two numbers'),
+# By the annotation of a setting: its type, how many of it (0 for one that is no list), and how to call that.
+_KINDS: dict[str, tuple[type, int, str]] = {
+    'int': (int, 0, 'a whole number'),
+    'float': (float, 0, 'a number'),
+    'float | None': (float, 0, 'a number'),
+    'bool': (bool, 0, 'true or false'),
+    'str': (str, 0, 'text'),
+    'tuple[float, float]': (float, 2, 'two numbers'),
+    'tuple[int, int, int, int] | None': (int, 4, 'four whole numbers'),
 }
 
 _CHOICES = {'train_interpolation': ('random', 'bilinear', 'bicubic'), 'amp_dtype': ('float16', 'bfloat16')}
@@ -101,6 +102,9 @@ class Recipe:
         'float16', 'dtype of autocast: float16, with gradient scaling, or bfloat16, whose range needs none'
     )
     grad_checkpointing: bool = _setting(False, 'recompute activations in the backward pass to save memory')
+    ckpt_stg: tuple[int, int, int, int] | None = _setting(
+        None, 'with --grad-checkpointing: how many of the first blocks at strides 4, 8, 16 and 32 (default: all)', 0
+    )
     seed: int = _setting(42, 'seed of everything random', 0, 2**32 - 1)
     log_interval: int = _setting(50, 'updates between two log lines', 1)
 
@@ -192,19 +196,18 @@ def _checked(item: Field, value: Any) -> Any:
     """
     if value is None and item.default is None:
         return None
-    kind, wanted = _KINDS[str(item.type)]
+    kind, count, wanted = _KINDS[str(item.type)]
     try:
-        value = tuple(_convert(part, float) for part in value) if kind is tuple else _convert(value, kind)
-        if kind is tuple and len(value) != 2:
+        parts = tuple(_convert(part, kind) for part in (value if count else [value]))
+        if len(parts) != max(count, 1):
             raise TypeError
     except (TypeError, ValueError) as error:
         raise UserError(f'The setting {item.name} must be {wanted}, got {value!r}.') from error
     low, high = item.metadata['low'], item.metadata['high']
-    numbers = value if kind is tuple else (value,) if kind in (int, float) else ()
-    if not all(low <= number <= high and number < inf for number in numbers):
+    if kind in (int, float) and not all(low <= number <= high and number < inf for number in parts):
         bounds = f'at least {low}' if high == inf else f'between {low} and {high}'
         raise UserError(f'The setting {item.name} must be {bounds}, got {value}.')
-    return value
+    return parts if count else parts[0]
 
 
 def _convert(value: Any, kind: type) -> Any:
@@ -222,14 +225,14 @@ def add_recipe_options(parser: argparse.ArgumentParser, *names: str) -> None:
     for item in fields(Recipe):
         if names and item.name not in names:
             continue
-        kind, _ = _KINDS[str(item.type)]
+        kind, count, _ = _KINDS[str(item.type)]
         default: Any = item.default
         if kind is bool:
             how: dict[str, Any] = dict(action=argparse.BooleanOptionalAction)
-        elif kind is tuple:
-            how, default = dict(type=float, nargs=2, metavar=('LOW', 'HIGH')), ' '.join(map(str, default))
         else:
-            how = dict(type=kind, metavar={int: 'N', float: 'X', str: 'NAME'}[kind])
+            how = dict(type=kind, metavar={int: 'N', float: 'X', str: 'NAME'}[kind], nargs=count or None)
+        if isinstance(default, tuple):
+            default = ' '.join(map(str, default))
         shown = '' if kind is bool or default in (None, '') else f' (default: {default})'
         flags = (*item.metadata['flags'], f'--{item.name.replace("_", "-")}')
         group.add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, help=item.metadata['help'] + shown, **how)

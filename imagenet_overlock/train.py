@@ -326,7 +326,7 @@ def _build(recipe: Recipe, num_classes: int, from_start: bool) -> TimmOverLoCK:
     model = create_model(recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path, pretrained)
     if recipe.initial_checkpoint and from_start:
         load_weights(model, *checkpoints.starting_weights(recipe.initial_checkpoint))
-    model.set_grad_checkpointing(recipe.grad_checkpointing)
+    model.set_grad_checkpointing(recipe.grad_checkpointing and (recipe.ckpt_stg or True))
     return model
 
 

@@ -26,7 +26,8 @@ class OverLoCKBackbone(DenseBackbone, Trunk):
             stage 4 is Overview-Net); Focus-Net is never frozen.
         norm_eval: Whether all BatchNorms stay in evaluation mode while training.
         drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
-        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory, see
+            `Network.set_grad_checkpointing`.
         deploy: Whether to build the folded form of `switch_to_deploy`.
         overview_residual: Whether the normed and projected overview is added to the last output: on for detection,
             off for segmentation. Published checkpoints of each load only into their own form.
@@ -46,7 +47,7 @@ class OverLoCKBackbone(DenseBackbone, Trunk):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         drop_path_rate: float = 0.0,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
         deploy: bool = False,
         overview_residual: bool = True,
         contmix_backend: str = 'auto',

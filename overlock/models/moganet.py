@@ -285,10 +285,12 @@ class MogaNetTrunk(Network):
         in_channels: Channels of the image.
         num_outputs: How many of the four outputs to compute; later stages are left out.
         drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
-        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory, see
+            `Network.set_grad_checkpointing`.
     """
 
     stage_parts = ('patch_embed', 'blocks', 'norm')
+    block_stages = (('blocks1',), ('blocks2',), ('blocks3',), ('blocks4',))
 
     def __init__(
         self,
@@ -296,7 +298,7 @@ class MogaNetTrunk(Network):
         in_channels: int = 3,
         num_outputs: int = 4,
         drop_path_rate: float = 0.0,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
     ) -> None:
         super().__init__()
         self.arch = find_arch(arch, MogaArch, MOGANET_ARCHS)
@@ -379,7 +381,8 @@ class MogaNet(MogaNetTrunk):
         in_channels: Channels of the image.
         num_classes: Classes.
         drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
-        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory, see
+            `Network.set_grad_checkpointing`.
         deploy: Whether to build the folded form of `switch_to_deploy`.
     """
 
@@ -389,7 +392,7 @@ class MogaNet(MogaNetTrunk):
         in_channels: int = 3,
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
         deploy: bool = False,
     ) -> None:
         if num_classes < 1:
@@ -431,7 +434,8 @@ class MogaNetBackbone(DenseBackbone, MogaNetTrunk):
         norm_eval: Whether all BatchNorms stay in evaluation mode while training.
         norm_cfg: Settings of all BatchNorms in mmcv's form, see `overlock.models.dense.set_norms`.
         drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
-        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory, see
+            `Network.set_grad_checkpointing`.
         deploy: Whether to build the folded form of `switch_to_deploy`.
 
     Attributes:
@@ -447,7 +451,7 @@ class MogaNetBackbone(DenseBackbone, MogaNetTrunk):
         norm_eval: bool = False,
         norm_cfg: Mapping[str, Any] | None = None,
         drop_path_rate: float = 0.0,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
         deploy: bool = False,
     ) -> None:
         indices = check_out_indices(out_indices)

@@ -1,5 +1,6 @@
 """What networks share: images, blocks that recompute, drop-path rates, and what weight files may lack."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -73,6 +74,7 @@ class Network(Foldable):
         new_parts: Beginnings of names that a dense-prediction backbone adds to the ImageNet network.
         head_parts: Beginnings of names of ImageNet heads, which a backbone leaves out.
         stage_parts: Beginnings of names of stages, which a network may leave out as a whole.
+        block_stages: Names of the lists of blocks at strides 4, 8, 16 and 32.
         stage_depth: How many parts of a name tell the stage.
     """
 
@@ -80,6 +82,7 @@ class Network(Foldable):
     new_parts: tuple[str, ...] = ()
     head_parts: tuple[str, ...] = ('head.',)
     stage_parts: tuple[str, ...] = ()
+    block_stages: tuple[tuple[str, ...], ...] = ((), (), (), ())
     stage_depth = 1
     in_channels: int
 
@@ -104,11 +107,27 @@ class Network(Foldable):
         memory_format = self.memory_format or (torch.channels_last if x.device.type == 'cpu' else None)
         return x if memory_format is None else x.contiguous(memory_format=memory_format)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Make blocks recompute their activations in the backward pass, to save memory, or not."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.with_cp = enable
+    def set_grad_checkpointing(self, enable: bool | Sequence[int] = True) -> None:
+        """Make blocks recompute their activations in the backward pass, to save memory, or not.
+
+        Args:
+            enable: True for all blocks, False for none, or how many of the first blocks at each of the strides 4, 8, 16
+                and 32 (the authors' `--ckpt-stg`).
+
+        Raises:
+            ValueError: If there are not four counts.
+        """
+        counts = [sys.maxsize * enable] * 4 if isinstance(enable, bool) else list(enable)
+        if len(counts) != 4 or not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError(
+                'gradient checkpointing takes True, False, or a number of blocks for each of the strides 4, 8, 16 and '
+                f'32, got {enable}'
+            )
+        stages = dict(self.named_modules())
+        for count, names in zip(counts, self.block_stages, strict=True):
+            for name in names:
+                for i, block in enumerate(stages.get(name, ())):
+                    block.with_cp = i < count
 
     def stage_of(self, name: str) -> str:
         """Return the stage of an entry of a state dict, in our names."""

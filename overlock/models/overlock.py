@@ -153,6 +153,12 @@ class Trunk(Network):
     head_parts = ('head.', 'aux_head.')
     stage_parts = ('base_net.', 'overview_net.', 'focus_net.')
     stage_depth = 2
+    block_stages = (
+        ('base_net.stage1',),
+        ('base_net.stage2',),
+        ('base_net.stage3', 'focus_net.stage3'),
+        ('overview_net.stage', 'focus_net.stage4'),
+    )
 
     def __init__(
         self,
@@ -160,7 +166,7 @@ class Trunk(Network):
         in_channels: int = 3,
         num_outputs: int = 4,
         drop_path_rate: float = 0.0,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
         contmix_backend: str = 'auto',
     ) -> None:
         super().__init__()
@@ -261,7 +267,8 @@ class OverLoCK(Trunk):
         num_classes: Classes.
         aux_head: Whether Overview-Net has a classifier of its own for training.
         drop_path_rate: The rate of the last block; earlier ones rise to it linearly from 0.
-        with_cp: Whether blocks recompute their activations in the backward pass to save memory.
+        with_cp: Whether blocks recompute their activations in the backward pass to save memory, see
+            `Network.set_grad_checkpointing`.
         deploy: Whether to build the folded form of `switch_to_deploy`.
         contmix_backend: Backend of `overlock.ops.contmix`.
     """
@@ -273,7 +280,7 @@ class OverLoCK(Trunk):
         num_classes: int = 1000,
         aux_head: bool = True,
         drop_path_rate: float = 0.0,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
         deploy: bool = False,
         contmix_backend: str = 'auto',
     ) -> None:

@@ -64,6 +64,8 @@ def test_every_recipe_is_valid(path):
         ('drop_path: 1.5', 'The setting drop_path must be between 0 and 0.99, got 1.5.'),
         ('model: null', 'The setting model must be text, got None.'),
         ('amp_dtype: half', 'The setting amp_dtype must be float16 or bfloat16, got half.'),
+        ('ckpt_stg: [1, 2]', 'The setting ckpt_stg must be four whole numbers, got [1, 2].'),
+        ('ckpt_stg: [1, 0, 0, -1]', 'The setting ckpt_stg must be at least 0, got [1, 0, 0, -1].'),
         ('scale: 0.5', 'The setting scale must be two numbers, got 0.5.'),
         ('scale: [1, 0.5]', 'The setting scale takes the smaller number first, got [1.0, 0.5].'),
         ('warmup_epochs: 300', 'warmup_epochs must be below epochs, got 300.0 of 300; lower warmup_epochs.'),

@@ -236,10 +236,19 @@ def test_training_images_are_resized_as_the_recipe_says(trainer, name, kinds):
 
 def test_gradient_checkpointing_changes_no_figures(drawn, recipe, tmp_path):
     losses = [
-        train(recipe(epochs=1, warmup_epochs=0, grad_checkpointing=on), drawn, tmp_path / str(on))[0]
-        for on in (False, True)
+        train(recipe(epochs=1, warmup_epochs=0, **settings), drawn, tmp_path / str(i))[0]
+        for i, settings in enumerate(
+            ({}, dict(grad_checkpointing=True), dict(grad_checkpointing=True, ckpt_stg=(1, 0, 1, 0)))
+        )
     ]
-    assert losses[0]['train_loss'] == pytest.approx(losses[1]['train_loss'], rel=1e-6)
+    for row in losses[1:]:
+        assert row['train_loss'] == pytest.approx(losses[0]['train_loss'], rel=1e-6)
+
+
+def test_gradient_checkpointing_takes_a_number_of_blocks_for_each_stride(trainer):
+    run = trainer(grad_checkpointing=True, ckpt_stg=(0, 0, 1, 0))
+    checkpointed = [name for name, module in run.model.named_modules() if getattr(module, 'with_cp', False)]
+    assert checkpointed == ['base_net.stage3.0', 'focus_net.stage3.0']
 
 
 def test_best_is_the_epoch_with_the_highest_accuracy_and_summary_has_every_epoch(drawn, recipe, tmp_path, monkeypatch):

@@ -128,6 +128,16 @@ def test_every_parameter_gets_a_gradient_whatever_is_returned(out_indices, overv
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+BLOCKS = (
+    'base_net.stage1',
+    'base_net.stage2',
+    'base_net.stage3',
+    'overview_net.stage',
+    'focus_net.stage3',
+    'focus_net.stage4',
+)
+
+
 def test_checkpointing_changes_no_value():
     torch.manual_seed(0)
     model = OverLoCKBackbone(TINY).train()
@@ -151,6 +161,19 @@ def test_checkpointing_keeps_fewer_activations():
         return sum(total)
 
     assert kept(True) < 0.5 * kept(False)
+    assert kept(True) < kept((0, 0, 1, 1)) < kept((0, 0, 0, 1)) < kept(False)
+
+
+def test_checkpointing_takes_a_number_of_blocks_for_each_stride():
+    model = OverLoCKBackbone('t', with_cp=(1, 0, 3, 2))
+    found = {name: sum(block.with_cp for block in model.get_submodule(name)) for name in BLOCKS}
+    assert found == dict(zip(BLOCKS, (1, 0, 3, 2, 3, 2), strict=True))
+    model.set_grad_checkpointing(False)
+    assert not any(block.with_cp for name in BLOCKS for block in model.get_submodule(name))
+    OverLoCKBackbone('xt', out_indices=(0, 1), with_cp=True)
+    for counts in ((1, 2), (1, 2, 3, -1), (1.5, 0, 0, 0)):
+        with pytest.raises(ValueError, match='a number of blocks for each of the strides 4, 8, 16 and 32, got'):
+            model.set_grad_checkpointing(counts)
 
 
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 3, 4])
