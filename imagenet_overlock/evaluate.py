@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from imagenet_overlock.distributed import World
-from imagenet_overlock.model import both_logits
-from overlock.timm import TimmOverLoCK
+from imagenet_overlock.model import Classifier, both_logits
 from overlock.utils.errors import UserError
 
 T = TypeVar('T')
@@ -23,7 +22,7 @@ T = TypeVar('T')
 
 @torch.no_grad()
 def evaluate(
-    model: TimmOverLoCK, batches: PrefetchLoader, world: World, autocast: torch.dtype | None = None
+    model: Classifier, batches: PrefetchLoader, world: World, autocast: torch.dtype | None = None
 ) -> tuple[dict[str, float], Tensor]:
     """Evaluate this process's share of a split and sum up over all processes.
 
@@ -57,7 +56,7 @@ def evaluate(
 
 
 def _count(
-    model: TimmOverLoCK, batches: PrefetchLoader, world: World, autocast: torch.dtype | None
+    model: Classifier, batches: PrefetchLoader, world: World, autocast: torch.dtype | None
 ) -> tuple[dict[str, Tensor], float]:
     """Return sums over the images of this process, and its images per second."""
     classes = model.num_classes

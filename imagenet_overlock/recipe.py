@@ -47,7 +47,7 @@ class Recipe:
         UserError: If a setting is of the wrong type or out of range.
     """
 
-    model: str = _setting('overlock_xt', 'overlock_xt, overlock_t, overlock_s or overlock_b')
+    model: str = _setting('overlock_xt', 'overlock_{xt,t,s,b} or moganet_{xt,t,s,b,l,xl}')
     drop_path: float = _setting(0.0, 'drop path rate of the last block, linear from 0', 0, 0.99)
     aux_weight: float = _setting(0.4, "weight of the auxiliary head's loss; 0 builds no such head", 0)
     pretrained: bool = _setting(False, 'start from the published weights')
@@ -97,6 +97,9 @@ class Recipe:
 
     model_ema: bool = _setting(True, 'average the weights over the updates')
     model_ema_decay: float = _setting(0.9999, 'decay of that average in an update', 0, 1)
+    sync_bn: bool = _setting(
+        True, 'compute BatchNorm over all processes; without it each has its own statistics, averaged after an epoch'
+    )
     amp: bool = _setting(True, 'train and validate in autocast; CPUs are faster without')
     amp_dtype: str = _setting(
         'float16', 'dtype of autocast: float16, with gradient scaling, or bfloat16, whose range needs none'

@@ -18,7 +18,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, random_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -30,10 +30,9 @@ from imagenet_overlock.data import seed_epoch, train_loader, val_loader
 from imagenet_overlock.distributed import World, join_world
 from imagenet_overlock.evaluate import evaluate
 from imagenet_overlock.folder import Split, check_folder
-from imagenet_overlock.model import create_model, load_weights
+from imagenet_overlock.model import Classifier, create_model, load_weights
 from imagenet_overlock.recipe import Recipe
 from overlock.layers.sync_norm import synchronize_on_cpus
-from overlock.timm import TimmOverLoCK
 from overlock.utils.errors import UserError
 from overlock.utils.files import whole_file
 
@@ -103,7 +102,7 @@ class Trainer:
         self.recipe, self.classes, self.output, self.world = recipe, train_split.classes, output, world
         random_seed(recipe.seed)
         self.model = _build(recipe, len(self.classes), from_start).to(world.device)
-        if world.is_distributed:
+        if world.is_distributed and recipe.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             if world.device.type == 'cpu':
                 synchronize_on_cpus(self.model)
@@ -233,6 +232,9 @@ class Trainer:
                     bar.set_postfix_str(status)
                     if not on_terminal:
                         _logger.info('%s, update %d/%d: %s', self._title, update, self.updates, status)
+        if world.is_distributed and not recipe.sync_bn:
+            for model in (self.model, *([self.ema.module] if self.ema else [])):
+                distribute_bn(model, world.size, reduce=True)
         loss, main, aux = (sums / self.updates).tolist()
         heads = {'train_loss_main': main, 'train_loss_aux': aux} if recipe.aux_weight else {}
         return {'train_loss': loss, **heads, 'train_images_per_second': rate}
@@ -321,7 +323,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, file)
 
 
-def _build(recipe: Recipe, num_classes: int, from_start: bool) -> TimmOverLoCK:
+def _build(recipe: Recipe, num_classes: int, from_start: bool) -> Classifier:
     pretrained = recipe.pretrained and from_start
     model = create_model(recipe.model, num_classes, recipe.aux_weight > 0, recipe.drop_path, pretrained)
     if recipe.initial_checkpoint and from_start:
@@ -330,7 +332,7 @@ def _build(recipe: Recipe, num_classes: int, from_start: bool) -> TimmOverLoCK:
     return model
 
 
-def _create_optimizer(recipe: Recipe, world: World, model: TimmOverLoCK) -> torch.optim.Optimizer:
+def _create_optimizer(recipe: Recipe, world: World, model: Classifier) -> torch.optim.Optimizer:
     lr = recipe.learning_rate(world.size)
     if lr < recipe.min_lr:
         raise UserError(

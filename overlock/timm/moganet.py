@@ -37,6 +37,7 @@ class TimmMogaNet(TimmModel, MogaNet):
 
     first_conv = 'patch_embed1.projection.0'
     classifiers = ('head',)
+    aux_head = None
 
     def __init__(
         self,

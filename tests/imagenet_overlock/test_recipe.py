@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from imagenet_overlock import Recipe, load_recipe
+from imagenet_overlock.model import check_model
 from imagenet_overlock.recipe import add_recipe_options, recipe_options
 from overlock.utils.errors import UserError
 
@@ -47,7 +48,30 @@ def test_defaults_are_the_published_settings():
 
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.yaml')), ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path):
-    assert load_recipe(path).model.startswith('overlock_')
+    recipe = load_recipe(path)
+    check_model(recipe.model)
+    assert recipe.aux_weight == (0 if recipe.model.startswith('moganet') else 0.4)
+
+
+@pytest.mark.parametrize(
+    ('variant', 'drop_path', 'weight_decay', 'batch', 'aa', 'mixup', 'ema', 'min_lr', 'amp'),
+    [
+        ('xt', 0.05, 0.03, 1024, 'rand-m7-mstd0.5-inc1', 0.1, False, 1e-6, True),
+        ('t', 0.1, 0.04, 1024, 'rand-m7-mstd0.5-inc1', 0.1, False, 1e-6, True),
+        ('s', 0.1, 0.05, 1024, 'rand-m9-mstd0.5-inc1', 0.8, True, 1e-5, False),
+        ('b', 0.2, 0.05, 1024, 'rand-m9-mstd0.5-inc1', 0.8, True, 1e-5, False),
+        ('l', 0.3, 0.05, 1024, 'rand-m9-mstd0.5-inc1', 0.8, True, 1e-5, False),
+        ('xl', 0.4, 0.05, 512, 'rand-m9-mstd0.5-inc1', 0.8, True, 1e-5, False),
+    ],
+)
+def test_recipes_of_moganet_are_its_authors(variant, drop_path, weight_decay, batch, aa, mixup, ema, min_lr, amp):
+    recipe = load_recipe(CONFIGS / f'moganet_{variant}.yaml')
+    assert (recipe.drop_path, recipe.weight_decay, recipe.total_batch(8)) == (drop_path, weight_decay, batch)
+    assert (recipe.aa, recipe.mixup, recipe.model_ema, recipe.min_lr, recipe.amp) == (aa, mixup, ema, min_lr, amp)
+    assert recipe.learning_rate(8) == pytest.approx(1e-3)
+    assert (recipe.epochs, recipe.cooldown_epochs, recipe.warmup_epochs, recipe.warmup_lr) == (300, 10, 5, 1e-5)
+    assert (recipe.cutmix, recipe.reprob, recipe.smoothing, recipe.clip_grad) == (1, 0.25, 0.1, 0)
+    assert not recipe.sync_bn and not recipe.sched_on_updates and recipe.train_interpolation == 'random'
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from imagenet_overlock.data import seed_epoch, train_loader
 from imagenet_overlock.distributed import World
 from imagenet_overlock.folder import check_folder
 from imagenet_overlock.train import Trainer, train
+from imagenet_overlock.validate import validate
 from overlock.checkpoint import CheckpointError
 from overlock.models.names import to_published
 from overlock.utils.errors import UserError
@@ -321,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
 @pytest.mark.parametrize(
     ('settings', 'sentence'),
     [
-        (dict(model='overlock_xxl'), 'There is no model overlock_xxl; the models are overlock_b, '),
+        (dict(model='overlock_xxl'), 'There is no model overlock_xxl; the models are moganet_b, '),
         (dict(model='overlock_xt_reparam'), 'overlock_xt_reparam is folded for inference; train overlock_xt.'),
         (dict(lr=None), 'The learning rate for 10 images in an update is 9.77e-06, below the 1.00e-05'),
         (dict(aa='foo'), "takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, "),
@@ -433,6 +434,17 @@ def test_autocast_trains_and_keeps_the_weights_in_float32(drawn, recipe, tmp_pat
     # The scale of the gradients falls until none overflows; updates before that are left out.
     assert content['optimizer']['state']
     assert (content['amp_scaler'].get('scale', 1) > 1) == (dtype == 'float16')
+
+
+def test_moganet_trains_resumes_and_is_validated(drawn, recipe, tmp_path):
+    settings = dict(model='moganet_tiny', aux_weight=0, sync_bn=False)
+    train(recipe(epochs=1, warmup_epochs=0, **settings), drawn, tmp_path)
+    rows = train(recipe(epochs=2, warmup_epochs=0, **settings), drawn, tmp_path, resume='auto')
+    assert len(rows) == 2 and rows[0]['train_loss'] == pytest.approx(math.log(10), rel=0.3)
+    found = validate(drawn, checkpoint=str(tmp_path / 'last.pth'), workers=0, batch_size=10)
+    assert found.figures['top1'] == rows[-1]['val_top1']
+    with pytest.raises(UserError, match='moganet_tiny has no auxiliary head; train with aux_weight 0'):
+        train(recipe(model='moganet_tiny'), drawn, tmp_path / 'aux')
 
 
 def test_other_settings_on_resume_are_told(drawn, recipe, trained, monkeypatch, caplog):
