@@ -8,34 +8,19 @@ from pathlib import Path
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction  # noqa: E402
-
-from mmengine_overlock.complexity import count_config  # noqa: E402
-from overlock.utils.distributed import exit_on_user_error  # noqa: E402
+from mmengine_overlock.command_line import add_cfg_options, run_command
+from mmengine_overlock.complexity import count_config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='file of the configuration')
-    parser.add_argument(
-        '--size',
-        nargs=2,
-        type=int,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='of the image (default: 800 1280 for detectors, 512 2048 for segmenters)',
-    )
-    parser.add_argument(
-        '--training-form', dest='deploy', action='store_false', help='count the backbone before it is folded'
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings over those of the configuration',
-    )
-    with exit_on_user_error():
-        print(count_config(**vars(parser.parse_args())))
+    option = parser.add_argument
+    option('config', help='file of the configuration')
+    size = 'of the image (default: 800 1280 for detectors, 512 2048 for segmenters)'
+    option('--size', nargs=2, type=int, metavar=('HEIGHT', 'WIDTH'), help=size)
+    option('--training-form', dest='deploy', action='store_false', help='count the backbone before it is folded')
+    add_cfg_options(parser)
+    print(run_command(count_config, parser))
 
 
 if __name__ == '__main__':
