@@ -119,7 +119,7 @@ def without(state_dict, *names):
         (lambda d: d | {'base_net.stem.0.conv.weight': torch.ones(1)}, 'is neither a classifier nor a backbone'),
         (lambda d: without(d, 'output_norms', 'overview_proj', 'overview_scale'), 'expected head.fc or output_norms'),
         (
-            lambda d: d | {'base_net.stage1.0.dilated.conv.weight': torch.ones(8, 1, 19, 19)},
+            lambda d: d | {'base_net.stage1.0.dilated.conv.weight': torch.ones(8, 1, 21, 21)},
             'kernel_size must be one of',
         ),
         (lambda d: d | {'focus_net.stage3.0.rpb_small': torch.ones(3, 9, 9)}, 'divisible by twice focus_groups'),
