@@ -34,8 +34,8 @@ def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -
         create_transform(32, is_training=True, auto_augment=recipe.aa or None)
     except (AssertionError, ValueError, IndexError, KeyError) as error:
         raise UserError(
-            "The setting aa takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 "
-            f'or original, got {recipe.aa} ({error}).'
+            "The setting aa takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, 3a, "
+            f'augmix-m3-w3 or original, got {recipe.aa} ({error}).'
         ) from error
     loader = _loader(
         ImageDataset(str(split.root), class_map=_class_map(split.classes)),

@@ -87,7 +87,7 @@ class Recipe:
 
     scale: tuple[float, float] = _setting((0.08, 1.0), 'area of the random crop over that of the image', 0.001, 1)
     hflip: float = _setting(0.5, 'probability of a horizontal flip', 0, 1)
-    color_jitter: float = _setting(0.4, 'color jitter, where --aa is empty', 0)
+    color_jitter: float = _setting(0.4, 'color jitter, where --aa is empty or 3a', 0)
     aa: str = _setting('rand-m9-mstd0.5-inc1', 'automatic augmentation, by the name that timm gives it')
     train_interpolation: str = _setting('random', 'resizing of training images: random (of the two), bilinear, bicubic')
     reprob: float = _setting(0.25, 'probability of random erasing', 0, 1)
@@ -120,6 +120,8 @@ class Recipe:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f'The setting {name} must be {" or ".join(known)}, got {getattr(self, name)}.')
+        if self.ckpt_stg and not self.grad_checkpointing:
+            raise UserError('ckpt_stg has no effect without grad_checkpointing; add --grad-checkpointing.')
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f'warmup_epochs must be below epochs, got {self.warmup_epochs} of {self.epochs}; lower warmup_epochs.'

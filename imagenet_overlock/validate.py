@@ -121,7 +121,9 @@ def validate(
         classes = _classes(trained, split, checkpoint)
         source = os.fspath(checkpoint or _published(model))
         network = load_for_validation(model, source, len(classes), aux, ema).to(world.device)
-        args = trained.get('args', {})
+        published = WEIGHTS.get(source)
+        own = dict(img_size=published.size, crop_pct=published.crop_pct) if published else {}
+        args = {**own, **trained.get('args', {})}
         trained_size = args.get('img_size', resolve_data_config({}, model=network)['input_size'][-1])
         img_size = img_size or trained_size
         if crop_pct is None:

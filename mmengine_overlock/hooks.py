@@ -1,15 +1,27 @@
-"""Hooks: tests of boxes alone, whole checkpoints."""
+"""Hooks: equal statistics in distributed validation, tests of boxes alone, whole checkpoints."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from overlock.checkpoint.fitting import compare_weights
+
+
+class BroadcastBuffersHook(Hook):
+    """Give every process the statistics of the first before a validation: those that its checkpoints hold.
+
+    BatchNorms that are not synchronized collect their own in each process.
+    """
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
 
 
 @HOOKS.register_module()

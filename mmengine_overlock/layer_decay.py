@@ -27,11 +27,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """
 
     def _validate_cfg(self) -> None:
+        # mmengine leaves it where there is nothing to replace.
+        self.paramwise_cfg.pop('_delete_', None)
         rate = self.paramwise_cfg.get('decay_rate')
         if set(self.paramwise_cfg) != {'decay_rate'} or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise UserError(
                 f'paramwise_cfg of {type(self).__name__} takes decay_rate, above 0 and at most 1, and nothing else; '
-                f'got {dict(self.paramwise_cfg)}'
+                f'got {dict(self.paramwise_cfg)}; add _delete_=True to it to replace inherited settings'
             )
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ from mmengine_overlock.config import (
     use_tta,
 )
 from mmengine_overlock.data import check_data
-from mmengine_overlock.hooks import WholeModelHook
+from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
 from mmengine_overlock.launch import finish_launch, prepare_launch
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import keep_freed_memory
@@ -171,6 +171,8 @@ def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
         keep_freed_memory()
     prepare_launch(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if runner.distributed:
+        runner.register_hook(BroadcastBuffersHook())
     if strict:
         runner.register_hook(WholeModelHook())
     return runner

@@ -15,7 +15,7 @@ from overlock.checkpoint.download import find_file
 from overlock.checkpoint.reading import load, read_pickled
 from overlock.checkpoint.recognize import recognize
 from overlock.models.arch import ARCHS
-from overlock.models.moganet import MOGANET_ARCHS, MogaNet
+from overlock.models.moganet import MOGANET_ARCHS, MogaNet, MogaNetTrunk
 from overlock.models.names import to_published
 from overlock.models.network import Network
 from overlock.models.overlock import OverLoCK
@@ -100,6 +100,11 @@ def convert(
         network = network.twin(network.form).to_form(form, source)
         network.load_state_dict(tensors, assign=True)
         tensors = dict(network.state_dict())
+    if names == 'published' and network.form == 'folded':
+        raise CheckpointError(
+            f'{source} has the folded form of switch_to_deploy(), for which there are no published names; give the '
+            'file that it was made from'
+        )
     renamed = to_published(tensors) if names == 'published' else tensors
     new_names = {name: f'{"" if backbone else prefix}{new}' for name, new in zip(tensors, renamed, strict=True)}
     converted = {new_names[name]: value for name, value in tensors.items()}
@@ -196,9 +201,8 @@ def _verify(draft: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tens
             f'{draft.name} does not hold what was written to it, and was discarded; check the disk and convert again'
         )
     network, old = recognize(read).network, recognize(given).network
-    variant = next(
-        (name for name, arch in {**ARCHS, **MOGANET_ARCHS}.items() if arch == network.arch), 'an arch of its own'
-    )
+    archs = MOGANET_ARCHS if isinstance(network, MogaNetTrunk) else ARCHS
+    variant = next((name for name, arch in archs.items() if arch == network.arch), 'an arch of its own')
     text = (
         f'{len(read)} tensors read back bit for bit, loaded strictly into {type(network).__name__} ({variant}, '
         f'{network.form} form)'

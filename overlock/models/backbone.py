@@ -112,8 +112,9 @@ class OverLoCKBackbone(DenseBackbone, Trunk):
         ids = {'base_net.stem': 0}
         for stage, entries in _STAGES.items():
             depth = max(ids.values())
-            ids.update((entry, depth + 1) for entry in entries)
             blocks = {name.split('.')[2] for name, _ in self.named_parameters() if name.startswith(f'{stage}.')}
+            if blocks:
+                ids.update((entry, depth + 1) for entry in entries)
             ids.update((f'{stage}.{i}', depth + 1 + i) for i in range(len(blocks)))
         last = max(ids.values()) + 1
         modules = {name: name.split('.') for name, _ in self.named_parameters()}

@@ -368,8 +368,10 @@ class MogaNetTrunk(Network):
         for i, (_, blocks, norm) in enumerate(self.stages(), 1):
             last = blocks[-1]
             assert isinstance(last, MogaBlock)
-            last.switch_to_deploy(norm)
-            setattr(self, f'norm{i}', nn.Identity())
+            # A block that was folded by itself before no longer takes the norm.
+            if isinstance(last.norm1, BatchNorm):
+                last.switch_to_deploy(norm)
+                setattr(self, f'norm{i}', nn.Identity())
         return super().switch_to_deploy()
 
 
@@ -459,7 +461,8 @@ class MogaNetBackbone(DenseBackbone, MogaNetTrunk):
         self.out_indices = indices
         self.out_channels = tuple(self.arch.embed_dims[i] for i in indices)
         self.init_parameters()
-        set_norms(self, norm_cfg or {})
+        self.norm_cfg = dict(norm_cfg or {})
+        set_norms(self, self.norm_cfg)
         if deploy:
             self.switch_to_deploy()
         self.freeze(frozen_stages, norm_eval)
@@ -480,7 +483,7 @@ class MogaNetBackbone(DenseBackbone, MogaNetTrunk):
         return [[stem], first, *later]
 
     def _rebuilt(self) -> 'MogaNetBackbone':
-        return MogaNetBackbone(self.arch, self.in_channels, self.out_indices)
+        return MogaNetBackbone(self.arch, self.in_channels, self.out_indices, norm_cfg=self.norm_cfg)
 
     def layer_ids(self) -> dict[str, int]:
         """Return the depth of each parameter as the authors number them; two blocks of stage 3 share a number.

@@ -117,7 +117,8 @@ class Network(Foldable):
         Raises:
             ValueError: If there are not four counts.
         """
-        counts = [sys.maxsize * enable] * 4 if isinstance(enable, bool) else list(enable)
+        every = [sys.maxsize * enable] * 4 if isinstance(enable, bool) else enable
+        counts = list(every) if isinstance(every, Sequence) else []
         if len(counts) != 4 or not all(isinstance(count, int) and count >= 0 for count in counts):
             raise ValueError(
                 'gradient checkpointing takes True, False, or a number of blocks for each of the strides 4, 8, 16 and '

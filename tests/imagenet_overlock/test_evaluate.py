@@ -16,10 +16,10 @@ from imagenet_overlock.data import val_loader
 from imagenet_overlock.distributed import World
 from imagenet_overlock.evaluate import count_hits, evaluate
 from imagenet_overlock.folder import check_validation_folder
-from imagenet_overlock.model import both_logits
+from imagenet_overlock.model import both_logits, create_model
 from imagenet_overlock.train import train
 from imagenet_overlock.validate import validate
-from overlock.checkpoint import CheckpointError
+from overlock.checkpoint import WEIGHTS, CheckpointError
 from overlock.utils.errors import UserError
 from tests.imagenet_overlock import tiny
 
@@ -254,3 +254,14 @@ def test_an_auxiliary_head_that_is_not_there_is_one_sentence(drawn, tmp_path):
     torch.save(tiny.TimmOverLoCK(tiny.ARCH, num_classes=10).state_dict(), tmp_path / 'main.pth')
     with pytest.raises(CheckpointError, match='main.pth has no auxiliary head; leave out --aux'):
         validate(drawn, 'overlock_tiny', str(tmp_path / 'main.pth'), aux=True, workers=0)
+
+
+def test_published_weights_by_name_are_validated_at_their_own_size(drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path))
+    model = create_model('moganet_tiny', num_classes=10, aux_head=False)
+    torch.save(model.state_dict(), tmp_path / WEIGHTS['moganet_t_256_in1k'].url.rpartition('/')[2])
+    seen = []
+    monkeypatch.setattr('imagenet_overlock.validate.val_loader', lambda *args: seen.append(args) or val_loader(*args))
+    found = validate(drawn, 'moganet_tiny', 'moganet_t_256_in1k', workers=0)
+    assert found.img_size == 256 and found.figures['images'] == 10
+    assert seen[0][5:7] == (256, 0.9)

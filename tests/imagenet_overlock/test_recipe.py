@@ -90,6 +90,7 @@ def test_recipes_of_moganet_are_its_authors(variant, drop_path, weight_decay, ba
         ('amp_dtype: half', 'The setting amp_dtype must be float16 or bfloat16, got half.'),
         ('ckpt_stg: [1, 2]', 'The setting ckpt_stg must be four whole numbers, got [1, 2].'),
         ('ckpt_stg: [1, 0, 0, -1]', 'The setting ckpt_stg must be at least 0, got [1, 0, 0, -1].'),
+        ('ckpt_stg: [1, 1, 0, 0]', 'ckpt_stg has no effect without grad_checkpointing; add --grad-checkpointing.'),
         ('scale: 0.5', 'The setting scale must be two numbers, got 0.5.'),
         ('scale: [1, 0.5]', 'The setting scale takes the smaller number first, got [1.0, 0.5].'),
         ('warmup_epochs: 300', 'warmup_epochs must be below epochs, got 300.0 of 300; lower warmup_epochs.'),

@@ -105,3 +105,13 @@ def test_model_without_such_a_backbone_is_refused():
         UserError, match='needs a backbone that numbers its depths, OverLoCK or MogaNet, and ModuleDict'
     ):
         settings(nn.Conv2d(3, 8, 3))
+
+
+def test_outputs_that_are_left_out_do_not_lower_the_rates():
+    for indices in ((0, 1), (0, 1, 2)):
+        ids = OverLoCKBackbone(TINY, out_indices=indices).layer_ids()
+        assert sorted(set(ids.values())) == list(range(max(ids.values()) + 1)), indices
+
+
+def test_a_mark_of_replaced_settings_that_mmengine_leaves_is_no_mistake():
+    assert settings(OverLoCKBackbone(TINY), 0.5, _delete_=True) == settings(OverLoCKBackbone(TINY), 0.5)

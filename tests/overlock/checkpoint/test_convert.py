@@ -7,10 +7,12 @@ from overlock import OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import CheckpointError, convert, load, to_published
 from overlock.checkpoint.convert import FATES, convert_file
 from overlock.checkpoint.convert import convert as converted
+from overlock.models.moganet import MogaNetBackbone
 from overlock.models.names import form_of
 from overlock.utils.errors import UserError
 from tests.testing import (
     MODELS,
+    MOGANET_TINY,
     TINY,
     TOLERANCES,
     assert_relative,
@@ -369,3 +371,15 @@ def test_the_file_given_and_other_kinds_of_files_are_never_written(out, message,
     with pytest.raises(UserError, match=message):
         convert_file(tmp_path / 'in.pth', tmp_path / out)
     assert (tmp_path / 'in.pth').read_bytes() == before
+
+
+def test_report_names_the_variant(tmp_path):
+    torch.save(OverLoCKBackbone('xt').state_dict(), tmp_path / 'xt.pth')
+    assert '(xt, training form)' in convert_file(tmp_path / 'xt.pth', tmp_path / 'out.pth').verified
+
+
+def test_folded_moganet_has_no_published_names(tmp_path):
+    torch.save(MogaNetBackbone(MOGANET_TINY).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match='has the folded form .* no published names; give'):
+        convert_file(tmp_path / 'a.pth', tmp_path / 'out.pth', form='folded', names='published')
+    assert not (tmp_path / 'out.pth').exists()

@@ -171,7 +171,7 @@ def test_checkpointing_takes_a_number_of_blocks_for_each_stride():
     model.set_grad_checkpointing(False)
     assert not any(block.with_cp for name in BLOCKS for block in model.get_submodule(name))
     OverLoCKBackbone('xt', out_indices=(0, 1), with_cp=True)
-    for counts in ((1, 2), (1, 2, 3, -1), (1.5, 0, 0, 0)):
+    for counts in (2, (1, 2), (1, 2, 3, -1), (1.5, 0, 0, 0)):
         with pytest.raises(ValueError, match='a number of blocks for each of the strides 4, 8, 16 and 32, got'):
             model.set_grad_checkpointing(counts)
 

@@ -263,3 +263,24 @@ def test_published_names_load_strictly_at_any_prefix(prefix):
         holder = nn.ModuleDict({name: holder})
     holder.load_state_dict(state, strict=True)
     assert all(torch.equal(value, state[f'{prefix}{name}']) for name, value in model.state_dict().items())
+
+
+def test_folded_backbone_with_other_norm_settings_takes_a_training_state_dict():
+    settings = dict(norm_cfg=dict(eps=1e-1))
+    model = randomise(MogaNetBackbone(TINY, **settings)).eval()
+    folded = MogaNetBackbone(TINY, deploy=True, **settings).eval()
+    folded.load_state_dict(model.state_dict())
+    x = image(1, 64, 64).float()
+    with torch.no_grad():
+        for ours, truth in zip(folded(x), model(x), strict=True):
+            assert_relative(ours, truth, 1e-4)
+
+
+def test_network_with_a_block_that_was_folded_by_itself_keeps_the_norm_behind_it():
+    model = randomise(MogaNetBackbone(TINY)).eval()
+    x = image(1, 64, 64).float()
+    with torch.no_grad():
+        truth = model(x)
+        model.blocks1[-1].switch_to_deploy()
+        for ours, expected in zip(model.switch_to_deploy()(x), truth, strict=True):
+            assert_relative(ours, expected, 1e-4)
