@@ -58,7 +58,7 @@ def test_verbose_tells_of_every_tensor(run):
             ('resnet.pth', 'out.pth'),
             'resnet.pth holds no OverLoCK or MogaNet: expected an entry base_net.stem.0.conv.weight, ',
         ),
-        (('classifier.pth', 'out.pth', '--deploy', '--names', 'published'), 'the state dict has the folded form'),
+        (('classifier.pth', 'out.pth', '--deploy', '--names', 'published'), 'classifier.pth has the folded form'),
         (('classifier.pth', 'out.pth', '--backbone'), 'classifier.pth is of a classifier, expected a detector'),
         (('classifier.pth', 'out.pth', '--ema'), 'classifier.pth holds no running average of weights'),
     ],
