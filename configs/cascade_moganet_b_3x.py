@@ -1,4 +1,4 @@
-_base_ = '_base_/cascade_moganet_3x.py'
+_base_ = ['_base_/models/cascade_mask_rcnn_fpn.py', '_base_/moganet_coco_3x.py']
 
 model = dict(
     backbone=dict(
@@ -6,6 +6,12 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 160, 320, 512]),
 )
+
+# A longer warm-up than Mask R-CNN's.
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=1001),
+    _base_.param_scheduler[1],
+]
 
 optim_wrapper = dict(
     constructor='LayerDecayOptimWrapperConstructor',
