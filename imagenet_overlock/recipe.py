@@ -9,12 +9,14 @@ from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from overlock.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 # By the annotation of a setting: its type, how many of it (0 for one that is no list), and how to call that.
 _KINDS: dict[str, tuple[type, int, str]] = {
@@ -145,6 +147,9 @@ class Recipe:
     @property
     def autocast(self) -> torch.dtype | None:
         """Return the dtype of autocast, if it is on."""
+        # The command line reads this file, and answers without torch.
+        import torch
+
         return getattr(torch, self.amp_dtype) if self.amp else None
 
     def total_batch(self, processes: int) -> int:

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from overlock.checkpoint import find_file
+from overlock.utils.configs import find_config
 from overlock.utils.errors import UserError
 
 
@@ -21,7 +22,7 @@ def load_config(
     """Read a configuration and set its work folder and launcher.
 
     Args:
-        path: File of the configuration.
+        path: File of the configuration, or the name of one that comes with the package.
         options: Settings by dotted name, over those of the file.
         work_dir: Folder for logs and checkpoints; by default the configuration's own, else `work_dirs/<its name>`.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
@@ -29,11 +30,7 @@ def load_config(
     Raises:
         UserError: The file does not exist, its `custom_imports` fail, or an option fits nowhere.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f'The configuration {path} does not exist; give the path of a .py file, such as those in configs/.'
-        )
+    path = find_config(path)
     try:
         cfg = Config.fromfile(path)
     # OpenMMLab's packages assert the versions of each other.

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     # filelock comes with torch.
     'overlock.checkpoint': ['overlock.models', 'overlock.utils', 'filelock', 'numpy', 'safetensors', 'torch'],
     'overlock.timm': ['overlock.checkpoint', 'overlock.layers', 'overlock.models', 'overlock.utils', 'timm', 'torch'],
-    'overlock': ['overlock.checkpoint', 'overlock.models', 'overlock.ops', 'overlock.utils'],
+    'overlock.cli': ['overlock', 'imagenet_overlock', 'mmengine', 'mmengine_overlock', 'yaml'],
+    'overlock': ['overlock.cli', 'overlock.checkpoint', 'overlock.models', 'overlock.ops', 'overlock.utils'],
     'mmengine_overlock': ['overlock', 'mmengine', 'numpy', 'PIL', 'torch'],
     'mmdet_overlock': ['mmengine_overlock', 'mmdet'],
     'mmseg_overlock': ['mmengine_overlock', 'mmseg'],
@@ -84,7 +85,7 @@ def test_import_of_the_network_is_silent_and_brings_only_torch():
     # torch may import triton by itself, and filelock when it is asked for.
     code = (
         'import warnings; warnings.simplefilter("error"); import sys, torch; before = set(sys.modules); '
-        'import overlock; print(*{name.partition(".")[0] for name in set(sys.modules) - before})'
+        'import overlock; overlock.OverLoCK; print(*{name.partition(".")[0] for name in set(sys.modules) - before})'
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, '')

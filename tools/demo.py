@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 from demo.detector import draw, run_demo
 from demo.outcome import add_options
-from mmengine_overlock.command_line import add_cfg_options
+from overlock.cli.options import add_cfg_options
 from overlock.utils.distributed import exit_on_user_error
 
 

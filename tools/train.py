@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a detector or segmenter."""
+"""Train a detector or segmenter: the command `overlock train`."""
 
 import sys
 from pathlib import Path
@@ -7,21 +7,7 @@ from pathlib import Path
 # A clone that is not installed works too, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine_overlock.command_line import make_parser, run_command
-from mmengine_overlock.run import train
-
-
-def main() -> None:
-    parser = make_parser(__doc__)
-    option = parser.add_argument
-    resume = 'continue from a checkpoint; without a PATH, from the last complete one in the work folder'
-    option('--resume', nargs='?', const='auto', metavar='auto|PATH', help=resume)
-    option('--amp', action='store_true', help='train in bfloat16 where the device has it, else in float16')
-    option('--auto-scale-lr', action='store_true', help='scale the learning rate with the total batch size')
-    option('--weights', metavar='FILE', help='start the backbone from these weights: a path, URL or published name')
-    option('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
-    run_command(train, parser)
-
+from overlock.cli import run_command
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command('train'))

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from overlock.utils.errors import UserError
 
 # Where torchrun, Open MPI and Slurm tell a process its rank on the machine, and how many processes there are on it.
@@ -26,6 +24,9 @@ def check_gpus() -> None:
     Raises:
         UserError: There are more processes than devices. Every process raises it, so that the first can report it.
     """
+    # The command line answers without torch.
+    import torch
+
     processes = int(next((os.environ[name] for name in _LOCAL_SIZES if os.environ.get(name)), local_rank() + 1))
     if processes > torch.cuda.device_count():
         raise UserError(

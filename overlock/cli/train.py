@@ -1,0 +1,28 @@
+"""Train a detector or segmenter."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from overlock.cli.options import add_config, add_run_options
+from overlock.utils.configs import find_config
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_run_options(parser)
+    option = parser.add_argument
+    resume = 'continue from a checkpoint; without a PATH, from the last complete one in the work folder'
+    option('--resume', nargs='?', const='auto', metavar='auto|PATH', help=resume)
+    option('--amp', action='store_true', help='train in bfloat16 where the device has it, else in float16')
+    option('--auto-scale-lr', action='store_true', help='scale the learning rate with the total batch size')
+    option('--weights', metavar='FILE', help='start the backbone from these weights: a path, URL or published name')
+    option('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
+
+
+def run(config: str, local_rank: str | None = None, **options: Any) -> None:
+    path = find_config(config)
+    from mmengine_overlock.run import train
+
+    train(path, **options)
