@@ -1,5 +1,6 @@
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,8 +66,13 @@ def test_mistakes_are_one_sentence_and_code_2(toy, run_tool, arguments, sentence
 
 def test_every_option_reaches_its_function(toy, run_tool, monkeypatch):
     calls = []
-    monkeypatch.setattr('mmengine_overlock.run.train', lambda **options: calls.append(options))
-    monkeypatch.setattr('mmengine_overlock.run.test', lambda **options: calls.append(options))
+    Path('c.py').touch()
+
+    def record(config, **options):
+        calls.append({'config': str(config), **options})
+
+    monkeypatch.setattr('mmengine_overlock.run.train', record)
+    monkeypatch.setattr('mmengine_overlock.run.test', record)
     common = ['--work-dir', 'w', '--data-root', 'd', '--compile', '--amp', '--cfg-options', 'a.b=1', 'c=[x,y]']
     launch = ['--launcher', 'slurm', '--local-rank', '1']
     train = ['--resume', '--auto-scale-lr', '--tensorboard', '--weights', 'f']
