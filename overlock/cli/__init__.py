@@ -23,6 +23,7 @@ COMMANDS = {
     'reparameterize': 'fold a trained detector or segmenter for deployment',
     'complexity': 'count parameters and multiply-adds',
     'configs': 'list the configurations, or copy one',
+    'doctor': 'check this machine: versions, operators, GPUs, folders',
     'imagenet-train': 'train a classifier',
     'imagenet-validate': 'validate a classifier',
 }
