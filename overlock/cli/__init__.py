@@ -19,6 +19,7 @@ from overlock.utils.distributed import exit_on_user_error
 COMMANDS = {
     'train': 'train a detector or segmenter',
     'test': 'evaluate a trained detector or segmenter',
+    'predict': 'predict images, folders and videos',
     'convert': 'convert a weight file',
     'reparameterize': 'fold a trained detector or segmenter for deployment',
     'complexity': 'count parameters and multiply-adds',

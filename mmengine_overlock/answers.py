@@ -1,0 +1,124 @@
+"""Write predictions: COCO results and label maps for programs, pictures for people."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from mmengine.registry import VISUALIZERS, DefaultScope
+
+from mmengine_overlock.predict import Picture, Predictor
+from overlock.utils.files import whole_file
+
+
+class Answers:
+    """Writes predictions into a folder, one image after another.
+
+    - A detector's boxes and masks go into `predictions.json`, in COCO's format of results with the names of files and
+      classes beside the numbers; `category_id` is the label, from 0.
+    - A segmenter's label maps go into `labels/NAME.png`, and the names of the labels into `labels.json`.
+    - Pictures go into `pictures/`, those of a video into a video.
+
+    Args:
+        folder: Made where it is missing.
+        predictor: Where the predictions come from.
+        score: Boxes below it are left out.
+        draw: Whether to draw.
+    """
+
+    def __init__(self, folder: str | Path, predictor: Predictor, score: float = 0.3, draw: bool = True) -> None:
+        self.folder, self.predictor, self.score = Path(folder), predictor, score
+        self.results: list[dict[str, Any]] = []
+        self.images = 0
+        self.videos: dict[Path, cv2.VideoWriter] = {}
+        self.visualizer = self._visualizer() if draw else None
+        self.names: dict[str, Path] = {}
+
+    def add(self, picture: Picture, sample: Any) -> None:
+        """Write what was found in an image."""
+        name = self._name(picture.source)
+        name = name if picture.frame is None else f'{name}_{picture.frame:06d}'
+        if 'pred_instances' in sample:
+            sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= self.score].cpu()
+            self.results += self._boxes(picture, sample.pred_instances)
+        else:
+            labels = sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
+            self._write(self.folder / 'labels' / f'{name}.png', labels)
+        if self.visualizer:
+            self._draw(name, picture, sample)
+        self.images += 1
+
+    def _name(self, source: Path) -> str:
+        """Return a name for the files of an image or video: its own, with a number where another folder has it too."""
+        number = 1
+        while self.names.setdefault(name := source.stem + f'_{number}' * (number > 1), source) != source:
+            number += 1
+        return name
+
+    def finish(self) -> None:
+        """Write what belongs to all images together."""
+        for video in self.videos.values():
+            video.release()
+        detector = self.predictor.scope == 'mmdet'
+        content: Any = self.results if detector else dict(enumerate(self.predictor.classes))
+        with whole_file(self.folder / ('predictions.json' if detector else 'labels.json')) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=None if detector else 1).encode())
+
+    def _boxes(self, picture: Picture, found: Any) -> list[dict[str, Any]]:
+        from pycocotools.mask import encode
+
+        masks = found.get('masks')
+        results = []
+        for index, (box, score, label) in enumerate(
+            zip(found.bboxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+        ):
+            x1, y1, x2, y2 = box
+            result = dict(
+                image_id=self.images,
+                file_name=str(picture.source),
+                category_id=label,
+                category_name=self.predictor.classes[label],
+                bbox=[x1, y1, x2 - x1, y2 - y1],
+                score=score,
+            )
+            if picture.frame is not None:
+                result['frame'] = picture.frame
+            if masks is not None:
+                mask = encode(np.asfortranarray(masks[index].numpy().astype(np.uint8)))
+                result['segmentation'] = dict(size=mask['size'], counts=mask['counts'].decode())
+            results.append(result)
+        return results
+
+    def _visualizer(self) -> Any:
+        settings = deepcopy(self.predictor.cfg.visualizer)
+        settings.update(name='predictions', vis_backends=None, save_dir=None)
+        with DefaultScope.overwrite_default_scope(self.predictor.scope):
+            visualizer = VISUALIZERS.build(settings)
+        visualizer.dataset_meta = dict(classes=self.predictor.classes, palette=self.predictor.palette or 'random')
+        return visualizer
+
+    def _draw(self, name: str, picture: Picture, sample: Any) -> None:
+        image = cv2.cvtColor(picture.pixels, cv2.COLOR_BGR2RGB)
+        options = dict(pred_score_thr=self.score) if self.predictor.scope == 'mmdet' else {}
+        self.visualizer.add_datasample(name, image, sample, draw_gt=False, **options)
+        drawn = cv2.cvtColor(self.visualizer.get_image(), cv2.COLOR_RGB2BGR)
+        folder = self.folder / 'pictures'
+        if picture.frame is None:
+            self._write(folder / f'{name}.jpg', drawn)
+            return
+        if picture.source not in self.videos:
+            folder.mkdir(parents=True, exist_ok=True)
+            rate = cv2.VideoCapture(str(picture.source)).get(cv2.CAP_PROP_FPS) or 25
+            code = cv2.VideoWriter.fourcc(*'mp4v')
+            path, size = str(folder / f'{self._name(picture.source)}.mp4'), drawn.shape[1::-1]
+            self.videos[picture.source] = cv2.VideoWriter(path, code, rate, size)
+        self.videos[picture.source].write(drawn)
+
+    @staticmethod
+    def _write(path: Path, pixels: np.ndarray) -> None:
+        with whole_file(path) as file:
+            file.write(cv2.imencode(path.suffix, pixels)[1].tobytes())

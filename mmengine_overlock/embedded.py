@@ -1,0 +1,110 @@
+"""The configuration that a checkpoint carries: read as values, never run."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
+    MODELS,
+    TASK_UTILS,
+    TRANSFORMS,
+    VISBACKENDS,
+    VISUALIZERS,
+    Registry,
+)
+
+from mmengine_overlock.config import nodes
+from overlock.utils.errors import UserError
+
+# What makes a prediction. Everything else in a configuration, the training above all, is left alone.
+_PARTS = ('default_scope', 'model', 'test_dataloader', 'visualizer')
+# Importing these registers the backbones.
+_PLUGINS = {'mmdet': 'mmdet_overlock', 'mmseg': 'mmseg_overlock'}
+_REGISTRIES = (DATA_SAMPLERS, DATASETS, MODELS, TASK_UTILS, TRANSFORMS, VISBACKENDS, VISUALIZERS)
+
+
+def embedded_config(checkpoint: Mapping[str, Any], source: str) -> Config:
+    """Return the configuration that mmengine's runner wrote into a checkpoint, as far as predictions need it.
+
+    mmengine itself runs this text as Python. Here it may hold values alone, and a `type` may only be a name that is
+    registered: a checkpoint of a stranger cannot choose a function to call.
+
+    Args:
+        checkpoint: What the file holds.
+        source: Its name, for messages.
+
+    Raises:
+        UserError: There is no configuration, or it holds more than values and registered names.
+    """
+    meta = checkpoint.get('meta')
+    text = meta.get('cfg') if isinstance(meta, Mapping) else None
+    remedy = 'give the configuration that it was trained with by --config'
+    if not isinstance(text, str):
+        raise UserError(f'{source} carries no configuration; {remedy}.')
+    try:
+        body = ast.parse(text).body
+        values = {node.targets[0].id: _value(node.value) for node in body if node.targets[0].id in _PARTS}  # type: ignore[attr-defined]
+    except (SyntaxError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f'The configuration in {source} holds more than values ({error}); {remedy}.') from error
+    scope = values.get('default_scope')
+    if scope not in _PLUGINS or not isinstance(values.get('model'), dict) or 'test_dataloader' not in values:
+        raise UserError(
+            f'The configuration in {source} is none of a detector or segmenter: expected `model`, `test_dataloader`, '
+            f'and default_scope to be one of {", ".join(_PLUGINS)}, got {scope!r}; {remedy}.'
+        )
+    import_module(_PLUGINS[scope])
+    for node in nodes(values):
+        # It tells what training started from.
+        node.pop('init_cfg', None)
+        kind = node.get('type', '')
+        if 'type' in node and not _is_registered(kind, scope):
+            raise UserError(
+                f'The configuration in {source} asks for {kind!r}, which is registered neither by {scope} nor here; if '
+                'you trust it, give it by --config.'
+            )
+    return Config(values)
+
+
+def _value(node: ast.expr) -> Any:
+    """Return the value of an expression of literals and `dict(name=...)`.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
+        if any(item.arg is None for item in node.keywords):
+            raise ValueError('a ** in a call')
+        return {item.arg: _value(item.value) for item in node.keywords}
+    if isinstance(node, ast.Dict):
+        if None in node.keys:
+            raise ValueError('a ** in a dictionary')
+        return {ast.literal_eval(key): _value(item) for key, item in zip(node.keys, node.values, strict=True) if key}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = [_value(item) for item in node.elts]
+        return items if isinstance(node, ast.List) else tuple(items)
+    return ast.literal_eval(node)
+
+
+def _is_registered(kind: Any, scope: str) -> bool:
+    """Return whether a type is the name of something registered: mmengine also takes paths of any function."""
+    first, _, name = kind.rpartition('.') if isinstance(kind, str) else ('', '', '')
+    # mmdet looks for layers such as RoIAlign in mmcv.ops, without a registry.
+    return (not first and hasattr(sys.modules.get('mmcv.ops'), name)) or (
+        first in ('', 'mmengine', *_PLUGINS)
+        and any(name in found._module_dict for root in _REGISTRIES for found in _family(root, scope))
+    )
+
+
+def _family(root: Registry, scope: str) -> list[Registry]:
+    # A registry imports what it registers when it is first asked for something.
+    found = [root, *(child for name, child in root.children.items() if name == scope)]
+    for registry in found:
+        registry.import_from_location()
+    return found
