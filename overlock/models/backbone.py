@@ -110,7 +110,7 @@ class OverLoCKBackbone(DenseBackbone, Trunk):
         A layer between stages has the depth of the block after it.
         """
         ids = {'base_net.stem': 0}
-        for stage, entries in _STAGES.items():
+        for stage, entries in self.layers_before.items():
             depth = max(ids.values())
             blocks = {name.split('.')[2] for name, _ in self.named_parameters() if name.startswith(f'{stage}.')}
             if blocks:
@@ -121,14 +121,3 @@ class OverLoCKBackbone(DenseBackbone, Trunk):
         return {
             name: ids.get('.'.join(parts[:3]), ids.get('.'.join(parts[:2]), last)) for name, parts in modules.items()
         }
-
-
-# In the order of the forward pass: a stage of blocks, and the layers before it.
-_STAGES = {
-    'base_net.stage1': (),
-    'base_net.stage2': ('base_net.downsample2',),
-    'base_net.stage3': ('base_net.downsample3',),
-    'overview_net.stage': ('overview_net.downsample',),
-    'focus_net.stage3': ('focus_net.context_proj',),
-    'focus_net.stage4': ('focus_net.downsample', 'focus_net.context_downsample'),
-}

@@ -1,7 +1,7 @@
 """The network: Base-Net, Overview-Net and Focus-Net (paper, Fig. 3), and the ImageNet classifier."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,15 @@ class Trunk(Network):
     head_parts = ('head.', 'aux_head.')
     stage_parts = ('base_net.', 'overview_net.', 'focus_net.')
     stage_depth = 2
+    # In the order of the forward pass: a stage of blocks, and the layers before it.
+    layers_before: ClassVar[dict[str, tuple[str, ...]]] = {
+        'base_net.stage1': (),
+        'base_net.stage2': ('base_net.downsample2',),
+        'base_net.stage3': ('base_net.downsample3',),
+        'overview_net.stage': ('overview_net.downsample',),
+        'focus_net.stage3': ('focus_net.context_proj',),
+        'focus_net.stage4': ('focus_net.downsample', 'focus_net.context_downsample'),
+    }
     block_stages = (
         ('base_net.stage1',),
         ('base_net.stage2',),

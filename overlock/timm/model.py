@@ -19,16 +19,6 @@ from overlock.timm.interface import TimmModel
 
 _FEATURES = ('base_net.stage1', 'base_net.stage2', 'focus_net.stage3', 'focus_net.stage4')
 
-# In the order of the forward pass: a stage of blocks, and the layers before it (regular expressions).
-_STAGES = (
-    (r'base_net\.stage1', r'base_net\.downsample1'),
-    (r'base_net\.stage2', r'base_net\.downsample2'),
-    (r'base_net\.stage3', r'base_net\.downsample3'),
-    (r'overview_net\.stage', r'overview_net\.downsample'),
-    (r'focus_net\.stage3', r'focus_net\.context_proj'),
-    (r'focus_net\.stage4', r'focus_net\.(?:context_)?downsample'),
-)
-
 
 class TimmOverLoCK(TimmModel, OverLoCK):
     """The ImageNet classifier with timm's interface.
@@ -130,9 +120,10 @@ class TimmOverLoCK(TimmModel, OverLoCK):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters by depth, a group for each block (`coarse`: each stage), the heads last."""
         groups: dict[str, Any] = {'stem': r'^base_net\.stem\.'}
-        for stage, entry in _STAGES:
+        for stage, entries in self.layers_before.items():
+            entry = '|'.join(entries)
             groups[stage] = (
-                rf'^(?:{entry}|{stage})\.' if coarse else [(rf'^{entry}\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
+                rf'^(?:{entry}|{stage})\.' if coarse else [(rf'^(?:{entry})\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
             )
         return groups
 
