@@ -44,6 +44,11 @@ class MogaArch:
         if any(dims % 8 for dims in self.embed_dims):
             raise ValueError(f'arch: embed_dims must be divisible by 8, got {self.embed_dims}')
 
+    @property
+    def out_channels(self) -> tuple[int, int, int, int]:
+        """Channels of the four outputs."""
+        return self.embed_dims
+
 
 MOGANET_ARCHS: dict[str, MogaArch] = {
     'xt': MogaArch((32, 64, 96, 192), (3, 3, 10, 2)),
@@ -104,7 +109,7 @@ class MogaNetTrunk(Network):
         self.set_grad_checkpointing(with_cp)
 
     def shorten(self, num_outputs: int) -> None:
-        """Remove all that only later outputs need, in place."""
+        """See `Network.shorten`."""
         for i in range(num_outputs + 1, self.num_outputs + 1):
             for name in ('patch_embed', 'blocks', 'norm'):
                 delattr(self, f'{name}{i}')

@@ -107,6 +107,10 @@ class Network(Foldable):
         memory_format = self.memory_format or (torch.channels_last if x.device.type == 'cpu' else None)
         return x if memory_format is None else x.contiguous(memory_format=memory_format)
 
+    def shorten(self, num_outputs: int) -> None:
+        """Remove all that only later outputs need, in place."""
+        raise NotImplementedError
+
     def set_grad_checkpointing(self, enable: bool | Sequence[int] = True) -> None:
         """Make blocks recompute their activations in the backward pass, to save memory, or not.
 

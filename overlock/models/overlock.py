@@ -193,7 +193,7 @@ class Trunk(Network):
         self.set_grad_checkpointing(with_cp)
 
     def shorten(self, num_outputs: int) -> None:
-        """Remove all that only later outputs need, in place."""
+        """See `Network.shorten`."""
         for number in range(self.num_outputs, num_outputs, -1):
             for name in _NEEDED_BY[number]:
                 parent, _, child = name.rpartition('.')
