@@ -1,18 +1,11 @@
 """OverLoCK: an overview-first-look-closely-next ConvNet with context-mixing dynamic kernels (CVPR 2025)."""
 
 from overlock import checkpoint
-from overlock.models import (
-    ARCHS,
-    MOGANET_ARCHS,
-    Arch,
-    ContMixBlock,
-    MogaArch,
-    MogaNet,
-    MogaNetBackbone,
-    OverLoCK,
-    OverLoCKBackbone,
-    get_arch,
-)
+from overlock.models.arch import ARCHS, Arch, get_arch
+from overlock.models.backbone import OverLoCKBackbone
+from overlock.models.contmix_block import ContMixBlock
+from overlock.models.moganet import MOGANET_ARCHS, MogaArch, MogaNet, MogaNetBackbone
+from overlock.models.overlock import OverLoCK
 from overlock.ops import contmix
 from overlock.utils.memory import keep_freed_memory
 
