@@ -11,7 +11,7 @@ from overlock.layers.fold import BatchNorm
 from overlock.models.arch import find_arch
 from overlock.models.dense import DenseBackbone, check_out_indices, set_norms
 from overlock.models.moganet_blocks import ConvPatchEmbed, MogaBlock, StackConvPatchEmbed
-from overlock.models.network import Network, drop_path_rates, run_block
+from overlock.models.network import Network, check_counts, drop_path_rates, run_block
 
 Self = TypeVar('Self', bound='MogaNetTrunk')
 
@@ -95,6 +95,7 @@ class MogaNetTrunk(Network):
         with_cp: bool | Sequence[int] = False,
     ) -> None:
         super().__init__()
+        check_counts(in_channels=in_channels)
         self.arch = find_arch(arch, MogaArch, MOGANET_ARCHS)
         self.in_channels = in_channels
         self.num_outputs = num_outputs
@@ -191,8 +192,7 @@ class MogaNet(MogaNetTrunk):
         with_cp: bool | Sequence[int] = False,
         deploy: bool = False,
     ) -> None:
-        if num_classes < 1:
-            raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+        check_counts(num_classes=num_classes)
         super().__init__(arch, in_channels, 4, drop_path_rate, with_cp)
         self.num_classes = num_classes
         self.head: nn.Module = nn.Linear(self.arch.embed_dims[3], num_classes)
@@ -255,8 +255,8 @@ class MogaNetBackbone(DenseBackbone, MogaNetTrunk):
         self.out_indices = indices
         self.out_channels = tuple(self.arch.embed_dims[i] for i in indices)
         self.init_parameters()
+        set_norms(self, norm_cfg or {})
         self.norm_cfg = dict(norm_cfg or {})
-        set_norms(self, self.norm_cfg)
         if deploy:
             self.switch_to_deploy()
         self.freeze(frozen_stages, norm_eval)

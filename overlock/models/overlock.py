@@ -12,7 +12,7 @@ from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next
 from overlock.models.arch import Arch, get_arch
 from overlock.models.blocks import DynamicBlock, StaticBlock
 from overlock.models.names import form_of, from_published
-from overlock.models.network import Network, drop_path_rates, run_block
+from overlock.models.network import Network, check_counts, drop_path_rates, run_block
 from overlock.ops.contmix.dispatch import check_backend
 
 T = TypeVar('T')
@@ -179,6 +179,7 @@ class Trunk(Network):
         contmix_backend: str = 'auto',
     ) -> None:
         super().__init__()
+        check_counts(in_channels=in_channels)
         check_backend(contmix_backend)
         self.arch = get_arch(arch)
         self.in_channels = in_channels
@@ -293,8 +294,7 @@ class OverLoCK(Trunk):
         deploy: bool = False,
         contmix_backend: str = 'auto',
     ) -> None:
-        if num_classes < 1:
-            raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+        check_counts(num_classes=num_classes)
         super().__init__(arch, in_channels, 4, drop_path_rate, with_cp, contmix_backend)
         self.num_classes = num_classes
         self.head = Head(self.arch.out_channels[3], num_classes)

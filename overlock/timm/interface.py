@@ -138,7 +138,16 @@ class TimmModel(Network):
     def new_classifier(
         self, channels: int, num_classes: int, pool_type: str, use_conv: bool = False
     ) -> tuple[SelectAdaptivePool2d, nn.Module]:
-        """Return pooling and classifier in the place, dtype and mode of the model."""
+        """Return pooling and classifier in the place, dtype and mode of the model.
+
+        Raises:
+            UserError: If a linear classifier is to take a map.
+        """
+        if num_classes > 0 and not (pool_type or use_conv):
+            raise UserError(
+                f"the classifier takes pooled features: expected global_pool such as 'avg', got '' with {num_classes} "
+                'classes; give num_classes=0 for the map itself'
+            )
         like = next(self.parameters())
         pool, fc = create_classifier(channels, num_classes, pool_type, use_conv=use_conv)
         if isinstance(fc, (nn.Conv2d, nn.Linear)) and fc.bias is not None:

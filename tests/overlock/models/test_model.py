@@ -265,9 +265,11 @@ def test_weights_start_as_published():
         (lambda: get_arch({**TINY, 'focus_groups': (3, 4)}), ValueError, 'divisible by twice focus_groups'),
         (lambda: get_arch({**TINY, 'kernel_sizes': (17, 14, 13, 7)}), ValueError, 'must be odd'),
         (lambda: OverLoCKBackbone(TINY, out_indices=(3, 0)), ValueError, r'ascending and among 0 to 3, got \(3, 0\)'),
-        (lambda: OverLoCK(TINY, num_classes=0), ValueError, 'num_classes must be at least 1, got 0'),
+        (lambda: OverLoCK(TINY, num_classes=0), ValueError, 'num_classes must be a positive integer, got 0'),
         (lambda: OverLoCKBackbone(TINY, frozen_stages=5), ValueError, 'between -1 and 4, got 5'),
         (lambda: OverLoCKBackbone(TINY, drop_path_rate=1.0), ValueError, r'in \[0, 1\), got 1.0'),
+        (lambda: OverLoCKBackbone(TINY, drop_path_rate='0.1'), ValueError, r"in \[0, 1\), got '0.1'"),
+        (lambda: OverLoCKBackbone(TINY, in_channels=0), ValueError, 'in_channels must be a positive integer, got 0'),
         (lambda: OverLoCKBackbone(TINY, contmix_backend='fast'), ValueError, "got 'fast'"),
     ],
 )
