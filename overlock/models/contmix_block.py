@@ -1,9 +1,7 @@
 """The authors' plug-and-play block: ContMix in any network, with one map for features and context."""
 
-from collections.abc import Iterable, Mapping
-from numbers import Real
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,11 +10,9 @@ from overlock.layers import ConvNorm
 from overlock.layers.large_kernel import BRANCHES
 from overlock.models.forms import Foldable
 from overlock.models.mixing import NUM_REGIONS, MixingBlock
-from overlock.models.names import CONTMIX_BLOCK, form_of, from_published, to_published
+from overlock.models.names import CONTMIX_BLOCK, to_published
 from overlock.models.network import check_counts, check_rate, run_block
 from overlock.ops.contmix.dispatch import check_backend
-
-T = TypeVar('T')
 
 
 class ContMixBlock(MixingBlock, Foldable):
@@ -44,6 +40,8 @@ class ContMixBlock(MixingBlock, Foldable):
         ValueError: If the arguments do not make a block.
     """
 
+    names = CONTMIX_BLOCK
+
     def __init__(
         self,
         dim: int = 64,
@@ -65,9 +63,9 @@ class ContMixBlock(MixingBlock, Foldable):
             raise ValueError(f'kernel_size must be one of {sorted(BRANCHES)}, got {kernel_size}')
         if smk_size % 2 == 0 or smk_size > kernel_size:
             raise ValueError(f'smk_size must be odd and at most kernel_size {kernel_size}, got {smk_size}')
-        if not isinstance(mlp_ratio, Real) or dim * mlp_ratio < 1:
+        if not isinstance(mlp_ratio, (int, float)) or dim * mlp_ratio < 1:
             raise ValueError(f'mlp_ratio must be a positive number, got {mlp_ratio!r}')
-        if isinstance(ls_init_value, bool) or not isinstance(ls_init_value, (Real, NoneType)):
+        if isinstance(ls_init_value, bool) or not isinstance(ls_init_value, (int, float, NoneType)):
             raise ValueError(f'ls_init_value must be a number, or None for no layer scale, got {ls_init_value!r}')
         check_rate(drop_path=drop_path)
         check_backend(contmix_backend)
@@ -119,16 +117,6 @@ class ContMixBlock(MixingBlock, Foldable):
         """Fold all linear steps for inference, in place and idempotently, and return self."""
         self.fold()
         return self
-
-    @staticmethod
-    def to_own_names(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
-        """Rename published entries below `prefix` to our names; all others stay as they are."""
-        return from_published(state_dict, prefix, CONTMIX_BLOCK)
-
-    @staticmethod
-    def form_of(names: Iterable[str]) -> str | None:
-        """Return the form that our names tell, or None if they hold too little."""
-        return form_of(names)
 
     def _rebuilt(self) -> 'ContMixBlock':
         return ContMixBlock(**self._shape)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
-from numbers import Real
 from typing import Any, TypeVar
 
 from torch import nn
@@ -15,8 +14,8 @@ Self = TypeVar('Self', bound='DenseBackbone')
 _NORM_SETTINGS: dict[str, Callable[[Any], bool]] = {
     'type': lambda value: value in ('BN', 'SyncBN'),
     'requires_grad': lambda value: isinstance(value, bool),
-    'eps': lambda value: isinstance(value, Real) and 0 < value < inf,
-    'momentum': lambda value: value is None or (isinstance(value, Real) and 0 <= value <= 1),
+    'eps': lambda value: isinstance(value, (int, float)) and 0 < value < inf,
+    'momentum': lambda value: value is None or (isinstance(value, (int, float)) and 0 <= value <= 1),
 }
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -57,24 +57,16 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def check_counts(**counts: int) -> None:
-    """Check arguments by name.
-
-    Raises:
-        ValueError: If one is not a positive integer.
-    """
+    """Raise a ValueError unless each argument is a positive integer."""
     for name, count in counts.items():
         if not isinstance(count, Integral) or count < 1:
             raise ValueError(f'{name} must be a positive integer, got {count!r}')
 
 
 def check_rate(**rates: float) -> None:
-    """Check arguments by name.
-
-    Raises:
-        ValueError: If one is not in [0, 1).
-    """
+    """Raise a ValueError unless each argument is in [0, 1)."""
     for name, rate in rates.items():
-        if not isinstance(rate, Real) or not 0 <= rate < 1:
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise ValueError(f'{name} must be in [0, 1), got {rate!r}')
 
 
@@ -146,7 +138,7 @@ class Network(Foldable):
         """
         every = [sys.maxsize * enable] * 4 if isinstance(enable, bool) else enable
         counts = list(every) if isinstance(every, Sequence) else []
-        if len(counts) != 4 or not all(isinstance(count, int) and count >= 0 for count in counts):
+        if len(counts) != 4 or not all(isinstance(count, Integral) and count >= 0 for count in counts):
             raise ValueError(
                 'gradient checkpointing takes True, False, or a number of blocks for each of the strides 4, 8, 16 and '
                 f'32, got {enable}'

@@ -1,7 +1,7 @@
 """The network: Base-Net, Overview-Net and Focus-Net (paper, Fig. 3), and the ImageNet classifier."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from overlock.layers import ConvNorm
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next
 from overlock.models.arch import Arch, get_arch
 from overlock.models.blocks import DynamicBlock, StaticBlock
-from overlock.models.names import form_of, from_published
+from overlock.models.names import NETWORK
 from overlock.models.network import Network, check_counts, drop_path_rates, run_block
 from overlock.ops.contmix.dispatch import check_backend
-
-T = TypeVar('T')
 
 # Modules that only the output of this number, counted from 1, and later ones need.
 _NEEDED_BY = {
@@ -149,6 +147,7 @@ class Trunk(Network):
         num_outputs: How many of the four outputs to compute; nets that only later ones need are left out.
     """
 
+    names = NETWORK
     new_parts = ('output_norms.', 'overview_proj.', 'overview_scale.')
     head_parts = ('head.', 'aux_head.')
     stage_parts = ('base_net.', 'overview_net.', 'focus_net.')
@@ -200,16 +199,6 @@ class Trunk(Network):
                 parent, _, child = name.rpartition('.')
                 delattr(self.get_submodule(parent), child)
         self.num_outputs = num_outputs
-
-    @staticmethod
-    def to_own_names(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
-        """Rename published entries below `prefix`."""
-        return from_published(state_dict, prefix)
-
-    @staticmethod
-    def form_of(names: Iterable[str]) -> str | None:
-        """Return the form that our names tell, or None if they hold too little."""
-        return form_of(names)
 
     def init_parameters(self) -> None:
         """Give convolutions truncated normal weights with std 0.02 and zero biases; the rest stays as built."""

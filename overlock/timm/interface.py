@@ -50,6 +50,8 @@ class TimmModel(Network):
     classifiers: tuple[str, ...]
     features: tuple[str, ...]
     arch: Any
+    num_classes: int
+    global_pool: str
     num_outputs: int
     head_hidden_size: int
 
@@ -130,6 +132,10 @@ class TimmModel(Network):
     def remove_head(self) -> None:
         """Remove all behind the last output, in place."""
         self.reset_classifier(0, '')
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer of the head."""
+        return self.get_submodule(self.classifiers[0])
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the heads new classifiers, or none if `num_classes` is 0, and new pooling if asked for."""

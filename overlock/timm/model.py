@@ -49,10 +49,6 @@ class TimmOverLoCK(TimmModel, OverLoCK):
         self.aux_head = None
         super().remove_head()
 
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer of the head."""
-        return self.head.fc
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the heads new classifiers, or none if `num_classes` is 0, and new pooling if asked for."""
         global_pool = self.global_pool if global_pool is None else global_pool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.models.moganet import MogaNet
@@ -30,10 +30,6 @@ class TimmMogaNet(TimmModel, MogaNet):
         """Map what `forward_features` returns to logits (B, num_classes), or to what the classifier takes."""
         x = F.dropout(self.pool(x), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
-
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer of the head."""
-        return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the head a new classifier, or none if `num_classes` is 0, and new pooling if asked for."""
