@@ -160,14 +160,14 @@ class MogaNetTrunk(Network):
 
     def switch_to_deploy(self: Self) -> Self:
         """Fold every BatchNorm and layer scale for inference, in place and idempotently, and return self."""
+        super().switch_to_deploy()
         for i, (_, blocks, norm) in enumerate(self.stages(), 1):
             last = blocks[-1]
-            assert isinstance(last, MogaBlock)
-            # A block that was folded by itself before no longer takes the norm.
-            if isinstance(last.norm1, BatchNorm):
-                last.switch_to_deploy(norm)
+            if isinstance(norm, BatchNorm):
+                assert isinstance(last, MogaBlock)
+                last.fold_next(norm)
                 setattr(self, f'norm{i}', nn.Identity())
-        return super().switch_to_deploy()
+        return self
 
 
 class MogaNet(MogaNetTrunk):

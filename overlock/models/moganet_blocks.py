@@ -141,12 +141,8 @@ class MogaBlock(Block):
         x = torch.addcmul(x, self.drop_path(y + self.attn(y)), self.layer_scale_1)
         return torch.addcmul(x, self.drop_path(self.mlp(self.norm2(x))), self.layer_scale_2)
 
-    def switch_to_deploy(self, out_norm: nn.Module | None = None) -> None:
-        """Fold all BatchNorms and layer scales, in place and idempotently.
-
-        Args:
-            out_norm: The BatchNorm that takes the output, if it is to be folded too.
-        """
+    def switch_to_deploy(self) -> None:
+        """Fold all BatchNorms and layer scales, in place and idempotently."""
         if not (isinstance(self.norm1, BatchNorm) and isinstance(self.norm2, BatchNorm)):
             return
         layer_scale_1, layer_scale_2 = (
@@ -156,17 +152,19 @@ class MogaBlock(Block):
         fold_into_next(scale, shift, self.attn.proj_1)
         # The shortcut inside the branch: layer_scale * (norm(x) + proj_2(...)).
         fold_into_previous(self.attn.proj_2, layer_scale_1, layer_scale_1 * shift)
-        shortcut_scale_1 = 1 + layer_scale_1 * scale
+        self.shortcut_scale_1 = _like(self.layer_scale_1, 1 + layer_scale_1 * scale)
         fold_into_next(*bn_affine(self.norm2), self.mlp.fc1)
         fold_into_previous(self.mlp.fc2, layer_scale_2, torch.zeros_like(layer_scale_2))
-        shortcut_scale_2 = torch.ones_like(layer_scale_2)
-        if isinstance(out_norm, BatchNorm):
-            shortcut_scale_2, shift = bn_affine(out_norm)
-            fold_into_previous(self.mlp.fc2, shortcut_scale_2, shift)
-        self.shortcut_scale_1 = _like(self.layer_scale_1, shortcut_scale_1)
-        self.shortcut_scale_2 = _like(self.layer_scale_2, shortcut_scale_2)
+        self.shortcut_scale_2 = _like(self.layer_scale_2, torch.ones_like(layer_scale_2))
         self.norm1 = self.norm2 = nn.Identity()
         del self.layer_scale_1, self.layer_scale_2
+
+    def fold_next(self, norm: BatchNorm) -> None:
+        """Fold the BatchNorm that takes the output of this block, which is folded itself, into it."""
+        assert self.shortcut_scale_2 is not None
+        scale, shift = bn_affine(norm)
+        fold_into_previous(self.mlp.fc2, scale, shift)
+        self.shortcut_scale_2 = _like(self.shortcut_scale_2, self.shortcut_scale_2.double().flatten() * scale)
 
 
 def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
