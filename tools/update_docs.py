@@ -8,7 +8,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +33,10 @@ _RESULTS = {
     'segmentation': ('Semantic Segmentation', 'ADE20K', {'miou': 'mIoU (single scale)'}),
 }
 
-_NETWORKS = {'OverLoCK': partial(OverLoCK, aux_head=False), 'MogaNet': MogaNet}
+_NETWORKS: dict[str, Callable[..., OverLoCK | MogaNet]] = {
+    'OverLoCK': partial(OverLoCK, aux_head=False),
+    'MogaNet': MogaNet,
+}
 COMPLEXITY = ROOT / 'docs/complexity.json'
 # Paper-reported: parameters in M, multiply-adds at 224x224 in G.
 _PAPER = {'xt': (16, 2.6), 't': (33, 5.5), 's': (56, 9.7), 'b': (95, 16.7)}
