@@ -3,16 +3,17 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import timm  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from overlock import ContMixBlock  # noqa: E402
+from overlock import ContMixBlock
 
 
 class OnPatches(nn.Module):
@@ -32,14 +33,14 @@ class OnPatches(nn.Module):
 
 def resnet() -> nn.Module:
     """Return a ResNet-18 with a ContMix block at the end of its third stage, at stride 16."""
-    model = timm.create_model('resnet18', num_classes=10)
+    model: Any = timm.create_model('resnet18', num_classes=10)
     model.layer3.append(ContMixBlock(256, num_heads=4, kernel_size=13))
     return model
 
 
 def transformer() -> nn.Module:
     """Return a ViT-Ti/16 whose sixth block is a ContMix block."""
-    model = timm.create_model('vit_tiny_patch16_224', num_classes=10)
+    model: Any = timm.create_model('vit_tiny_patch16_224', num_classes=10)
     model.blocks[5] = OnPatches(ContMixBlock(192, num_heads=3, kernel_size=13), model.patch_embed.grid_size)
     return model
 

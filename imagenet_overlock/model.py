@@ -39,12 +39,12 @@ def create_model(
 
 
 def check_model(name: str) -> None:
-    """Check that there is a model of this name.
+    """Check that there is a model of this name, or of this name with the tag of its weights: `moganet_t.in1k_256`.
 
     Raises:
         UserError: If not.
     """
-    names = timm.list_models(['overlock_*', 'moganet_*'])
+    names = timm.list_models(['overlock_*', 'moganet_*'], pretrained='.' in name)
     if name not in names:
         raise UserError(f'There is no model {name}; the models are {", ".join(names)}.')
 

@@ -97,8 +97,9 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, train_split: Split, val_split: Split, output: Path, world: World, from_start: bool = True
     ) -> None:
-        if recipe.model.endswith('_reparam'):
-            raise UserError(f'{recipe.model} is folded for inference; train {recipe.model.removesuffix("_reparam")}.')
+        name = recipe.model.partition('.')[0]
+        if name.endswith('_reparam'):
+            raise UserError(f'{name} is folded for inference; train {name.removesuffix("_reparam")}.')
         self.recipe, self.classes, self.output, self.world = recipe, train_split.classes, output, world
         random_seed(recipe.seed)
         self.model = _build(recipe, len(self.classes), from_start).to(world.device)

@@ -20,7 +20,7 @@ from imagenet_overlock.data import val_loader
 from imagenet_overlock.distributed import join_world
 from imagenet_overlock.evaluate import evaluate
 from imagenet_overlock.folder import Split, check_validation_folder
-from imagenet_overlock.model import check_model, load_for_validation
+from imagenet_overlock.model import Classifier, check_model, load_for_validation
 from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import WEIGHTS, find_file
 from overlock.utils.errors import UserError
@@ -44,6 +44,14 @@ class Validation:
         """Return what `--results` writes."""
         settings = {name: getattr(self, name) for name in ('model', 'weights', 'ema', 'img_size')}
         return {**settings, **self.figures}
+
+    def write(self, confusion: str | os.PathLike | None, results: str | os.PathLike | None) -> None:
+        """Write the confusion matrix and the figures, each where it has a file."""
+        if confusion is not None:
+            write_confusion(Path(confusion), self.confusion, self.classes)
+        if results is not None:
+            with whole_file(results) as file:
+                file.write((json.dumps(self.to_dict(), indent=2) + '\n').encode())
 
     def __str__(self) -> str:
         figures = self.figures
@@ -104,11 +112,7 @@ def validate(
     """
     if pretrained == bool(checkpoint):
         raise UserError('Give either --pretrained or --checkpoint FILE.')
-    for name, path in (('--confusion', confusion), ('--results', results)):
-        if path is not None and Path(path).is_dir():
-            raise UserError(f'{name} takes the name of a file, got the folder {path}.')
-    if confusion is not None and Path(confusion).suffix not in ('.csv', '.png'):
-        raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {confusion}.')
+    _check_outputs(confusion, results)
     shared: dict[str, Any] = dict(batch_size=batch_size, workers=workers, img_size=img_size, crop_pct=crop_pct)
     # A recipe checks the settings that it shares with a validation.
     Recipe(mixup=0, cutmix=0, **{name: value for name, value in shared.items() if value is not None})
@@ -121,23 +125,37 @@ def validate(
         classes = _classes(trained, split, checkpoint)
         source = os.fspath(checkpoint or _published(model))
         network = load_for_validation(model, source, len(classes), aux, ema).to(world.device)
-        published = WEIGHTS.get(source)
-        own = dict(img_size=published.size, crop_pct=published.crop_pct) if published else {}
-        args = {**own, **trained.get('args', {})}
-        trained_size = args.get('img_size', resolve_data_config({}, model=network)['input_size'][-1])
-        img_size = img_size or trained_size
-        if crop_pct is None:
-            crop_pct = 1.0 if img_size > trained_size else args.get('crop_pct')
+        img_size, crop_pct = _images(network, source, trained, img_size, crop_pct)
         loader = val_loader(split, world, network, batch_size, workers, img_size, crop_pct, classes)
         found = Validation(
             model, source, ema, img_size, classes, *evaluate(network, loader, world, torch.bfloat16 if amp else None)
         )
-        if world.is_first and confusion is not None:
-            write_confusion(Path(confusion), found.confusion, classes)
-        if world.is_first and results is not None:
-            with whole_file(results) as file:
-                file.write((json.dumps(found.to_dict(), indent=2) + '\n').encode())
+        if world.is_first:
+            found.write(confusion, results)
     return found
+
+
+def _check_outputs(confusion: str | os.PathLike | None, results: str | os.PathLike | None) -> None:
+    """Check that both are names for files."""
+    for name, path in (('--confusion', confusion), ('--results', results)):
+        if path is not None and Path(path).is_dir():
+            raise UserError(f'{name} takes the name of a file, got the folder {path}.')
+    if confusion is not None and Path(confusion).suffix not in ('.csv', '.png'):
+        raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {confusion}.')
+
+
+def _images(
+    network: Classifier, source: str, trained: Mapping[str, Any], img_size: int | None, crop_pct: float | None
+) -> tuple[int, float | None]:
+    """Return image size and crop: those given, else those of the training, of published weights, of the variant."""
+    published = WEIGHTS.get(source)
+    own = dict(img_size=published.size, crop_pct=published.crop_pct) if published else {}
+    args = {**own, **trained.get('args', {})}
+    trained_size = args.get('img_size', resolve_data_config({}, model=network)['input_size'][-1])
+    img_size = img_size or trained_size
+    if crop_pct is None:
+        crop_pct = 1.0 if img_size > trained_size else args.get('crop_pct')
+    return img_size, crop_pct
 
 
 def _published(model: str) -> str:

@@ -35,7 +35,7 @@ class Answers:
         self.results: list[dict[str, Any]] = []
         self.images = 0
         self.videos: dict[Path, cv2.VideoWriter] = {}
-        self.visualizer = self._visualizer() if draw else None
+        self.visualizer: Any = self._visualizer() if draw else None
         self.names: dict[str, Path] = {}
 
     def add(self, picture: Picture, sample: Any) -> None:

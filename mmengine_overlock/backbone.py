@@ -13,6 +13,7 @@ from mmengine.model.weight_init import PretrainedInit, update_init_info
 from overlock import MogaNetBackbone, OverLoCKBackbone
 from overlock.checkpoint import load_pretrained
 from overlock.models.network import Network
+from overlock.utils.errors import UserError
 
 
 class WithInitCfg(Network, BaseModule):
@@ -36,11 +37,18 @@ class WithInitCfg(Network, BaseModule):
         """Initialize by `init_cfg`, pretrained weights last.
 
         Raises:
+            UserError: If `init_cfg` is not in mmengine's form.
             overlock.checkpoint.CheckpointError: If pretrained weights cannot be found, read or used.
         """
         given = self.init_cfg
-        init_cfgs = [given] if isinstance(given, dict) else list(given or [])
-        pretrained = [cfg for cfg in init_cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        init_cfgs = [given] if given and isinstance(given, dict) else list(given or [])
+        typed = all(isinstance(cfg, dict) and 'type' in cfg for cfg in init_cfgs)
+        pretrained = [cfg for cfg in init_cfgs if cfg['type'] in ('Pretrained', PretrainedInit)] if typed else []
+        if not typed or not all(cfg.get('checkpoint') for cfg in pretrained):
+            raise UserError(
+                "init_cfg is a dict with a type, or a list of them, and 'Pretrained' has a checkpoint (a name, path or "
+                f'URL); got {given}'
+            )
         self.init_cfg = [cfg for cfg in init_cfgs if cfg not in pretrained] or None
         first_call = not self.is_init
         try:

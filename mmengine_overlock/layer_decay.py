@@ -23,17 +23,20 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     (1, C, 1, 1), which count as vectors here, as they did for the published weights.
 
     Raises:
-        UserError: If `paramwise_cfg` is something else, or the model has no backbone that numbers its depths.
+        UserError: If `paramwise_cfg` is something else, the optimizer has no `lr`, or the model has no backbone that
+            numbers its depths.
     """
 
     def _validate_cfg(self) -> None:
-        # mmengine leaves it where there is nothing to replace.
-        self.paramwise_cfg.pop('_delete_', None)
-        rate = self.paramwise_cfg.get('decay_rate')
-        if set(self.paramwise_cfg) != {'decay_rate'} or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        if self.base_lr is None:
+            raise UserError(f'{type(self).__name__} needs the learning rate; give the optimizer an lr')
+        # mmengine leaves `_delete_` where there is nothing to replace.
+        given = {name: value for name, value in dict(self.paramwise_cfg).items() if name != '_delete_'}
+        rate = given.get('decay_rate')
+        if set(given) != {'decay_rate'} or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise UserError(
                 f'paramwise_cfg of {type(self).__name__} takes decay_rate, above 0 and at most 1, and nothing else; '
-                f'got {dict(self.paramwise_cfg)}; add _delete_=True to it to replace inherited settings'
+                f'got {given}; add _delete_=True to it to replace inherited settings'
             )
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:

@@ -167,13 +167,12 @@ class Predictor:
             items = [self.pipeline(dict(img=image, img_id=index)) for index, image in enumerate(images)]
             return self.model.test_step(pseudo_collate(items))
 
-    def predict(self, inputs: Sequence[str | Path] | str | Path, batch: int = 1) -> Iterator[tuple[Picture, Any]]:
+    def predict(
+        self, inputs: Pictures | Sequence[str | Path] | str | Path, batch: int = 1
+    ) -> Iterator[tuple[Picture, Any]]:
         """Yield each image below some inputs (see `Pictures`) with its data sample."""
-        pictures = (
-            inputs
-            if isinstance(inputs, Pictures)
-            else Pictures([inputs] if isinstance(inputs, (str, Path)) else inputs)
-        )
+        inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
+        pictures = inputs if isinstance(inputs, Pictures) else Pictures(inputs)
         waiting = iter(pictures)
         while group := list(islice(waiting, batch)):
             yield from zip(group, self([picture.pixels for picture in group]), strict=True)
@@ -188,11 +187,11 @@ def build_model(cfg: Config) -> BaseModel:
         return revert_sync_batchnorm(MODELS.build(settings)).eval()
 
 
-def test_pipeline(cfg: Config, load: dict) -> list[dict]:
-    """Return the test pipeline of a configuration with another first step, and without one that loads truth."""
+def test_pipeline(cfg: Config, load: dict | None = None) -> list[dict]:
+    """Return the test pipeline of a configuration without a step that loads truth; `load` replaces its first step."""
     pipeline = next(node['pipeline'] for node in nodes(cfg.test_dataloader) if 'pipeline' in node)
     steps = [step for step in pipeline if 'Annotations' not in str(step['type'])]
-    return [load, *steps[1:]]
+    return steps if load is None else [load, *steps[1:]]
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import distributed
 from mmengine_overlock import backbone
 from overlock import MogaNet, OverLoCK
 from overlock.checkpoint import CheckpointError
+from overlock.utils.errors import UserError
 from tests.testing import MOGANET_TINY, TINY, randomise
 
 TOOLBOXES = ['mmdet', 'mmseg']
@@ -89,6 +90,16 @@ def test_other_initialisation_is_left_to_mmengine(build):
     model = build(init_cfg=dict(type='Constant', layer='Conv2d', val=0.5))
     model.init_weights()
     assert (model.base_net.stem[0].conv.weight == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    'init_cfg',
+    [dict(type='Pretrained'), dict(type='Pretrained', checkpoint=''), dict(checkpoint='a.pth'), 'a.pth'],
+    ids=str,
+)
+def test_init_cfg_of_another_form_is_one_sentence(build, init_cfg):
+    with pytest.raises(UserError, match=r"init_cfg is a dict with a type, .* 'Pretrained' has a checkpoint .*; got "):
+        build(init_cfg=init_cfg).init_weights()
 
 
 @pytest.mark.parametrize('toolbox', TOOLBOXES)

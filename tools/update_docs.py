@@ -8,8 +8,8 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,24 @@ _RESULTS = {
     'segmentation': ('Semantic Segmentation', 'ADE20K', {'miou': 'mIoU (single scale)'}),
 }
 
+_NETWORKS: dict[str, Callable[..., OverLoCK | MogaNet]] = {
+    'OverLoCK': partial(OverLoCK, aux_head=False),
+    'MogaNet': MogaNet,
+}
 COMPLEXITY = ROOT / 'docs/complexity.json'
 # Paper-reported: parameters in M, multiply-adds at 224x224 in G.
 _PAPER = {'xt': (16, 2.6), 't': (33, 5.5), 's': (56, 9.7), 'b': (95, 16.7)}
+# The same of MogaNet, by variant and size of the image.
+_PAPER_MOGANET = {
+    ('xt', 224): (2.97, 0.80),
+    ('xt', 256): (2.97, 1.04),
+    ('t', 224): (5.20, 1.10),
+    ('t', 256): (5.20, 1.44),
+    ('s', 224): (25.3, 4.97),
+    ('b', 224): (43.9, 9.93),
+    ('l', 224): (82.5, 15.9),
+    ('xl', 224): (180.8, 34.5),
+}
 
 # The ways of the image through the backbone.
 _WAYS = (
@@ -59,9 +74,9 @@ def parameters(arch: str, form: str = 'training', network: str = 'OverLoCK') -> 
 
 @cache
 def complexity() -> dict[str, dict[str, Any]]:
-    """Return the costs of OverLoCK's models by name: those in docs/complexity.json, and others counted now."""
+    """Return the costs of the models by name: those in docs/complexity.json, and others counted now."""
     recorded = json.loads(COMPLEXITY.read_text(encoding='utf-8')) if COMPLEXITY.is_file() else {}
-    models = {model_name(weights): weights for weights in WEIGHTS.values() if weights.network == 'OverLoCK'}
+    models = {model_name(weights): weights for weights in WEIGHTS.values()}
     return {model: recorded.get(model) or count_weights(weights) for model, weights in models.items()}
 
 
@@ -77,7 +92,7 @@ def count_weights(weights: Weights) -> dict[str, Any]:
     if weights.config:
         counted = count_config(ROOT / f'configs/{weights.config}.py')
     else:
-        network = OverLoCK(weights.arch, aux_head=False).to_form(weights.form)
+        network = _NETWORKS[weights.network](weights.arch).to_form(weights.form)
         counted = count(network, torch.zeros(1, 3, weights.size, weights.size))
     return dict(
         size=list(counted.size),
@@ -115,18 +130,15 @@ def model_index() -> dict[str, Any]:
 def _entry(name: str, weights: Weights) -> dict[str, Any]:
     task, dataset, metrics = _RESULTS[weights.task]
     entry: dict[str, Any] = {'Name': name, 'In Collection': weights.network}
-    counted = complexity().get(model_name(weights))
-    metadata: dict[str, Any] = (
-        {} if counted is None else dict(Parameters=counted['parameters'], FLOPs=counted['multiply_adds'])
-    )
+    counted = complexity()[model_name(weights)]
+    metadata: dict[str, Any] = dict(Parameters=counted['parameters'], FLOPs=counted['multiply_adds'])
     if weights.task == 'classification':
         # The file has all heads.
         metadata['Parameters'] = parameters(weights.arch, weights.form, weights.network)
         metadata['Form'] = weights.form
     else:
         entry['Config'] = f'configs/{weights.config}.py'
-    if metadata:
-        entry['Metadata'] = metadata
+    entry['Metadata'] = metadata
     # RetinaNet has no masks.
     task = 'Object Detection' if [*weights.metrics] == ['box_ap'] else task
     figures = {metrics[key]: value for key, value in weights.metrics.items()}
@@ -139,10 +151,10 @@ def parts() -> dict[str, str]:
     """Return the generated parts of documents by the names in their comments."""
     return {
         'table: classification': classification_table(),
-        'table: dense': dense_table('OverLoCK'),
+        'table: dense': dense_table('OverLoCK', 'configs'),
         'table: paper': paper_table(),
         'table: moganet': moganet_table(),
-        'table: moganet_dense': dense_table('MogaNet'),
+        'table: moganet_dense': dense_table('MogaNet', '../configs'),
         'figure: packages': package_figure(),
         'figure: network': network_figure(),
     }
@@ -160,26 +172,24 @@ def classification_table() -> str:
 
 
 def moganet_table() -> str:
-    lines = ['| weights | parameters | image | top-1 | crop |', '| --- | --- | --- | --- | --- |']
+    lines = ['| weights | parameters | multiply-adds | paper | image | top-1 | crop |', f'|{" --- |" * 7}']
     for name, weights in WEIGHTS.items():
         if weights.network == 'MogaNet' and weights.task == 'classification':
-            count = f'{parameters(weights.arch, network="MogaNet") / 1e6:.2f} M'
+            paper = '{:g} M, {:.2f} G'.format(*_PAPER_MOGANET[weights.arch, weights.size])
             top1, size = weights.metrics['top1'], f'{weights.size}x{weights.size}'
-            lines.append(f'| {_link(name)} | {count} | {size} | {top1:.1f} | {weights.crop_pct} |')
+            lines.append(f'| {_link(name)} | {_costs(weights)} | {paper} | {size} | {top1:.1f} | {weights.crop_pct} |')
     return '\n'.join([*lines, ''])
 
 
-def dense_table(network: str) -> str:
-    columns = 'parameters | multiply-adds | result' if network == 'OverLoCK' else 'result'
-    lines = [f'| weights | configuration | {columns} |', '| --- ' * (3 + columns.count('|')) + '|']
+def dense_table(network: str, folder: str) -> str:
+    """Return the detectors and segmenters with a backbone; `folder` leads from the document to the configurations."""
+    lines = ['| weights | configuration | parameters | multiply-adds | result |', f'|{" --- |" * 5}']
     for name, weights in WEIGHTS.items():
         if weights.config and weights.network == network:
             metrics = _RESULTS[weights.task][2]
             results = ', '.join(f'{metrics[key]} {value:.1f}' for key, value in weights.metrics.items())
-            cells = [_link(name), f'[{weights.config}.py](configs/{weights.config}.py)', results]
-            if network == 'OverLoCK':
-                cells.insert(2, _costs(weights))
-            lines.append(f'| {" | ".join(cells)} |')
+            config = f'[{weights.config}.py]({folder}/{weights.config}.py)'
+            lines.append(f'| {_link(name)} | {config} | {_costs(weights)} | {results} |')
     return '\n'.join([*lines, ''])
 
 

@@ -167,11 +167,12 @@ def convert_file(
     # Files hold the whole memory of a view.
     tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in converted.items()}
     with drafted(out) as (draft,):
-        _write(draft, tensors, _read_classes(path) if recognize(tensors).prefix else None)
+        write_weights(draft, tensors, read_classes(path) if recognize(tensors).prefix else None)
         return replace(report, verified=_verify(draft, tensors, given))
 
 
-def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None) -> None:
+def write_weights(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any] | None) -> None:
+    """Write a .pth file, wrapped as mmengine does if there is `meta`, or a .safetensors file."""
     # torch.save would write the name of a path into the file.
     with whole_file(path) as file:
         if path.suffix == '.safetensors':
@@ -181,12 +182,12 @@ def _write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None) 
                 raise UserError(
                     f'{path.name} needs the package safetensors; install it with `pip install safetensors`'
                 ) from error
-            file.write(save(tensors, {'format': 'pt'}))
+            file.write(save(dict(tensors), {'format': 'pt'}))
         else:
             torch.save(tensors if meta is None else {'state_dict': tensors, 'meta': meta}, file)
 
 
-def _read_classes(path: Path) -> dict[str, Any]:
+def read_classes(path: Path) -> dict[str, Any]:
     """Read the classes from a file of a detector or segmenter; empty for a .safetensors file."""
     content = read_pickled(path) if path.suffix != '.safetensors' else {}
     meta = content.get('meta') if isinstance(content, Mapping) else None

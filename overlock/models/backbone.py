@@ -109,26 +109,12 @@ class OverLoCKBackbone(DenseBackbone, Trunk):
 
         A layer between stages has the depth of the block after it.
         """
-        ids = {'base_net.stem': 0}
-        for stage, entries in _STAGES.items():
-            depth = max(ids.values())
-            blocks = {name.split('.')[2] for name, _ in self.named_parameters() if name.startswith(f'{stage}.')}
-            if blocks:
-                ids.update((entry, depth + 1) for entry in entries)
-            ids.update((f'{stage}.{i}', depth + 1 + i) for i in range(len(blocks)))
-        last = max(ids.values()) + 1
-        modules = {name: name.split('.') for name, _ in self.named_parameters()}
-        return {
-            name: ids.get('.'.join(parts[:3]), ids.get('.'.join(parts[:2]), last)) for name, parts in modules.items()
-        }
-
-
-# In the order of the forward pass: a stage of blocks, and the layers before it.
-_STAGES = {
-    'base_net.stage1': (),
-    'base_net.stage2': ('base_net.downsample2',),
-    'base_net.stage3': ('base_net.downsample3',),
-    'overview_net.stage': ('overview_net.downsample',),
-    'focus_net.stage3': ('focus_net.context_proj',),
-    'focus_net.stage4': ('focus_net.downsample', 'focus_net.context_downsample'),
-}
+        modules = dict(self.named_modules())
+        depths: list[list[nn.Module]] = [[self.base_net.stem]]
+        for stage, layers in self.layers_before.items():
+            before = [modules[layer] for layer in layers if stage in modules]
+            for block in modules.get(stage, ()):
+                depths.append([*before, block])
+                before = []
+        ids = {p: depth for depth, parts in enumerate(depths) for module in parts for p in module.parameters()}
+        return {name: ids.get(parameter, len(depths)) for name, parameter in self.named_parameters()}

@@ -1,19 +1,18 @@
 """The authors' plug-and-play block: ContMix in any network, with one map for features and context."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.layers import ConvNorm
+from overlock.layers.large_kernel import BRANCHES
 from overlock.models.forms import Foldable
 from overlock.models.mixing import NUM_REGIONS, MixingBlock
-from overlock.models.names import CONTMIX_BLOCK, form_of, from_published, to_published
-from overlock.models.network import run_block
+from overlock.models.names import CONTMIX_BLOCK, to_published
+from overlock.models.network import check_counts, check_rate, run_block
 from overlock.ops.contmix.dispatch import check_backend
-
-T = TypeVar('T')
 
 
 class ContMixBlock(MixingBlock, Foldable):
@@ -29,7 +28,7 @@ class ContMixBlock(MixingBlock, Foldable):
         kernel_size: The large kernel of ContMix and of the local branch, a key of
             `overlock.layers.large_kernel.BRANCHES`. Smaller maps are enlarged for ContMix.
         smk_size: The small kernel of ContMix, odd and at most `kernel_size`.
-        mlp_ratio: Hidden width of the feed-forward over `dim`.
+        mlp_ratio: Hidden width of the feed-forward over `dim`, rounded down.
         res_scale: Whether layer scale is on the shortcuts, or else on the branches.
         ls_init_value: Initial value of layer scale; None for no layer scale.
         drop_path: Probability of dropping the branch of a sample while training.
@@ -38,8 +37,10 @@ class ContMixBlock(MixingBlock, Foldable):
         contmix_backend: Backend of `overlock.ops.contmix`.
 
     Raises:
-        ValueError: If `dim`, `kernel_size` or `smk_size` do not make a block.
+        ValueError: If the arguments do not make a block.
     """
+
+    names = CONTMIX_BLOCK
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class ContMixBlock(MixingBlock, Foldable):
         num_heads: int = 2,
         kernel_size: int = 7,
         smk_size: int = 5,
-        mlp_ratio: int = 4,
+        mlp_ratio: float = 4,
         res_scale: bool = False,
         ls_init_value: float | None = None,
         drop_path: float = 0.0,
@@ -55,10 +56,18 @@ class ContMixBlock(MixingBlock, Foldable):
         deploy: bool = False,
         contmix_backend: str = 'auto',
     ) -> None:
-        if num_heads < 1 or dim < 1 or dim % (4 * num_heads):
+        check_counts(dim=dim, num_heads=num_heads, kernel_size=kernel_size, smk_size=smk_size)
+        if dim % (4 * num_heads):
             raise ValueError(f'dim must be a multiple of 4 x num_heads, got dim {dim} and num_heads {num_heads}')
-        if smk_size % 2 == 0 or not 0 < smk_size <= kernel_size:
+        if kernel_size not in BRANCHES:
+            raise ValueError(f'kernel_size must be one of {sorted(BRANCHES)}, got {kernel_size}')
+        if smk_size % 2 == 0 or smk_size > kernel_size:
             raise ValueError(f'smk_size must be odd and at most kernel_size {kernel_size}, got {smk_size}')
+        if not isinstance(mlp_ratio, (int, float)) or dim * mlp_ratio < 1:
+            raise ValueError(f'mlp_ratio must be a positive number, got {mlp_ratio!r}')
+        if isinstance(ls_init_value, bool) or not isinstance(ls_init_value, (int, float, NoneType)):
+            raise ValueError(f'ls_init_value must be a number, or None for no layer scale, got {ls_init_value!r}')
+        check_rate(drop_path=drop_path)
         check_backend(contmix_backend)
         super().__init__(
             width=dim,
@@ -67,10 +76,10 @@ class ContMixBlock(MixingBlock, Foldable):
             kernel_sizes=(smk_size, kernel_size),
             num_groups=2 * num_heads,
             local_kernel_size=kernel_size,
-            hidden=dim * mlp_ratio,
+            hidden=int(dim * mlp_ratio),
             fusion=nn.Identity(),
             drop_path_rate=drop_path,
-            layer_scale=ls_init_value,
+            layer_scale=None if ls_init_value is None else float(ls_init_value),
             scale_shortcut=res_scale,
             contmix_backend=contmix_backend,
         )
@@ -108,16 +117,6 @@ class ContMixBlock(MixingBlock, Foldable):
         """Fold all linear steps for inference, in place and idempotently, and return self."""
         self.fold()
         return self
-
-    @staticmethod
-    def to_own_names(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
-        """Rename published entries below `prefix` to our names; all others stay as they are."""
-        return from_published(state_dict, prefix, CONTMIX_BLOCK)
-
-    @staticmethod
-    def form_of(names: Iterable[str]) -> str | None:
-        """Return the form that our names tell, or None if they hold too little."""
-        return form_of(names)
 
     def _rebuilt(self) -> 'ContMixBlock':
         return ContMixBlock(**self._shape)

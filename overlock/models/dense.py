@@ -1,6 +1,7 @@
 """What dense-prediction backbones share: the choice of outputs, frozen stages, settings of BatchNorms, depths."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from math import inf
 from typing import Any, TypeVar
 
 from torch import nn
@@ -9,20 +10,25 @@ from overlock.layers.fold import BatchNorm
 
 Self = TypeVar('Self', bound='DenseBackbone')
 
-# The settings of `norm_cfg`, mmcv's convention, for the norms that published weights hold.
-_NORMS = ('BN', 'SyncBN')
-_NORM_SETTINGS = ('type', 'requires_grad', 'eps', 'momentum')
+# Whether a value suits a setting of `norm_cfg`, mmcv's convention, for the norms that published weights hold.
+_NORM_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    'type': lambda value: value in ('BN', 'SyncBN'),
+    'requires_grad': lambda value: isinstance(value, bool),
+    'eps': lambda value: isinstance(value, (int, float)) and 0 < value < inf,
+    'momentum': lambda value: value is None or (isinstance(value, (int, float)) and 0 <= value <= 1),
+}
 
 
-def check_out_indices(out_indices: Sequence[int] | int) -> tuple[int, ...]:
+def check_out_indices(out_indices: Iterable[int] | int) -> tuple[int, ...]:
     """Return the indices of the outputs as a tuple.
 
     Raises:
         ValueError: If they are not ascending and among 0 to 3.
     """
-    indices = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
-    if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= set(range(4)):
-        raise ValueError(f'out_indices must be ascending and among 0 to 3, got {indices}')
+    given = tuple(out_indices) if isinstance(out_indices, Iterable) else (out_indices,)
+    indices = tuple(i for i in range(4) if i in given)
+    if not indices or indices != given:
+        raise ValueError(f'out_indices must be ascending and among 0 to 3, got {given}')
     return indices
 
 
@@ -35,16 +41,16 @@ def set_norms(model: nn.Module, norm_cfg: Mapping[str, Any]) -> None:
             bias, `eps`, `momentum`; each may be left out.
 
     Raises:
-        ValueError: If there is no such setting or type.
+        ValueError: If it is no dict, or has another setting or a value that does not suit.
     """
-    unknown = [name for name in norm_cfg if name not in _NORM_SETTINGS]
-    kind = norm_cfg.get('type', 'BN')
-    if unknown or kind not in _NORMS:
+    if not isinstance(norm_cfg, Mapping) or not all(
+        name in _NORM_SETTINGS and _NORM_SETTINGS[name](value) for name, value in norm_cfg.items()
+    ):
         raise ValueError(
-            f'norm_cfg takes {", ".join(_NORM_SETTINGS)}, and as type {" or ".join(_NORMS)}, which published weights '
-            f'fit; got {dict(norm_cfg)}'
+            "norm_cfg is a dict of type ('BN' or 'SyncBN', which published weights fit), requires_grad (bool), eps "
+            f'(above 0) and momentum (0 to 1, or None); got {norm_cfg!r}'
         )
-    if kind == 'SyncBN':
+    if norm_cfg.get('type') == 'SyncBN':
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if isinstance(module, BatchNorm):
@@ -84,7 +90,7 @@ class DenseBackbone(nn.Module):
         """
         if frozen_stages not in range(-1, 5):
             raise ValueError(f'frozen_stages must be between -1 and 4, got {frozen_stages}')
-        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
+        self.frozen_stages, self.norm_eval = int(frozen_stages), norm_eval
         self._keep_frozen()
 
     def _keep_frozen(self) -> None:

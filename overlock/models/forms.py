@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from overlock.layers import DilatedReparamConv
 from overlock.layers.fold import switch_children
+from overlock.models.names import Names, form_of, from_published
 from overlock.utils.errors import CheckpointError
 
 FORMS = ('training', 'merged', 'folded')
@@ -35,17 +36,22 @@ class Foldable(nn.Module):
     """A network that can be merged and folded.
 
     It loads state dicts in our names and the published ones, at any prefix, of its own form and of earlier ones.
+
+    Attributes:
+        names: Renames published entries; None where the names are the published ones.
     """
 
-    @staticmethod
-    def to_own_names(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
+    names: Names | None = None
+
+    @classmethod
+    def to_own_names(cls, state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
         """Rename published entries below `prefix` to the names of the network; all others stay as they are."""
-        return dict(state_dict)
+        return from_published(state_dict, prefix, cls.names) if cls.names else dict(state_dict)
 
     @staticmethod
     def form_of(names: Iterable[str]) -> str | None:
         """Return the form that names of the network tell, or None if they hold too little."""
-        raise NotImplementedError
+        return form_of(names)
 
     @property
     def form(self) -> str:

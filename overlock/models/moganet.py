@@ -1,25 +1,17 @@
-"""MogaNet (ICLR 2024): multi-order gated aggregation in space, channel aggregation in the feed-forward.
-
-The names of modules and parameters are the published ones, so published state dicts load without translation. Where
-paper and published code differ, this is the code, which the published weights belong to: inside the layer scale the
-spatial branch has a shortcut, and its feature decomposition ends with SiLU.
-"""
+"""MogaNet (ICLR 2024): multi-order gated aggregation in space, channel aggregation in the feed-forward."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from overlock.layers import DropPath
-from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next, fold_into_previous
+from overlock.layers.fold import BatchNorm
 from overlock.models.arch import find_arch
 from overlock.models.dense import DenseBackbone, check_out_indices, set_norms
-from overlock.models.network import Block, Network, drop_path_rates, run_block
-from overlock.ops.depthwise import depthwise_conv2d
+from overlock.models.moganet_blocks import ConvPatchEmbed, MogaBlock, StackConvPatchEmbed
+from overlock.models.network import Network, check_counts, drop_path_rates, run_block
 
 Self = TypeVar('Self', bound='MogaNetTrunk')
 
@@ -52,6 +44,11 @@ class MogaArch:
         if any(dims % 8 for dims in self.embed_dims):
             raise ValueError(f'arch: embed_dims must be divisible by 8, got {self.embed_dims}')
 
+    @property
+    def out_channels(self) -> tuple[int, int, int, int]:
+        """Channels of the four outputs."""
+        return self.embed_dims
+
 
 MOGANET_ARCHS: dict[str, MogaArch] = {
     'xt': MogaArch((32, 64, 96, 192), (3, 3, 10, 2)),
@@ -72,209 +69,6 @@ _LAYER_IDS = {
     'patch_embed4': 12,
     'blocks4': 12,
 }
-
-
-class DepthwiseConv(nn.Conv2d):
-    """A depthwise convolution that keeps the size of the map."""
-
-    def __init__(self, channels: int, kernel_size: int, dilation: int = 1) -> None:
-        padding = kernel_size // 2 * dilation
-        super().__init__(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
-
-
-class ElementScale(nn.Module):
-    """A learned factor for each channel, (1, C, 1, 1), that starts at 1e-5."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
-
-
-class MultiOrderDWConv(nn.Module):
-    """Depthwise convolutions of three reaches: 5x5 on all channels, after it dilated ones on two groups of them.
-
-    Of C channels, the first C / 8 stay as they are, the next 3C / 8 get 5x5 with dilation 2, the last C / 2 get 7x7
-    with dilation 3.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.groups = (channels // 8, channels * 3 // 8, channels // 2)
-        self.DW_conv0 = DepthwiseConv(channels, 5)
-        self.DW_conv1 = DepthwiseConv(self.groups[1], 5, dilation=2)
-        self.DW_conv2 = DepthwiseConv(self.groups[2], 7, dilation=3)
-        self.PW_conv = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        near, middle, far = self.DW_conv0(x).split(self.groups, dim=1)
-        return self.PW_conv(torch.cat([near, self.DW_conv1(middle), self.DW_conv2(far)], dim=1))
-
-
-class MultiOrderGatedAggregation(nn.Module):
-    """Mix space: feature decomposition, then multi-order context gated by the map itself (paper, Sec. 4.2)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.proj_1 = nn.Conv2d(channels, channels, 1)
-        self.gate = nn.Conv2d(channels, channels, 1)
-        self.value = MultiOrderDWConv(channels)
-        self.proj_2 = nn.Conv2d(channels, channels, 1)
-        self.sigma = ElementScale(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape; the shortcut around it is the block's."""
-        x = F.silu(self.decompose_features(self.proj_1(x)))
-        return self.proj_2(F.silu(self.gate(x)) * F.silu(self.value(x)))
-
-    def decompose_features(self, x: Tensor) -> Tensor:
-        """Return `x + sigma * (x - mean of x over space)`, in one pass over `x`."""
-        scale = self.sigma.scale.to(x.dtype)
-        return torch.addcmul(-scale * x.mean((2, 3), keepdim=True), x, 1 + scale)
-
-
-class ChannelAggregationFFN(nn.Module):
-    """Mix channels: a feed-forward with a depthwise 3x3, in which all channels are compared with one that sums them up.
-
-    On the hidden map h the published network computes `h + sigma * (h - GELU(decompose(h)))`, then `fc2`.
-
-    Args:
-        channels: Channels in and out.
-        hidden: Channels between.
-    """
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.dwconv = DepthwiseConv(hidden, 3)
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
-        self.decompose = nn.Conv2d(hidden, 1, 1)
-        self.sigma = ElementScale(hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        hidden = F.gelu(self.dwconv(self.fc1(x)))
-        common = F.gelu(self.decompose(hidden))
-        # All but `common` is linear: scaling the weights of fc2 saves three passes over the wide map.
-        weight, scale = self.fc2.weight, self.sigma.scale
-        out = F.conv2d(hidden, weight * (1 + scale), self.fc2.bias)
-        return out - F.conv2d(common, (weight * scale).sum(1, keepdim=True))
-
-
-class MogaBlock(Block):
-    """Mix space, then channels, each behind a BatchNorm and scaled by a layer scale.
-
-    Folded, no BatchNorm and no layer scale is left; what they do to the shortcuts are two scales.
-
-    Args:
-        channels: Channels in and out.
-        ffn_ratio: Hidden width of the feed-forward over `channels`.
-        drop_path_rate: Probability of dropping a branch of a sample; a folded block drops none.
-    """
-
-    shortcut_scale_1: nn.Parameter | None
-    shortcut_scale_2: nn.Parameter | None
-
-    def __init__(self, channels: int, ffn_ratio: int, drop_path_rate: float = 0.0) -> None:
-        super().__init__()
-        self.layer_scale_1 = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
-        self.layer_scale_2 = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
-        self.register_parameter('shortcut_scale_1', None)
-        self.register_parameter('shortcut_scale_2', None)
-        self.norm1: nn.Module = nn.BatchNorm2d(channels)
-        self.attn = MultiOrderGatedAggregation(channels)
-        self.drop_path = DropPath(drop_path_rate)
-        self.norm2: nn.Module = nn.BatchNorm2d(channels)
-        self.mlp = ChannelAggregationFFN(channels, channels * ffn_ratio)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        if self.shortcut_scale_1 is not None and self.shortcut_scale_2 is not None:
-            x = torch.addcmul(self.attn(x), x, self.shortcut_scale_1)
-            return torch.addcmul(self.mlp(x), x, self.shortcut_scale_2)
-        y = self.norm1(x)
-        x = torch.addcmul(x, self.drop_path(y + self.attn(y)), self.layer_scale_1)
-        return torch.addcmul(x, self.drop_path(self.mlp(self.norm2(x))), self.layer_scale_2)
-
-    def switch_to_deploy(self, out_norm: nn.Module | None = None) -> None:
-        """Fold all BatchNorms and layer scales, in place and idempotently.
-
-        Args:
-            out_norm: The BatchNorm that takes the output, if it is to be folded too.
-        """
-        if not (isinstance(self.norm1, BatchNorm) and isinstance(self.norm2, BatchNorm)):
-            return
-        layer_scale_1, layer_scale_2 = (
-            scale.detach().double().flatten() for scale in (self.layer_scale_1, self.layer_scale_2)
-        )
-        scale, shift = bn_affine(self.norm1)
-        fold_into_next(scale, shift, self.attn.proj_1)
-        # The shortcut inside the branch: layer_scale * (norm(x) + proj_2(...)).
-        fold_into_previous(self.attn.proj_2, layer_scale_1, layer_scale_1 * shift)
-        shortcut_scale_1 = 1 + layer_scale_1 * scale
-        fold_into_next(*bn_affine(self.norm2), self.mlp.fc1)
-        fold_into_previous(self.mlp.fc2, layer_scale_2, torch.zeros_like(layer_scale_2))
-        shortcut_scale_2 = torch.ones_like(layer_scale_2)
-        if isinstance(out_norm, BatchNorm):
-            shortcut_scale_2, shift = bn_affine(out_norm)
-            fold_into_previous(self.mlp.fc2, shortcut_scale_2, shift)
-        self.shortcut_scale_1 = _like(self.layer_scale_1, shortcut_scale_1)
-        self.shortcut_scale_2 = _like(self.layer_scale_2, shortcut_scale_2)
-        self.norm1 = self.norm2 = nn.Identity()
-        del self.layer_scale_1, self.layer_scale_2
-
-
-def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach().view_as(old).to(old.dtype), old.requires_grad)
-
-
-class StackConvPatchEmbed(nn.Module):
-    """The stem: two 3x3 convolutions with stride 2, each with a BatchNorm, and GELU between them."""
-
-    def __init__(self, in_channels: int, channels: int) -> None:
-        super().__init__()
-        self.projection = nn.Sequential(
-            nn.Conv2d(in_channels, channels // 2, 3, stride=2, padding=1),
-            nn.BatchNorm2d(channels // 2),
-            nn.GELU(),
-            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1),
-            nn.BatchNorm2d(channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, channels, H / 4, W / 4), rounded up."""
-        return self.projection(x)
-
-    def switch_to_deploy(self) -> None:
-        """Fold the BatchNorms into the convolutions, in place and idempotently."""
-        for i in (1, 4):
-            conv, norm = self.projection[i - 1], self.projection[i]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm):
-                fold_into_previous(conv, *bn_affine(norm))
-                self.projection[i] = nn.Identity()
-
-
-class ConvPatchEmbed(nn.Module):
-    """Downsampling between stages: a 3x3 convolution with stride 2 and a BatchNorm."""
-
-    def __init__(self, in_channels: int, channels: int) -> None:
-        super().__init__()
-        self.projection = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
-        self.norm: nn.Module = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, channels, H / 2, W / 2), rounded up."""
-        return self.norm(self.projection(x))
-
-    def switch_to_deploy(self) -> None:
-        """Fold the BatchNorm into the convolution, in place and idempotently."""
-        if isinstance(self.norm, BatchNorm):
-            fold_into_previous(self.projection, *bn_affine(self.norm))
-            self.norm = nn.Identity()
 
 
 class MogaNetTrunk(Network):
@@ -301,6 +95,7 @@ class MogaNetTrunk(Network):
         with_cp: bool | Sequence[int] = False,
     ) -> None:
         super().__init__()
+        check_counts(in_channels=in_channels)
         self.arch = find_arch(arch, MogaArch, MOGANET_ARCHS)
         self.in_channels = in_channels
         self.num_outputs = num_outputs
@@ -315,7 +110,7 @@ class MogaNetTrunk(Network):
         self.set_grad_checkpointing(with_cp)
 
     def shorten(self, num_outputs: int) -> None:
-        """Remove all that only later outputs need, in place."""
+        """See `Network.shorten`."""
         for i in range(num_outputs + 1, self.num_outputs + 1):
             for name in ('patch_embed', 'blocks', 'norm'):
                 delattr(self, f'{name}{i}')
@@ -365,14 +160,14 @@ class MogaNetTrunk(Network):
 
     def switch_to_deploy(self: Self) -> Self:
         """Fold every BatchNorm and layer scale for inference, in place and idempotently, and return self."""
+        super().switch_to_deploy()
         for i, (_, blocks, norm) in enumerate(self.stages(), 1):
             last = blocks[-1]
-            assert isinstance(last, MogaBlock)
-            # A block that was folded by itself before no longer takes the norm.
-            if isinstance(last.norm1, BatchNorm):
-                last.switch_to_deploy(norm)
+            if isinstance(norm, BatchNorm):
+                assert isinstance(last, MogaBlock)
+                last.fold_next(norm)
                 setattr(self, f'norm{i}', nn.Identity())
-        return super().switch_to_deploy()
+        return self
 
 
 class MogaNet(MogaNetTrunk):
@@ -397,8 +192,7 @@ class MogaNet(MogaNetTrunk):
         with_cp: bool | Sequence[int] = False,
         deploy: bool = False,
     ) -> None:
-        if num_classes < 1:
-            raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+        check_counts(num_classes=num_classes)
         super().__init__(arch, in_channels, 4, drop_path_rate, with_cp)
         self.num_classes = num_classes
         self.head: nn.Module = nn.Linear(self.arch.embed_dims[3], num_classes)
@@ -461,8 +255,8 @@ class MogaNetBackbone(DenseBackbone, MogaNetTrunk):
         self.out_indices = indices
         self.out_channels = tuple(self.arch.embed_dims[i] for i in indices)
         self.init_parameters()
+        set_norms(self, norm_cfg or {})
         self.norm_cfg = dict(norm_cfg or {})
-        set_norms(self, self.norm_cfg)
         if deploy:
             self.switch_to_deploy()
         self.freeze(frozen_stages, norm_eval)

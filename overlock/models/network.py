@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def run_block(block: nn.Module, *maps: Tensor, forward: Callable[..., Any] | Non
 
     A block whose `forward` calls this gives what to run instead.
     """
-    forward = forward or block
+    # A bound method has no truth for torch.compile.
+    forward = block if forward is None else forward
     if block.with_cp and torch.is_grad_enabled():
         # torch.compile makes the second run pure by itself, and takes no context for it.
         context: dict[str, Any] = (
@@ -54,14 +56,27 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
+def check_counts(**counts: int) -> None:
+    """Raise a ValueError unless each argument is a positive integer."""
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f'{name} must be a positive integer, got {count!r}')
+
+
+def check_rate(**rates: float) -> None:
+    """Raise a ValueError unless each argument is in [0, 1)."""
+    for name, rate in rates.items():
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ValueError(f'{name} must be in [0, 1), got {rate!r}')
+
+
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Return the drop-path rate of each block by stage: linear from 0 to `rate` over all blocks in order.
 
     Raises:
         ValueError: If `rate` is not in [0, 1).
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate}')
+    check_rate(drop_path_rate=rate)
     rates = (rate * i / (sum(depths) - 1) for i in range(sum(depths)))
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
@@ -107,6 +122,10 @@ class Network(Foldable):
         memory_format = self.memory_format or (torch.channels_last if x.device.type == 'cpu' else None)
         return x if memory_format is None else x.contiguous(memory_format=memory_format)
 
+    def shorten(self, num_outputs: int) -> None:
+        """Remove all that only later outputs need, in place."""
+        raise NotImplementedError
+
     def set_grad_checkpointing(self, enable: bool | Sequence[int] = True) -> None:
         """Make blocks recompute their activations in the backward pass, to save memory, or not.
 
@@ -119,7 +138,7 @@ class Network(Foldable):
         """
         every = [sys.maxsize * enable] * 4 if isinstance(enable, bool) else enable
         counts = list(every) if isinstance(every, Sequence) else []
-        if len(counts) != 4 or not all(isinstance(count, int) and count >= 0 for count in counts):
+        if len(counts) != 4 or not all(isinstance(count, Integral) and count >= 0 for count in counts):
             raise ValueError(
                 'gradient checkpointing takes True, False, or a number of blocks for each of the strides 4, 8, 16 and '
                 f'32, got {enable}'

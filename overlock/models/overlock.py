@@ -1,7 +1,7 @@
 """The network: Base-Net, Overview-Net and Focus-Net (paper, Fig. 3), and the ImageNet classifier."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from overlock.layers import ConvNorm
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next
 from overlock.models.arch import Arch, get_arch
 from overlock.models.blocks import DynamicBlock, StaticBlock
-from overlock.models.names import form_of, from_published
-from overlock.models.network import Network, drop_path_rates, run_block
+from overlock.models.names import NETWORK
+from overlock.models.network import Network, check_counts, drop_path_rates, run_block
 from overlock.ops.contmix.dispatch import check_backend
-
-T = TypeVar('T')
 
 # Modules that only the output of this number, counted from 1, and later ones need.
 _NEEDED_BY = {
@@ -149,10 +147,20 @@ class Trunk(Network):
         num_outputs: How many of the four outputs to compute; nets that only later ones need are left out.
     """
 
+    names = NETWORK
     new_parts = ('output_norms.', 'overview_proj.', 'overview_scale.')
     head_parts = ('head.', 'aux_head.')
     stage_parts = ('base_net.', 'overview_net.', 'focus_net.')
     stage_depth = 2
+    # In the order of the forward pass: a stage of blocks, and the layers before it.
+    layers_before: ClassVar[dict[str, tuple[str, ...]]] = {
+        'base_net.stage1': (),
+        'base_net.stage2': ('base_net.downsample2',),
+        'base_net.stage3': ('base_net.downsample3',),
+        'overview_net.stage': ('overview_net.downsample',),
+        'focus_net.stage3': ('focus_net.context_proj',),
+        'focus_net.stage4': ('focus_net.downsample', 'focus_net.context_downsample'),
+    }
     block_stages = (
         ('base_net.stage1',),
         ('base_net.stage2',),
@@ -170,6 +178,7 @@ class Trunk(Network):
         contmix_backend: str = 'auto',
     ) -> None:
         super().__init__()
+        check_counts(in_channels=in_channels)
         check_backend(contmix_backend)
         self.arch = get_arch(arch)
         self.in_channels = in_channels
@@ -184,22 +193,12 @@ class Trunk(Network):
         self.set_grad_checkpointing(with_cp)
 
     def shorten(self, num_outputs: int) -> None:
-        """Remove all that only later outputs need, in place."""
+        """See `Network.shorten`."""
         for number in range(self.num_outputs, num_outputs, -1):
             for name in _NEEDED_BY[number]:
                 parent, _, child = name.rpartition('.')
                 delattr(self.get_submodule(parent), child)
         self.num_outputs = num_outputs
-
-    @staticmethod
-    def to_own_names(state_dict: Mapping[str, T], prefix: str = '') -> dict[str, T]:
-        """Rename published entries below `prefix`."""
-        return from_published(state_dict, prefix)
-
-    @staticmethod
-    def form_of(names: Iterable[str]) -> str | None:
-        """Return the form that our names tell, or None if they hold too little."""
-        return form_of(names)
 
     def init_parameters(self) -> None:
         """Give convolutions truncated normal weights with std 0.02 and zero biases; the rest stays as built."""
@@ -284,8 +283,7 @@ class OverLoCK(Trunk):
         deploy: bool = False,
         contmix_backend: str = 'auto',
     ) -> None:
-        if num_classes < 1:
-            raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+        check_counts(num_classes=num_classes)
         super().__init__(arch, in_channels, 4, drop_path_rate, with_cp, contmix_backend)
         self.num_classes = num_classes
         self.head = Head(self.arch.out_channels[3], num_classes)

@@ -14,6 +14,7 @@ from overlock.models.network import MIN_SIZE
 from overlock.timm.interface import TimmModel
 from overlock.timm.model import TimmOverLoCK
 from overlock.timm.moganet import TimmMogaNet
+from overlock.utils.errors import UserError
 
 __all__ = ['TimmMogaNet', 'TimmOverLoCK']
 
@@ -62,6 +63,10 @@ def _create(
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
+    if (feature_cls := kwargs.get('feature_cls', 'getter')) != 'getter':
+        raise UserError(
+            f"feature_cls must be 'getter', which knows all maps of {name}, got {feature_cls!r}; leave it out"
+        )
     model, (_, arch, *reparam) = _class_of(name), name.split('_')
     kwargs = {'arch': arch, 'deploy': bool(reparam), **kwargs}
     overlay = dict(pretrained_cfg_overlay or {})

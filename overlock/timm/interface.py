@@ -1,15 +1,22 @@
-"""What the classifiers with timm's interface share: intermediate maps, and weights adapted to channels and classes."""
+"""What the classifiers with timm's interface share: their settings, intermediate maps, new classifiers, weights."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
+import torch
+from timm.layers import SelectAdaptivePool2d, create_classifier
 from timm.models import adapt_input_conv
 from timm.models._features import feature_take_indices
-from torch import Tensor
+from torch import Tensor, nn
 
 from overlock.checkpoint import load, load_state_dict
+from overlock.models.arch import Arch
+from overlock.models.moganet import MogaArch
 from overlock.models.network import Network
 from overlock.utils.errors import UserError
 
@@ -17,21 +24,59 @@ _logger = logging.getLogger(__name__)
 
 
 class TimmModel(Network):
-    """The part of timm's interface that does not depend on the network; it stands before it in a class's bases.
+    """The part of timm's interface that both networks share; it stands before the network in a class's bases.
+
+    Args:
+        arch: See the network.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 for the pooled features in front of the classifier.
+        global_pool: Pooling of `timm.layers.SelectAdaptivePool2d`; '' for none.
+        drop_rate: Dropout in front of the classifier.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        **kwargs: Other arguments of the network.
 
     Attributes:
         first_conv: The module that takes the image.
         classifiers: The last modules of the heads.
-        in_chans: Channels of the image.
-        num_classes: Classes; 0 for no classifier.
+        features: The modules that the four outputs come from.
+        feature_info: Channels, stride and module of each of the four outputs.
         num_outputs: How many outputs the network has.
+        num_features: Channels of what `forward_features` returns.
+        head_hidden_size: Channels in front of the classifier.
     """
 
     first_conv: str
     classifiers: tuple[str, ...]
-    in_chans: int
+    features: tuple[str, ...]
+    arch: Any
     num_classes: int
+    global_pool: str
     num_outputs: int
+    head_hidden_size: int
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] | Arch | MogaArch = 'xt',
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(arch, in_chans, num_classes=max(num_classes, 1), **kwargs)
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.num_features = self.arch.out_channels[3]
+        self.feature_info = [
+            {'num_chs': channels, 'reduction': 4 * 2**i, 'module': module}
+            for i, (channels, module) in enumerate(zip(self.arch.out_channels, self.features, strict=True))
+        ]
+        self.to(dtype=dtype)
+        self.reset_classifier(num_classes, global_pool)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Map an image (B, C, H, W) to the outputs at strides 4, 8, 16 and 32."""
@@ -65,6 +110,56 @@ class TimmModel(Network):
         outs = self.maps(x)
         intermediates = [outs[i] for i in take_indices]
         return intermediates if intermediates_only else (outs[-1], intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove all that the outputs `indices` do not need, in place, and return them counted from the first.
+
+        Args:
+            indices: See `forward_intermediates`.
+            prune_norm: Has no effect.
+            prune_head: Whether to remove the head even if the last output stays.
+        """
+        take_indices, last = feature_take_indices(self.num_outputs, indices)
+        head = prune_head or last + 1 < self.num_outputs
+        self.shorten(last + 1)
+        if head:
+            self.num_features = self.arch.out_channels[last]
+            self.remove_head()
+        return take_indices
+
+    def remove_head(self) -> None:
+        """Remove all behind the last output, in place."""
+        self.reset_classifier(0, '')
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer of the head."""
+        return self.get_submodule(self.classifiers[0])
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the heads new classifiers, or none if `num_classes` is 0, and new pooling if asked for."""
+        raise NotImplementedError
+
+    def new_classifier(
+        self, channels: int, num_classes: int, pool_type: str, use_conv: bool = False
+    ) -> tuple[SelectAdaptivePool2d, nn.Module]:
+        """Return pooling and classifier in the place, dtype and mode of the model.
+
+        Raises:
+            UserError: If a linear classifier is to take a map.
+        """
+        if num_classes > 0 and not (pool_type or use_conv):
+            raise UserError(
+                f"the classifier takes pooled features: expected global_pool such as 'avg', got '' with {num_classes} "
+                'classes; give num_classes=0 for the map itself'
+            )
+        like = next(self.parameters())
+        pool, fc = create_classifier(channels, num_classes, pool_type, use_conv=use_conv)
+        if isinstance(fc, (nn.Conv2d, nn.Linear)) and fc.bias is not None:
+            nn.init.trunc_normal_(fc.weight, std=0.02)
+            nn.init.zeros_(fc.bias)
+        return pool.train(self.training), fc.to(like.device, like.dtype).train(self.training)
 
     def load_pretrained(self, checkpoint_path: str) -> None:
         """Load a weight file of any form, adapted to the channels and classes of the model; timm calls this for files.

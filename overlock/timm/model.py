@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
-import torch
-from timm.layers import SelectAdaptivePool2d, create_classifier
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.layers import ConvNorm
-from overlock.models.arch import Arch
 from overlock.models.overlock import OverLoCK
 from overlock.timm.interface import TimmModel
-
-_FEATURES = ('base_net.stage1', 'base_net.stage2', 'focus_net.stage3', 'focus_net.stage4')
-
-# In the order of the forward pass: a stage of blocks, and the layers before it (regular expressions).
-_STAGES = (
-    (r'base_net\.stage1', r'base_net\.downsample1'),
-    (r'base_net\.stage2', r'base_net\.downsample2'),
-    (r'base_net\.stage3', r'base_net\.downsample3'),
-    (r'overview_net\.stage', r'overview_net\.downsample'),
-    (r'focus_net\.stage3', r'focus_net\.context_proj'),
-    (r'focus_net\.stage4', r'focus_net\.(?:context_)?downsample'),
-)
 
 
 class TimmOverLoCK(TimmModel, OverLoCK):
@@ -36,43 +18,18 @@ class TimmOverLoCK(TimmModel, OverLoCK):
     State dicts are those of `OverLoCK`; entries for an auxiliary head that the model lacks are ignored.
 
     Args:
-        arch: See `OverLoCK`.
-        in_chans: Channels of the image.
-        num_classes: Classes; 0 for the pooled features in front of the classifier.
-        global_pool: Pooling of `timm.layers.SelectAdaptivePool2d`; '' for none.
-        drop_rate: Dropout in front of the classifier.
+        *args: See `TimmModel`.
         aux_head: Whether Overview-Net has a classifier of its own: in training the output then is a dict with `main`
             and `aux` logits.
-        **kwargs: `drop_path_rate`, `with_cp`, `deploy` and `contmix_backend` of `OverLoCK`.
+        **kwargs: See `TimmModel`; also `drop_path_rate`, `with_cp`, `deploy` and `contmix_backend` of `OverLoCK`.
     """
 
     first_conv = 'base_net.stem.0.conv'
     classifiers = ('head.fc', 'aux_head.fc')
+    features = ('base_net.stage1', 'base_net.stage2', 'focus_net.stage3', 'focus_net.stage4')
 
-    def __init__(
-        self,
-        arch: str | Mapping[str, Any] | Arch = 'xt',
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = 'avg',
-        drop_rate: float = 0.0,
-        aux_head: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
-        with nullcontext() if device is None else torch.device(device):
-            super().__init__(arch, in_chans, max(num_classes, 1), aux_head, **kwargs)
-        self.in_chans = in_chans
-        self.global_pool = global_pool
-        self.drop_rate = drop_rate
-        self.num_features = self.arch.out_channels[3]
-        self.feature_info = [
-            {'num_chs': channels, 'reduction': 4 * 2**i, 'module': module}
-            for i, (channels, module) in enumerate(zip(self.arch.out_channels, _FEATURES, strict=True))
-        ]
-        self.to(dtype=dtype)
-        self.reset_classifier(num_classes, global_pool)
+    def __init__(self, *args: Any, aux_head: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, aux_head=aux_head, **kwargs)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map what `forward_features` returns to logits (B, num_classes), or to what the classifier takes."""
@@ -86,53 +43,30 @@ class TimmOverLoCK(TimmModel, OverLoCK):
         """Map an image (B, C, H, W) to the raw outputs at strides 4, 8, 16 and 32, the last two with their context."""
         return self.encode(x)[0]
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove all that the outputs `indices` do not need, in place, and return them counted from the first.
-
-        The head stays if the last output does and `prune_head` is False; `prune_norm` has no effect.
-        """
-        take_indices, last = feature_take_indices(self.num_outputs, indices)
-        head = prune_head or last + 1 < self.num_outputs
-        self.shorten(last + 1)
-        if head:
-            self.num_features = self.arch.out_channels[last]
-            self.head.proj = nn.Identity().train(self.training)
-            self.aux_head = None
-            self.reset_classifier(0, '')
-        return take_indices
-
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer of the head."""
-        return self.head.fc
+    def remove_head(self) -> None:
+        """Remove all behind the last output, and the auxiliary head, in place."""
+        self.head.proj = nn.Identity().train(self.training)
+        self.aux_head = None
+        super().remove_head()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the heads new classifiers, or none if `num_classes` is 0, and new pooling if asked for."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
+        global_pool = self.global_pool if global_pool is None else global_pool
         proj = self.head.proj
         width = proj.conv.out_channels if isinstance(proj, ConvNorm) else self.num_features
-        pool, self.head.fc = self._new_classifier(width, self.global_pool)
+        pool, self.head.fc = self.new_classifier(width, num_classes, global_pool, use_conv=True)
         self.head.pool, self.head_hidden_size = pool, width * pool.feat_mult()
+        self.num_classes, self.global_pool = num_classes, global_pool
         if self.aux_head is not None:
-            _, self.aux_head.fc = self._new_classifier(self.arch.embed_dims[3], 'avg')
-
-    def _new_classifier(self, channels: int, pool_type: str) -> tuple[SelectAdaptivePool2d, nn.Module]:
-        like = next(self.parameters())
-        pool, fc = create_classifier(channels, self.num_classes, pool_type, use_conv=True)
-        if isinstance(fc, nn.Conv2d) and fc.bias is not None:
-            nn.init.trunc_normal_(fc.weight, std=0.02)
-            nn.init.zeros_(fc.bias)
-        return pool.train(self.training), fc.to(like.device, like.dtype).train(self.training)
+            _, self.aux_head.fc = self.new_classifier(self.arch.embed_dims[3], num_classes, 'avg', use_conv=True)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters by depth, a group for each block (`coarse`: each stage), the heads last."""
         groups: dict[str, Any] = {'stem': r'^base_net\.stem\.'}
-        for stage, entry in _STAGES:
+        for stage, entries in self.layers_before.items():
+            entry = '|'.join(entries)
             groups[stage] = (
-                rf'^(?:{entry}|{stage})\.' if coarse else [(rf'^{entry}\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
+                rf'^(?:{entry}|{stage})\.' if coarse else [(rf'^(?:{entry})\.', (0,)), (rf'^{stage}\.(\d+)\.', None)]
             )
         return groups
 

@@ -239,6 +239,7 @@ def test_published_weights_are_found_where_they_are_stored(drawn, tmp_path, monk
         (dict(), 'Give either --pretrained or --checkpoint FILE.'),
         (dict(pretrained=True), 'The weights do not tell their model; '),
         (dict(pretrained=True, model='overlock_xs'), 'There is no model overlock_xs; '),
+        (dict(pretrained=True, model='moganet_t.in21k'), 'There is no model moganet_t.in21k; the models are '),
         (dict(checkpoint='absent.pth'), 'absent.pth does not exist'),
         (dict(pretrained=True, model='overlock_xt', img_size=16), 'The setting img_size must be at least 32, got 16.'),
         (dict(pretrained=True, model='overlock_xt', confusion='a.txt'), 'ends in .csv or .png, got a.txt.'),
@@ -265,3 +266,11 @@ def test_published_weights_by_name_are_validated_at_their_own_size(drawn, tmp_pa
     found = validate(drawn, 'moganet_tiny', 'moganet_t_256_in1k', workers=0)
     assert found.img_size == 256 and found.figures['images'] == 10
     assert seen[0][5:7] == (256, 0.9)
+
+
+def test_a_tag_of_timm_names_the_weights_and_their_size(drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv('OVERLOCK_WEIGHTS', str(tmp_path))
+    model = create_model('moganet_xt.in1k_256', num_classes=10, aux_head=False)
+    torch.save(model.state_dict(), tmp_path / WEIGHTS['moganet_xt_256_in1k'].url.rpartition('/')[2])
+    found = validate(drawn, 'moganet_xt.in1k_256', pretrained=True, workers=0)
+    assert (found.weights, found.img_size) == ('moganet_xt_256_in1k', 256)

@@ -324,6 +324,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
     [
         (dict(model='overlock_xxl'), 'There is no model overlock_xxl; the models are moganet_b, '),
         (dict(model='overlock_xt_reparam'), 'overlock_xt_reparam is folded for inference; train overlock_xt.'),
+        (dict(model='overlock_xt_reparam.in1k'), 'overlock_xt_reparam is folded for inference; train overlock_xt.'),
         (dict(lr=None), 'The learning rate for 10 images in an update is 9.77e-06, below the 1.00e-05'),
         (dict(aa='foo'), "takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, "),
         (dict(opt='adamm'), 'timm cannot build the optimizer adamm ('),

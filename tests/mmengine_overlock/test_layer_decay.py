@@ -100,6 +100,16 @@ def test_wrong_settings_are_one_sentence(rate, more):
         settings(OverLoCKBackbone(TINY), rate, **more)
 
 
+def test_optimizer_without_a_learning_rate_is_refused():
+    wrapper = dict(
+        constructor='LayerDecayOptimWrapperConstructor',
+        optimizer=dict(type='AdamW'),
+        paramwise_cfg=dict(decay_rate=0.8),
+    )
+    with pytest.raises(UserError, match='needs the learning rate; give the optimizer an lr'):
+        build_optim_wrapper(OverLoCKBackbone(TINY), wrapper)
+
+
 def test_model_without_such_a_backbone_is_refused():
     with pytest.raises(
         UserError, match='needs a backbone that numbers its depths, OverLoCK or MogaNet, and ModuleDict'

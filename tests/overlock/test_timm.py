@@ -237,6 +237,11 @@ def test_features_have_one_layout():
         create().forward_intermediates(image(1, 64, 64).float(), output_fmt='NHWC')
 
 
+def test_ways_to_features_that_would_miss_some_are_refused():
+    with pytest.raises(UserError, match="must be 'getter', which knows all maps of overlock_xt, got 'hook'; leave"):
+        create(features_only=True, feature_cls='hook')
+
+
 @pytest.mark.parametrize('name', XT)
 def test_checkpointing_keeps_less_and_changes_no_value(name):
     results, kept = [], []

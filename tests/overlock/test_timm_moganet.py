@@ -11,6 +11,7 @@ from timm.models import group_parameters
 import overlock.timm
 from overlock.checkpoint import WEIGHTS, CheckpointError
 from overlock.models.moganet import MOGANET_ARCHS, MogaNet
+from overlock.utils.errors import UserError
 from tests.testing import MOGANET_TINY, assert_same, image, randomise, same
 
 NAMES = [f'moganet_{arch}' for arch in MOGANET_ARCHS]
@@ -60,6 +61,21 @@ def test_heads_change_as_timm_expects():
     assert model(x).shape == (2, 32, 2, 3)
     assert create(num_classes=5, global_pool='catavgmax').eval()(x).shape == (2, 5)
     assert timm.create_model('moganet_xt', arch=MOGANET_TINY, in_chans=1)(x[:, :1]).shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ('pool', 'error', 'message'),
+    [
+        ('', UserError, "takes pooled features: .*, got '' with 5 classes; give num_classes=0"),
+        ('none', AssertionError, 'Invalid pool type'),
+    ],
+)
+def test_pooling_that_does_not_fit_the_classifier_is_refused_and_changes_nothing(pool, error, message):
+    model, x = create(num_classes=7).eval(), image(1, 64, 64).float()
+    expected = model(x)
+    with pytest.raises(error, match=message):
+        model.reset_classifier(5, pool)
+    assert (model.num_classes, model.global_pool) == (7, 'avg') and torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize('indices', [(0, 1, 2, 3), (1, 2)], ids=str)

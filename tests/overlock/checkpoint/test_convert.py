@@ -306,12 +306,12 @@ def test_file_of_a_detector_is_one_that_its_toolbox_loads(tmp_path):
     assert 'base_net.stem.0.conv.weight' in torch.load(tmp_path / 'backbone.pth', weights_only=True)
 
 
-def spoiled_write(path, tensors, meta, write=convert._write):
+def spoiled_write(path, tensors, meta, write=convert.write_weights):
     name = next(iter(tensors))
     write(path, {**tensors, name: tensors[name] + 1}, meta)
 
 
-def cut_off_write(path, tensors, meta, write=convert._write):
+def cut_off_write(path, tensors, meta, write=convert.write_weights):
     write(path, tensors, meta)
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -325,8 +325,8 @@ def wrong_form(*args, convert=convert.convert):
 @pytest.mark.parametrize(
     ('name', 'broken', 'message'),
     [
-        ('_write', spoiled_write, '^out.pth does not hold what was written to it, and was discarded'),
-        ('_write', cut_off_write, 'is not a whole PyTorch checkpoint'),
+        ('write_weights', spoiled_write, '^out.pth does not hold what was written to it, and was discarded'),
+        ('write_weights', cut_off_write, 'is not a whole PyTorch checkpoint'),
         (
             'convert',
             wrong_form,

@@ -12,9 +12,9 @@ from torch import nn
 
 from overlock import ContMixBlock
 from overlock.checkpoint import CheckpointError
-from tests.testing import DATA, TOLERANCES, assert_relative, assert_same, published_weights, randomise
+from tests.testing import DATA, assert_relative, assert_same, published_weights, randomise
 
-DOUBLE = TOLERANCES[torch.float64]
+DOUBLE = 1e-10
 # Name of a case in the golden values, and batch, height, width.
 CASES = [
     ('dim64_heads2_k13_s5', 1, 32, 32),
@@ -158,6 +158,16 @@ def test_any_map_keeps_its_shape_and_gives_every_parameter_a_gradient(kernel_siz
         (dict(dim=60, num_heads=2), 'dim must be a multiple of 4 x num_heads, got dim 60 and num_heads 2'),
         (dict(smk_size=4), 'smk_size must be odd and at most kernel_size 7, got 4'),
         (dict(smk_size=9), 'smk_size must be odd and at most kernel_size 7, got 9'),
+        (dict(kernel_size=3), r'kernel_size must be one of \[5, 7, 9, 11, 13, 15, 17, 19\], got 3'),
+        (dict(kernel_size=6), r'kernel_size must be one of \[5, 7, 9, 11, 13, 15, 17, 19\], got 6'),
+        (dict(kernel_size='7'), "kernel_size must be a positive integer, got '7'"),
+        (dict(num_heads=0), 'num_heads must be a positive integer, got 0'),
+        (dict(dim=64.0), 'dim must be a positive integer, got 64.0'),
+        (dict(mlp_ratio=0), 'mlp_ratio must be a positive number, got 0'),
+        (dict(mlp_ratio='4'), "mlp_ratio must be a positive number, got '4'"),
+        (dict(ls_init_value=False), 'ls_init_value must be a number, or None for no layer scale, got False'),
+        (dict(drop_path=1.0), r'drop_path must be in \[0, 1\), got 1.0'),
+        (dict(drop_path=-0.1), r'drop_path must be in \[0, 1\), got -0.1'),
         (dict(kernel_size=21), r'kernel_size must be one of \[5, 7, 9, 11, 13, 15, 17, 19\], got 21'),
         (dict(contmix_backend='fast'), "got 'fast'"),
     ],
@@ -165,6 +175,30 @@ def test_any_map_keeps_its_shape_and_gives_every_parameter_a_gradient(kernel_siz
 def test_mistakes_are_told_when_the_block_is_built(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         ContMixBlock(**options)
+
+
+def test_ratio_may_be_a_fraction_and_layer_scale_a_whole_number():
+    block = ContMixBlock(16, mlp_ratio=2.5, ls_init_value=1)
+    assert block.ffn.fc1.out_channels == 40
+    assert block.ls1.weight.dtype == torch.float32 and (block.ls1.weight == 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_compiled_block_is_one_graph(with_cp, training):
+    torch._dynamo.reset()
+    block, x = small(with_cp=with_cp).train(training), maps(2, 6, 9, 16)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('shape', [(0, 16, 8, 8), (0, 16, 3, 3), (1, 16, 1, 9)], ids=str)
+def test_dtypes_are_kept_for_batches_of_none_and_maps_of_a_pixel(shape, dtype):
+    with torch.no_grad():
+        out = small().to(dtype)(torch.ones(shape, dtype=dtype))
+    assert out.shape == shape and out.dtype == dtype and out.isfinite().all()
 
 
 def test_a_map_of_other_channels_is_told():

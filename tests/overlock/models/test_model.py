@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from overlock import ARCHS, Arch, OverLoCK, OverLoCKBackbone, get_arch
+from overlock import ARCHS, Arch, MogaNetBackbone, OverLoCK, OverLoCKBackbone, get_arch
 from overlock.layers import DropPath
-from tests.testing import TINY, TOLERANCES, assert_relative, image, randomise
+from tests.testing import MOGANET_TINY, TINY, TOLERANCES, assert_relative, assert_same, image, randomise
 
 # Parameters in millions, counted on the published shapes.
 PARAMETERS = {
@@ -265,9 +265,11 @@ def test_weights_start_as_published():
         (lambda: get_arch({**TINY, 'focus_groups': (3, 4)}), ValueError, 'divisible by twice focus_groups'),
         (lambda: get_arch({**TINY, 'kernel_sizes': (17, 14, 13, 7)}), ValueError, 'must be odd'),
         (lambda: OverLoCKBackbone(TINY, out_indices=(3, 0)), ValueError, r'ascending and among 0 to 3, got \(3, 0\)'),
-        (lambda: OverLoCK(TINY, num_classes=0), ValueError, 'num_classes must be at least 1, got 0'),
+        (lambda: OverLoCK(TINY, num_classes=0), ValueError, 'num_classes must be a positive integer, got 0'),
         (lambda: OverLoCKBackbone(TINY, frozen_stages=5), ValueError, 'between -1 and 4, got 5'),
         (lambda: OverLoCKBackbone(TINY, drop_path_rate=1.0), ValueError, r'in \[0, 1\), got 1.0'),
+        (lambda: OverLoCKBackbone(TINY, drop_path_rate='0.1'), ValueError, r"in \[0, 1\), got '0.1'"),
+        (lambda: OverLoCKBackbone(TINY, in_channels=0), ValueError, 'in_channels must be a positive integer, got 0'),
         (lambda: OverLoCKBackbone(TINY, contmix_backend='fast'), ValueError, "got 'fast'"),
     ],
 )
@@ -286,13 +288,20 @@ def test_other_input_channels_work():
     assert OverLoCKBackbone(TINY, in_channels=5).eval()(torch.zeros(1, 5, 32, 32))[0].shape[1] == 8
 
 
+BACKBONES = {
+    'overlock': lambda **options: OverLoCKBackbone(TINY, **options),
+    'moganet': lambda **options: MogaNetBackbone(MOGANET_TINY, **options),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('training', [False, True])
-def test_compiled_network_is_one_graph_for_every_size(training):
+@pytest.mark.parametrize('network', BACKBONES)
+def test_compiled_network_is_one_graph_for_every_size(network, training):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('aot_eager')
     torch.manual_seed(0)
-    model = OverLoCKBackbone(TINY).train(training)
+    model = BACKBONES[network]().train(training)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend=counter)
     frames = []
     for size in ((256, 288), (288, 224), (416, 480)):
@@ -319,9 +328,19 @@ def test_drop_path_survives_the_meta_device():
     assert not made.state_dict()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('network', BACKBONES)
+def test_exported_network_takes_other_sizes(network):
+    model, side = BACKBONES[network](deploy=True).eval(), torch.export.Dim
+    dims = {0: side('batch', min=1), 2: side('height', min=256), 3: side('width', min=256)}
+    exported = torch.export.export(model, (image(2, 256, 288).float(),), dynamic_shapes=(dims,)).module()
+    assert_same(exported, model, image(3, 320, 257).float())
+
+
 @pytest.mark.parametrize('deploy', [False, True])
-def test_traced_network_can_be_saved_and_takes_other_batches(deploy, tmp_path):
-    model = OverLoCKBackbone(TINY, deploy=deploy).eval()
+@pytest.mark.parametrize('network', BACKBONES)
+def test_traced_network_can_be_saved_and_takes_other_batches(network, deploy, tmp_path):
+    model = BACKBONES[network](deploy=deploy).eval()
     # The outputs are checked below; torch's own check compares the text of graphs.
     with torch.no_grad():
         torch.jit.trace(model, image(1, 224, 256).float(), check_trace=False).save(tmp_path / 'traced.pt')

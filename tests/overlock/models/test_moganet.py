@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -106,7 +107,14 @@ def test_outputs_are_those_asked_for_and_every_parameter_gets_a_gradient(out_ind
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize('out_indices', [(), (1, 0), (0, 4), (-1,)], ids=str)
+@pytest.mark.parametrize('out_indices', [2, range(2), {0, 1}, np.array([0, 3]), (0.0, 1.0), (True,)], ids=repr)
+def test_out_indices_are_kept_as_integers(out_indices):
+    model = MogaNetBackbone(TINY, out_indices=out_indices)
+    assert all(type(i) is int for i in model.out_indices)
+    assert len(model(torch.zeros(2, 3, 64, 64))) == len(model.out_indices) == len(model.out_channels)
+
+
+@pytest.mark.parametrize('out_indices', [(), (1, 0), (1, 1), (0, 4), (-1,), None, '01', (0, '1'), (1.5,)], ids=repr)
 def test_wrong_out_indices_are_refused(out_indices):
     with pytest.raises(ValueError, match='ascending and among 0 to 3'):
         MogaNetBackbone(TINY, out_indices=out_indices)
@@ -152,8 +160,11 @@ def test_frozen_stages_are_frozen_and_stay_in_evaluation(frozen_stages, out_indi
 
 
 def test_wrong_frozen_stages_are_refused():
-    with pytest.raises(ValueError, match='frozen_stages must be between -1 and 4, got 5'):
-        MogaNetBackbone(TINY, frozen_stages=5)
+    for stages in (5, -2, 1.5, '1', None):
+        with pytest.raises(ValueError, match=f'frozen_stages must be between -1 and 4, got {stages}'):
+            MogaNetBackbone(TINY, frozen_stages=stages)
+    # As arithmetic in a configuration may give it.
+    assert not MogaNetBackbone(TINY, frozen_stages=4 / 2).patch_embed2.projection.weight.requires_grad
 
 
 def test_norm_eval_keeps_every_batch_norm_in_evaluation():
@@ -174,10 +185,25 @@ def test_norm_settings_reach_every_batch_norm():
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-@pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='LN2d'), dict(epsilon=1e-3)], ids=str)
-def test_norm_settings_that_the_weights_do_not_fit_are_refused(norm_cfg):
-    with pytest.raises(ValueError, match='as type BN or SyncBN, which published weights fit; got {'):
+@pytest.mark.parametrize(
+    'norm_cfg',
+    [
+        dict(type='GN', num_groups=4),
+        dict(type='LN2d'),
+        dict(epsilon=1e-3),
+        dict(eps='1e-3'),
+        dict(eps=-1e-3),
+        dict(momentum=2.0),
+        dict(requires_grad=None),
+        'BN',
+    ],
+    ids=str,
+)
+def test_norm_settings_that_do_not_fit_are_refused(norm_cfg):
+    with pytest.raises(ValueError) as error:
         MogaNetBackbone(TINY, norm_cfg=norm_cfg)
+    assert "type ('BN' or 'SyncBN', which published weights fit), " in str(error.value)
+    assert str(error.value).endswith(f'; got {norm_cfg!r}')
 
 
 def test_drop_path_rises_linearly_over_all_blocks_and_serves_both_branches():
@@ -276,11 +302,12 @@ def test_folded_backbone_with_other_norm_settings_takes_a_training_state_dict():
             assert_relative(ours, truth, 1e-4)
 
 
-def test_network_with_a_block_that_was_folded_by_itself_keeps_the_norm_behind_it():
+def test_network_whose_blocks_were_folded_by_themselves_is_folded_whole():
     model = randomise(MogaNetBackbone(TINY)).eval()
     x = image(1, 64, 64).float()
-    with torch.no_grad():
-        truth = model(x)
-        model.blocks1[-1].switch_to_deploy()
-        for ours, expected in zip(model.switch_to_deploy()(x), truth, strict=True):
-            assert_relative(ours, expected, 1e-4)
+    folded = copy.deepcopy(model)
+    # As timm's reparameterize_model does.
+    folded.blocks1[-1].switch_to_deploy()
+    assert not norms(folded.switch_to_deploy())
+    assert_same(folded, model, x)
+    MogaNetBackbone(TINY, deploy=True).load_state_dict(folded.state_dict(), strict=True)
