@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import CheckpointError, find_file, load
-from overlock.checkpoint.reading import read_pickled
+from overlock.checkpoint.reading import read
 from overlock.utils.errors import UserError
 
 LAST, BEST = 'last.pth', 'best.pth'
@@ -32,7 +32,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise CheckpointError(f'The checkpoint {path} does not exist; give the path of a {LAST}.')
-    content = read_pickled(path)
+    content = read(path)
     if not isinstance(content, dict) or not {'epoch', 'arch', 'state_dict', 'args', 'classes'} <= set(content):
         raise CheckpointError(
             f'{path} holds weights, but no state of a training run; start from them with --initial-checkpoint.'

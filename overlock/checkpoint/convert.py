@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from overlock.checkpoint.download import find_file
-from overlock.checkpoint.reading import load, read_pickled
+from overlock.checkpoint.reading import load, read
 from overlock.checkpoint.recognize import recognize
 from overlock.models.arch import ARCHS
 from overlock.models.moganet import MOGANET_ARCHS, MogaNet, MogaNetTrunk
@@ -189,7 +189,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any
 
 def read_classes(path: Path) -> dict[str, Any]:
     """Read the classes from a file of a detector or segmenter; empty for a .safetensors file."""
-    content = read_pickled(path) if path.suffix != '.safetensors' else {}
+    content = read(path)
     meta = content.get('meta') if isinstance(content, Mapping) else None
     return {name: meta[name] for name in _CLASSES if name in meta} if isinstance(meta, Mapping) else {}
 

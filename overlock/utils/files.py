@@ -1,7 +1,9 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, and keep their hashes beside them."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,3 +43,37 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits; a process reads a file once, unless size or time change."""
+    stat = os.stat(path)
+    return _sha256(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, *_: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path beside a file that its SHA-256 is kept at."""
+    return Path(f'{os.fspath(path)}.sha256')
+
+
+def keep_hash(path: str | os.PathLike[str], sha256: str) -> None:
+    """Keep the SHA-256 of a file beside it, as the command sha256sum writes it."""
+    with whole_file(hash_file(path)) as file:
+        file.write(f'{sha256}  {Path(path).name}\n'.encode())
+
+
+def kept_hash(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 that is kept beside a file; '' if none is."""
+    try:
+        return hash_file(path).read_text(errors='replace')[:64]
+    except FileNotFoundError:
+        return ''
