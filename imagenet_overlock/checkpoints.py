@@ -33,7 +33,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f'The checkpoint {path} does not exist; give the path of a {LAST}.')
     content = read(path)
-    if not isinstance(content, dict) or not {'epoch', 'arch', 'state_dict', 'args', 'classes'} <= set(content):
+    if not _is_of_training(content):
         raise CheckpointError(
             f'{path} holds weights, but no state of a training run; start from them with --initial-checkpoint.'
         )
@@ -41,12 +41,17 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def training_facts(path: Path) -> dict[str, Any]:
-    """Return `arch`, `args` and `classes` of a checkpoint of training; nothing for other weight files."""
-    try:
-        content = read_checkpoint(path)
-    except CheckpointError:
-        return {}
-    return {name: content[name] for name in ('arch', 'args', 'classes')}
+    """Return `arch`, `args` and `classes` of a checkpoint of training; nothing for other weight files.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    content = read(path)
+    return {name: content[name] for name in ('arch', 'args', 'classes')} if _is_of_training(content) else {}
+
+
+def _is_of_training(content: Any) -> bool:
+    return isinstance(content, dict) and {'epoch', 'arch', 'state_dict', 'args', 'classes'} <= set(content)
 
 
 def starting_weights(source: str) -> tuple[dict[str, Tensor], str]:

@@ -18,7 +18,7 @@ from torch import nn
 from overlock.checkpoint import find_file
 from overlock.checkpoint.fitting import compare_weights
 from overlock.checkpoint.reading import check_whole, explained, read
-from overlock.checkpoint.unpickling import LoggedValues
+from overlock.checkpoint.stand_ins import LoggedValues
 from overlock.utils.errors import CheckpointError
 from overlock.utils.files import whole_file
 

@@ -13,7 +13,8 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 
-from overlock.checkpoint.unpickling import TOO_LARGE, Source, Unpickler, checked_key, restored
+from overlock.checkpoint.stand_ins import TOO_LARGE, restored
+from overlock.checkpoint.unpickling import Source, Unpickler, checked_key
 from overlock.utils.errors import CheckpointError
 
 # That of 60,000 tensors and more.
@@ -148,12 +149,14 @@ def _read_archive(file: BinaryIO, size: int) -> Any:
 
 def _read_pickles(file: BinaryIO, size: int) -> Any:
     stored: dict[str, bytearray] = {}
+    left = size
 
     def storage(key: str, count: int) -> torch.UntypedStorage:
-        promised = sum(map(len, stored.values())) + count if key not in stored else len(stored[key])
-        if promised > size or (key in stored and promised != count):
-            raise CheckpointError(f'promises {promised} bytes where it has {size}{TOO_LARGE}')
+        nonlocal left
+        if count > (len(stored[key]) if key in stored else left):
+            raise CheckpointError(f'promises more values than its {size} bytes have room for{TOO_LARGE}')
         if key not in stored:
+            left -= count
             stored[key] = bytearray(count)
         return _storage(stored[key])
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from overlock.checkpoint.download import find_file
+from overlock.checkpoint.fitting import check_numbers
 from overlock.checkpoint.reading import load, read
 from overlock.checkpoint.recognize import recognize
 from overlock.models.arch import ARCHS
@@ -163,6 +164,8 @@ def convert_file(
     if out.exists() and out.samefile(path):
         raise UserError(f'the output {out} is the file that is converted; give another name, so that nothing is lost')
     given = load(source, ema)
+    # Heads have no network here to be compared with.
+    check_numbers(given, source)
     converted, report = convert(given, names, form, backbone, source)
     # Files hold the whole memory of a view.
     tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in converted.items()}

@@ -41,6 +41,8 @@ def find_file(source: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f'{source} fits no network here: {REFUSED[path.name]}')
     if os.path.isfile(path):
         return path
+    if os.path.isdir(path):
+        raise CheckpointError(f'{path} is a folder, expected a weight file; give the path of a file in it.')
     url = WEIGHTS[source].url if source in WEIGHTS else source
     if not _is_url(url):
         close = difflib.get_close_matches(source, WEIGHTS, 3)

@@ -103,6 +103,16 @@ def compare_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
     )
 
 
+def check_numbers(state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Check that a state dict holds no NaN, infinity or complex numbers.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    flaws = {name: _flaw(value, value) for name, value in state_dict.items()}
+    LoadReport(source, (), (), (), flaws={name: flaw for name, flaw in flaws.items() if flaw}).require_numbers()
+
+
 def _flaw(value: Any, wanted: Tensor) -> str:
     """Say why a value cannot be the entry `wanted` of a model; '' if it can. Floats of all widths are alike."""
     if not isinstance(value, Tensor):

@@ -16,13 +16,18 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from overlock.utils.errors import CheckpointError
-
-RUNS_CODE = (
-    ', which a checkpoint could use to run code, and was not loaded; save it again with tensors, numbers and strings '
-    'only.'
+from overlock.checkpoint.stand_ins import (
+    RUNS_CODE,
+    SCALARS,
+    TOO_LARGE,
+    Array,
+    Dtype,
+    LoggedValues,
+    method_name,
+    scalar,
+    shown,
 )
-TOO_LARGE = ', and was not loaded: it is damaged, or crafted to exhaust memory; get it again from where you trust.'
+from overlock.utils.errors import CheckpointError
 
 # What torch.save writes with protocols 2 and 3. No opcode is here that calls anything but REDUCE and NEWOBJ do.
 _OPCODES = b''.join(
@@ -39,7 +44,6 @@ _FREE_BYTES = 1 << 20
 _LONG_TEXT = 1 << 20
 _LONGEST_NAME = 1000
 _MOST_DIMENSIONS = 64
-_SCALARS = (str, int, float, bool, bytes, type(None))
 
 
 class _Function(NamedTuple):
@@ -54,44 +58,6 @@ class Storage(NamedTuple):
 
     data: torch.UntypedStorage
     dtype: torch.dtype
-
-
-class Dtype:
-    """Stand-in for `numpy.dtype`, which takes numbers only and ignores all state but the byte order."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        self.code = code
-
-    def fill(self, state: tuple[Any, ...]) -> None:
-        import numpy as np
-
-        code = f'{state[1]}{self.code}'
-        if not re.fullmatch('[<>|=]?[biufc][0-9]+', code):
-            raise CheckpointError(f'holds NumPy values of type {_shown(code)}{RUNS_CODE}')
-        self.value = np.dtype(code)
-
-
-class Array:
-    """Stand-in for `numpy.ndarray`, whose own constructor and state can point at memory outside the file."""
-
-    def __init__(self, spend: Callable[[int], None]) -> None:
-        self.spend = spend
-
-    def fill(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        self.spend(len(data))
-        self.value = _numbers(dtype, data, shape, 'F' if fortran else 'C')
-
-
-class LoggedValues:
-    """Stand-in for mmengine's HistoryBuffer, which takes its numbers and not its functions.
-
-    Attributes:
-        arguments: Values, counts and the maximum length, as HistoryBuffer takes them.
-    """
-
-    def fill(self, state: dict[str, Any]) -> None:
-        self.arguments = state['_log_history'].value, state['_count_history'].value, state['max_length']
 
 
 class Source:
@@ -118,7 +84,7 @@ class Source:
 class Unpickler(pickle._Unpickler):
     """An unpickler that calls nothing but the functions below, and classes that the user allowed in torch.
 
-    What it returns may hold stand-ins, see `restored`.
+    What it returns may hold stand-ins, see `overlock.checkpoint.stand_ins.restored`.
 
     Args:
         source: The pickle.
@@ -155,7 +121,7 @@ class Unpickler(pickle._Unpickler):
             'builtins.bytearray': self._bytearray,
             'builtins.bytes': lambda: b'',
             'builtins.complex': lambda real, imaginary: complex(float(real), float(imaginary)),
-            'builtins.getattr': _method_name,
+            'builtins.getattr': method_name,
             'builtins.set': self._set,
             '_codecs.encode': self._encode,
             'collections.Counter': self._counter,
@@ -166,7 +132,7 @@ class Unpickler(pickle._Unpickler):
             **{
                 f'numpy.{core}.multiarray.{name}': run
                 for core in ('core', '_core')
-                for name, run in (('_reconstruct', lambda *_: Array(self._copy)), ('scalar', _scalar))
+                for name, run in (('_reconstruct', lambda *_: Array(self._copy)), ('scalar', scalar))
             },
             'torch.Size': torch.Size,
             'torch.Tensor': _uncallable,
@@ -187,7 +153,7 @@ class Unpickler(pickle._Unpickler):
             return self.names[full]
         if full in self.allowed:
             return self.allowed[full]
-        raise CheckpointError(f'asks for the Python object {_shown(full)}{RUNS_CODE}')
+        raise CheckpointError(f'asks for the Python object {shown(full)}{RUNS_CODE}')
 
     def load_proto(self) -> None:
         self.proto = self.read(1)[0]
@@ -250,9 +216,9 @@ class Unpickler(pickle._Unpickler):
         kind, dtype, key, _, numel = pid[:5]
         # Views of storages, the sixth part, are of torch 0.3.
         if kind != 'storage' or type(dtype) is not _StorageType or type(key) is not str or any(pid[5:]):
-            raise CheckpointError(f'asks for a {_shown(kind)} that is no storage of numbers{RUNS_CODE}')
+            raise CheckpointError(f'asks for a {shown(kind)} that is no storage of numbers{RUNS_CODE}')
         if type(numel) is not int or numel < 0:
-            raise CheckpointError(f'holds a storage of {_shown(numel)} values{TOO_LARGE}')
+            raise CheckpointError(f'holds a storage of {shown(numel)} values{TOO_LARGE}')
         return Storage(self.storage(key, numel * dtype.dtype.itemsize), dtype.dtype)
 
     def _is_allowed(self, target: Any) -> bool:
@@ -280,7 +246,7 @@ class Unpickler(pickle._Unpickler):
 
     def _encode(self, text: str, encoding: str) -> bytes:
         if type(text) is not str or encoding not in ('latin1', 'latin-1'):
-            raise CheckpointError(f'encodes a {type(text).__name__} as {_shown(encoding)}{RUNS_CODE}')
+            raise CheckpointError(f'encodes a {type(text).__name__} as {shown(encoding)}{RUNS_CODE}')
         self._copy(len(text))
         return text.encode('latin-1')
 
@@ -322,7 +288,7 @@ class Unpickler(pickle._Unpickler):
         count = math.prod(size)
         if min(numbers) < 0 or max(reach, count, offset) * dtype.itemsize > data.nbytes():
             shape = 'x'.join(map(str, size)) or 'a scalar'
-            raise CheckpointError(f'holds a tensor ({_shown(shape)}) beyond its {data.nbytes()} bytes{TOO_LARGE}')
+            raise CheckpointError(f'holds a tensor ({shown(shape)}) beyond its {data.nbytes()} bytes{TOO_LARGE}')
         self.viewed += count * dtype.itemsize
         if self.viewed > 2 * self.limit + _FREE_BYTES:
             raise CheckpointError(f'gives the same bytes to many tensors, more than twice its size in all{TOO_LARGE}')
@@ -373,19 +339,12 @@ def _named(entry: Any) -> tuple[str, Any]:
     return (entry[1], entry[0]) if isinstance(entry, tuple) else (f'{entry.__module__}.{entry.__qualname__}', entry)
 
 
-def _shown(value: object) -> str:
-    """Return a name of the file for a message; it may be anything."""
-    text = str(value) if isinstance(value, _SCALARS) else f'a {type(value).__name__}'
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 100 else f'{text[:100]}...'
-
-
 def checked_key(key: Any) -> Any:
     """Return a key of a dictionary; Python crashes where it hashes deeply nested tuples."""
-    plain = isinstance(key, _SCALARS) or (type(key) is tuple and all(isinstance(part, _SCALARS) for part in key))
+    plain = isinstance(key, SCALARS) or (type(key) is tuple and all(isinstance(part, SCALARS) for part in key))
     if not plain or (isinstance(key, str) and (len(key) > _LONGEST_NAME or not key.isprintable())):
         raise CheckpointError(
-            f'holds the name {_shown(key)}, expected at most {_LONGEST_NAME} printable characters or a number, and was '
+            f'holds the name {shown(key)}, expected at most {_LONGEST_NAME} printable characters or a number, and was '
             'not loaded; save it again with plain names.'
         )
     return key
@@ -396,7 +355,7 @@ def _sizes(size: Any, stride: Any) -> tuple[int, ...]:
     if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS or not all(type(n) is int for n in sizes):
         raise CheckpointError(f'holds a tensor of {len(size)} sizes and {len(stride)} strides{TOO_LARGE}')
     if not all(0 <= n < 2**62 for n in sizes):
-        raise CheckpointError(f'holds a tensor with the size or stride {_shown(max(sizes, key=abs))}{TOO_LARGE}')
+        raise CheckpointError(f'holds a tensor with the size or stride {shown(max(sizes, key=abs))}{TOO_LARGE}')
     return sizes
 
 
@@ -411,46 +370,6 @@ def _set_versions(target: OrderedDict[Any, Any], state: Any) -> None:
         )
 
 
-def _numbers(dtype: Dtype, data: bytes, shape: tuple[int, ...] = (), order: Any = 'C') -> Any:
-    """Return a NumPy array of checked bytes."""
-    import numpy as np
-
-    sizes_fit = all(type(size) is int and size >= 0 for size in shape)
-    if not sizes_fit or type(data) is not bytes or len(data) != dtype.value.itemsize * math.prod(shape):
-        raise CheckpointError(f'holds a NumPy array whose bytes do not fill its shape {_shown(str(shape))}{RUNS_CODE}')
-    return np.frombuffer(data, dtype.value).reshape(shape, order=order).copy('K')
-
-
-def _scalar(dtype: Dtype, data: bytes) -> Any:
-    return _numbers(dtype, data)[()]
-
-
-def _method_name(owner: object, name: str) -> str:
-    """Answer a saved HistoryBuffer, which names its functions by `getattr`."""
-    if getattr(owner, 'run', None) is not LoggedValues:
-        raise CheckpointError(f'asks for the Python object builtins.getattr{RUNS_CODE}')
-    return name
-
-
 def _uncallable(*_: object) -> Any:
     """Stand for a class that files name as an argument only."""
     raise CheckpointError(f'calls a class of NumPy or torch{RUNS_CODE}')
-
-
-def restored(value: Any, done: dict[int, tuple[Any, Any]] | None = None) -> Any:
-    """Return what was unpickled, with NumPy's own arrays in place of their stand-ins; containers change in place."""
-    done = {} if done is None else done
-    if isinstance(value, (Array, Dtype)):
-        return value.value
-    if id(value) in done:
-        return done[id(value)][1]
-    # Keep the old value as well, so that no other object takes its id.
-    done[id(value)] = value, value
-    if isinstance(value, (dict, list)):
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            value[key] = restored(item, done)
-    elif isinstance(value, argparse.Namespace):
-        restored(vars(value), done)
-    elif type(value) is tuple:
-        done[id(value)] = value, tuple(restored(item, done) for item in value)
-    return done[id(value)][1]

@@ -43,6 +43,25 @@ numpy.core.records.fromfile numpy.f2py.compile mmengine.config.Config.fromstring
 """.split()
 # What a HistoryBuffer and a state dict are pickled with, to be misused as well.
 ALLOWED = ['__builtin__.getattr', 'argparse.Namespace', 'collections.OrderedDict', 'numpy.dtype', 'torch.device']
+# Of each kind of fault one, for the tests of the ways to load a file.
+FEW = ('os.system', 'one NaN', 'archive cut to 12/24')
+REPRESENTATIVES = (
+    *FEW,
+    '__builtin__.eval',
+    'array of objects by its class',
+    '6 GB by bytearray',
+    'tensor of 4 TB',
+    'compressed archive',
+    'tar of torch',
+    'TorchScript',
+    'page',
+    'nothing at all',
+    'bit changed in weights 8',
+    'integers',
+    'all without values',
+    'deep tuple as a key',
+    'header of 2 ** 63 bytes (safetensors)',
+)
 
 
 class Call:
@@ -487,7 +506,7 @@ def content(weights) -> dict[str, bytes]:
     return files | {'one NaN below state_dict': saved({'state_dict': contents['one NaN'], 'meta': {}})}
 
 
-def make(folder: Path, weights: dict[str, torch.Tensor], only: tuple[str, ...] = ()) -> dict[str, Path]:
+def make(folder: Path, weights: dict[str, torch.Tensor], only: tuple[str, ...] | None = None) -> dict[str, Path]:
     """Write the files into a folder, all or those named; return their paths by what is wrong with them."""
     whole = Whole(weights)
     files = {
@@ -503,7 +522,7 @@ def make(folder: Path, weights: dict[str, torch.Tensor], only: tuple[str, ...] =
     }
     paths = {}
     for i, (name, data) in enumerate(files.items()):
-        if not only or name in only:
+        if only is None or name in only:
             paths[name] = folder / f'{i}.{"safetensors" if name.endswith("(safetensors)") else "pth"}'
             paths[name].write_bytes(data)
     return paths

@@ -229,6 +229,11 @@ def test_weights_of_a_name_come_from_the_mirror(server, tmp_path, monkeypatch):
     assert (tmp_path / 'hub' / 'checkpoints' / 'overlock_s_in1k_224.pth').is_file()
 
 
+def test_folder_instead_of_a_file_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match='is a folder, expected a weight file; give the path of a file in it'):
+        find_file(tmp_path)
+
+
 def test_path_that_is_nowhere_is_an_error_that_knows_similar_names():
     with pytest.raises(CheckpointError, match='The weight file nowhere.pth does not exist; give'):
         find_file('nowhere.pth')
