@@ -43,6 +43,11 @@ def pretrained(path):
     return dict(type='Pretrained', checkpoint=str(path))
 
 
+def backbone(**kwargs):
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(dict(type='OverLoCK', arch=TINY, **kwargs))
+
+
 # By the way: the network whose weights the files have, and what loads one.
 WAYS = {
     'load_from': ('toy', lambda path, config: train(config(f'load_from = {str(path)!r}'))),
@@ -51,9 +56,7 @@ WAYS = {
     '--weights': ('toy backbone', lambda path, config: train(config(), weights=str(path))),
     'init_cfg of the backbone': (
         'backbone',
-        lambda path, config: MODELS.build(
-            dict(type='OverLoCK', arch=TINY, init_cfg=pretrained(path))
-        ).init_weights(),
+        lambda path, config: backbone(init_cfg=pretrained(path)).init_weights(),
     ),
     'init_cfg of the neck': ('neck', lambda path, config: neck(init_cfg=pretrained(path)).init_weights()),
     'load_checkpoint': ('neck', lambda path, config: load_checkpoint(neck(), str(path))),

@@ -84,7 +84,7 @@ class Name:
 class Pickler(pickle._Pickler):
     """Writes names that need not exist, and storages that need not be there."""
 
-    def save(self, value, *args):
+    def save(self, value, *args, **kwargs):
         if isinstance(value, Name):
             module, _, name = value.name.rpartition('.')
             self.write(pickle.GLOBAL + f'{module}\n{name}\n'.encode())
@@ -93,7 +93,7 @@ class Pickler(pickle._Pickler):
         elif isinstance(value, bytes) and value.startswith(b'!'):
             self.write(value[1:])
         else:
-            super().save(value, *args)
+            super().save(value, *args, **kwargs)
 
     def persistent_id(self, value):
         return value[1:] if isinstance(value, tuple) and value[:1] == ('persistent',) else None
@@ -148,12 +148,22 @@ class Whole:
             for i, (name, value) in enumerate(weights.items(), 1)
         }
 
+        self.pickled = pickled(self.plain)[2:-1]
+
+    def _beside(self, extra, protocol=2):
+        names = (pickle.BINUNICODE + struct.pack('<I', len(name)) + name for name in (b'state_dict', b'extra'))
+        parts = zip(names, (self.pickled, pickled(extra)[2:-1]), strict=True)
+        items = b''.join(name + value for name, value in parts)
+        return (
+            pickle.PROTO + bytes([protocol]) + pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
+        )
+
     def __call__(self, extra, protocol=2, first=bytes(8)):
-        return archive(pickled({'state_dict': self.plain, 'extra': extra}, protocol), [first, *self.storages[1:]])
+        return archive(self._beside(extra, protocol), [first, *self.storages[1:]])
 
     def older(self, extra):
         # The first storage is there only if something asks for it.
-        content = pickled({'state_dict': self.plain, 'extra': [tensor(), extra]})
+        content = self._beside([tensor(), extra])
         numels = [2, *(call.reduced[1][0][5] for call in self.plain.values())]
         data = b''.join(struct.pack('<q', n) + data for n, data in zip(numels, self.storages, strict=True))
         return older(content, map(str, range(len(numels))), data)
@@ -291,10 +301,10 @@ def memory(whole) -> dict[str, bytes]:
     files |= {f'{name} in an older file': whole.older(values[name]) for name in older_too}
     many = io.BytesIO()
     with zipfile.ZipFile(many, 'w') as target:
-        for i in range(90_000):
-            target.writestr(f'a/{i}', b'')
-    files['zip of 90,000 parts'] = many.getvalue()
-    files['compressed zeros'] = archive(pickled(whole.plain), [bytes(200 << 20)], zipfile.ZIP_DEFLATED)
+        for i in range(1000):
+            target.writestr(f'{i}/{"a" * 5000}', b'')
+    files['zip of long names'] = many.getvalue()
+    files['compressed zeros'] = archive(pickled(whole.plain), [bytes(64 << 20)], zipfile.ZIP_DEFLATED)
     plain = whole(1)
     # In the directory, the sizes of the first part.
     place = plain.index(b'PK\1\2') + 20

@@ -268,7 +268,8 @@ def test_narrow_floats_go_through(tmp_path):
     for suffix in ('.pth', '.safetensors'):
         convert_file(tmp_path / 'in.pth', tmp_path / f'out{suffix}')
         written = load(tmp_path / f'out{suffix}')
-        assert written['overview_proj.bias'].dtype == torch.bfloat16 and same(written, load(tmp_path / 'in.pth'))
+        assert written.keys() == given.keys()
+        assert all(value.dtype == given[name].dtype and value.equal(given[name]) for name, value in written.items())
 
 
 def test_running_average_is_taken(tmp_path):
@@ -344,7 +345,7 @@ def test_a_file_that_fails_verification_leaves_all_as_it_was(name, broken, messa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize('name', ['backbone.overview_proj.bias', 'neck.weight'])
+@pytest.mark.parametrize('name', ['backbone.overview_proj.bias', 'roi_head.bbox_head.fc_cls.bias'])
 def test_weights_that_are_not_finite_are_refused(name, tmp_path):
     given = detector()
     given[name].view(-1)[0] = float('nan')
