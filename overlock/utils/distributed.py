@@ -44,7 +44,7 @@ def exit_on_user_error() -> Iterator[None]:
     raise; every process tells the fault that it meets.
     """
     handle_error = logging.FileHandler.handleError
-    logging.FileHandler.handleError = _raise_again  # type: ignore[method-assign]
+    logging.FileHandler.handleError = _raise_again  # type: ignore[assignment, method-assign]
     try:
         yield
     except Exception as error:

@@ -47,6 +47,10 @@ _FAULTS = {
         'and training goes on with --resume',
     ),
     'ould not determine (the )?home directory': ('This user has no home folder', 'name a folder for caches by HOME'),
+    'gloo/transport|ncclRemoteError|ncclSystemError|remote process exited': (
+        'Another process of this run ended or cannot be reached',
+        'its own last words say why',
+    ),
     'Too many open files': ('This process has opened all the files that it may', 'raise the limit: ulimit -n 65536'),
 }
 

@@ -54,3 +54,19 @@ def test_too_little_memory_is_told_with_what_to_lower(recipe, drawn, tmp_path, m
     sentence = told(capsys, lambda: train(recipe(), drawn, tmp_path / 'run', device='cpu'))
     assert sentence.startswith('The memory does not suffice; lower the batch size, ')
     assert '--grad-checkpointing' in sentence
+
+
+def test_folders_and_classes_may_have_names_of_every_script(recipe, drawn, tmp_path):
+    folder, names = tmp_path / 'Übung 学習', ['my class', 'größer', '猫', "🦉's"]
+    for split in ('train', 'val'):
+        (folder / split).mkdir(parents=True)
+        for name, given in zip(names, sorted((drawn / split).iterdir()), strict=False):
+            (folder / split / name).symlink_to(given)
+    output, results = folder / 'run', [folder / 'ö.csv', folder / '絵.png', folder / 'ö.json']
+    train(recipe(epochs=1, batch_size=4, warmup_epochs=0), folder, output, device='cpu')
+    for path in results[:2]:
+        found = validate(
+            folder, checkpoint=output / 'last.pth', confusion=path, results=results[2], workers=0, device='cpu'
+        )
+    assert set(found.classes) == set(names) and all(path.stat().st_size for path in results)
+    assert set(names) < set(results[0].read_text(encoding='utf-8').replace('\n', ',').split(','))

@@ -1,6 +1,8 @@
 """What machines lack is told in one sentence, and nothing that was written before is lost."""
 
 import os
+import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from demo.detector import draw
 from tests.testing import ROOT
 from tests.toy import ToyDataset, ToyModel, write_config
 
@@ -22,6 +25,7 @@ SENTENCES = dict(
     file='A file stands where a folder is needed; remove it, or name another folder (',
     memory='The memory does not suffice; lower the batch size, the image size ',
     shared='The shared memory of this machine or container is full; enlarge /dev/shm ',
+    other='Another process of this run ended or cannot be reached; its own last words say why (',
     port='The port of this run is in use by another program; name a free one: PORT=29501 ',
 )
 
@@ -33,14 +37,15 @@ def toy(tmp_path, monkeypatch):
     return write_config(tmp_path, 'train_cfg.update(max_epochs=2, val_interval=1)\n')
 
 
-def assert_told(ended, sentence):
-    """Check that a tool ended with one sentence and code 2."""
+def assert_told(ended, sentence, *others):
+    """Check that a tool ended with a sentence and code 2; processes beside the one that says it may have others."""
     code, out, err = ended
     assert code == 2, out + err
     assert 'Traceback' not in out + err
-    # torch warns at its first call in a process.
-    [told] = [line for line in err.splitlines() if 'warn' not in line.lower()]
-    assert told.startswith(SENTENCES[sentence])
+    # torch warns at its first call in a process, and torchrun logs which process ended.
+    told = [line for line in err.splitlines() if 'warn' not in line.lower() and not re.match(r'[EW]\d{4} ', line)]
+    names = [next((name for name in SENTENCES if line.startswith(SENTENCES[name])), line) for line in told]
+    assert names.count(sentence) == 1 and set(names) <= {sentence, *others}
 
 
 def checkpoint(folder, epoch):
@@ -115,6 +120,7 @@ class LimitHook(Hook):
 """
 
 
+@pytest.mark.slow
 def test_memory_of_the_machine(toy, start_tool, tmp_path):
     (tmp_path / 'limited.py').write_text(LIMITED)
     with toy.open('a') as file:
@@ -123,6 +129,31 @@ def test_memory_of_the_machine(toy, start_tool, tmp_path):
     process = start_tool('train.py', toy, '--work-dir', 'w', PYTHONPATH=path)
     assert_told((process.returncode, process.stdout, process.stderr), 'memory')
     assert checkpoint(tmp_path / 'w', 1)['meta']['epoch'] == 1
+
+
+ALONE = """
+import os
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class AloneHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if os.environ['RANK'] == '1':
+            torch.empty(2**50)
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_process_is_told_and_ends_the_others(toy, start_tool, tmp_path, port):
+    (tmp_path / 'alone.py').write_text(ALONE)
+    with toy.open('a') as file:
+        file.write("custom_imports['imports'] += ['alone']\ncustom_hooks = [dict(type='AloneHook')]")
+    process = start_tool('dist_train.sh', toy, 2, PORT=port, PYTHONPATH=f'{ROOT}{os.pathsep}{tmp_path}')
+    assert_told((process.returncode, process.stdout, process.stderr), 'memory', 'other')
 
 
 @pytest.mark.parametrize('number, sentence', [(signal.SIGBUS, 'shared'), (signal.SIGKILL, 'memory')])
@@ -134,6 +165,7 @@ def test_workers_that_the_system_ends(toy, run_tool, monkeypatch, number, senten
     assert_told(run_tool('train', toy, '--cfg-options', 'train_dataloader.num_workers=1'), sentence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['dist_train.sh', 'train.py'])
 def test_a_port_in_use(toy, start_tool, name):
     with socket.socket() as other:
@@ -155,6 +187,7 @@ def test_sharded_training_is_refused(toy, run_tool):
         assert err.startswith(f'{toy} asks for sharded training by {option.split("=")[1]}, which is not supported; ')
 
 
+@pytest.mark.slow
 def test_training_needs_neither_a_home_nor_caches(toy, start_tool, tmp_path, disk, monkeypatch):
     names, folder = ('HOME', 'XDG_CACHE_HOME', 'TORCH_HOME', 'OVERLOCK_CACHE', 'MPLCONFIGDIR'), str(disk.protect())
     for name in names:
@@ -194,3 +227,21 @@ def test_paths_of_every_script_from_another_folder(tmp_path, monkeypatch, run_to
     assert code == 0, out + err
     # By default the work folder lies below the current one.
     assert {path.name for path in Path('work_dirs').iterdir()} == {name}
+
+
+@pytest.mark.slow
+def test_a_detector_trains_and_tests_where_every_path_has_spaces_and_other_scripts(tmp_path, start_tool, port):
+    """Checkout, images, annotations, work folder, predictions and drawings; two processes, by the shell script."""
+    folder = tmp_path / 'Übung 1' / "学習's 🦉"
+    data, work = draw(folder / 'data', train=5, val=5, size=64) / 'coco', folder / 'w'
+    (folder / 'check out').symlink_to(ROOT)
+    tools, config = folder / 'check out' / 'tools', folder / 'check out' / 'configs/demo/cascade_overlock_xt_shapes.py'
+    small = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'train_dataloader.batch_size=1']
+    small = ['--data-root', data, '--work-dir', work, '--cfg-options', *small, 'default_hooks.checkpoint.interval=2']
+    trained = start_tool(str(tools / 'dist_train.sh'), config, 2, *small, PORT=port)
+    assert trained.returncode == 0, trained.stderr
+    shown = ['--out', work / 'ö.pkl', '--show-dir', work / '絵']
+    tested = start_tool(str(tools / 'test.py'), config, work / 'iter_2.pth', *shown, *small)
+    assert tested.returncode == 0, tested.stderr
+    assert len(pickle.loads((work / 'ö.pkl').read_bytes())) == 5
+    assert {path.suffix for path in (work / '絵').iterdir()} == {'.jpg'} and len(list((work / '絵').iterdir())) == 5

@@ -35,6 +35,7 @@ def system(number: int) -> OSError:
         (RuntimeError('unable to write to file </torch_9>: No space left on device (28)'), 'The shared memory of this'),
         (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 'There is no folder for temporary'),
         (RuntimeError('Could not determine home directory.'), 'This user has no home folder; name .* by HOME'),
+        (RuntimeError('[/a/gloo/transport/tcp/pair.cc:547] Connection closed by peer'), 'Another process of this run'),
     ],
 )
 def test_a_fault_is_one_sentence_with_a_remedy(error, sentence):
