@@ -142,8 +142,9 @@ def _check_outputs(confusion: str | os.PathLike | None, results: str | os.PathLi
             raise UserError(f'{name} takes the name of a file, got the folder {path}.')
     if confusion is not None and Path(confusion).suffix not in ('.csv', '.png'):
         raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {confusion}.')
-    for path in filter(None, (confusion, results)):
-        check_writable(path)
+    for output in (confusion, results):
+        if output is not None:
+            check_writable(output)
 
 
 def _images(

@@ -14,7 +14,7 @@ class CheckpointError(UserError):
 # What the system, Python, PyTorch and NumPy say -> what is wrong, and the remedy. Wrappers (registries, workers that
 # load data, torch.save) keep these words, but neither the class nor the number of an error. The first that fits counts.
 _FAULTS = {
-    r'shared memory|/torch_\d': (
+    r'(out of|insufficient) shared memory|/torch_\d': (
         'The shared memory of this machine or container is full',
         'enlarge /dev/shm (docker run --shm-size=8g), or load data with fewer workers',
     ),
