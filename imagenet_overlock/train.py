@@ -34,7 +34,7 @@ from imagenet_overlock.model import Classifier, create_model, load_weights
 from imagenet_overlock.recipe import Recipe
 from overlock.layers.sync_norm import synchronize_on_cpus
 from overlock.utils.errors import UserError
-from overlock.utils.files import whole_file
+from overlock.utils.files import check_writable, whole_file
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def train(
                 f'The machines of this run do not find the same images in {data_dir} and the same checkpoint in '
                 f'{output}; give folders that all of them share.'
             )
+        world.together(lambda: check_writable(output / LAST))
         trainer = Trainer(recipe, *splits, output, world, from_start=last is None)
         if last is not None:
             trainer.resume(last)

@@ -23,26 +23,45 @@ def drafted(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
     Raises:
         UserError: The folder cannot be written to.
     """
-    first = Path(paths[0])
-    try:
-        first.parent.mkdir(parents=True, exist_ok=True)
-        temporary = TemporaryDirectory(dir=first.parent, prefix=f'.{first.stem}.')
-    except OSError as error:
-        raise UserError(f'{first} cannot be written ({error}); give a path in a writable folder.') from error
-    with temporary as folder:
+    with _beside(Path(paths[0])) as folder:
         drafts = [Path(folder, Path(path).name) for path in paths]
         yield drafts
         for draft, path in zip(drafts, paths, strict=True):
             os.replace(draft, path)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check, before long work, that a file of this path can be written; missing folders above are created.
+
+    Raises:
+        UserError: The folder cannot be written to.
+    """
+    _beside(Path(path)).cleanup()
+
+
+def _beside(path: Path) -> TemporaryDirectory[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(dir=path.parent, prefix=f'.{path.stem}.')
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error}); give a path in a writable folder.') from error
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a binary file for writing; it takes the name `path` when the block ends, and never if the block raises."""
-    with drafted(path) as (draft,), draft.open('wb') as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with drafted(path) as (draft,), draft.open('wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # torch.save raises an error of its own behind that of the system, which does not tell the file.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        reason.filename = reason.filename or os.fspath(path)
+        raise reason from None
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
