@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 
-from overlock.checkpoint.reading import LoggedValues, restored, safely
+from overlock.checkpoint.reading import LoggedValues, check_whole, restored, safely
 from overlock.utils.errors import CheckpointError
 from overlock.utils.files import whole_file
 
@@ -90,13 +89,11 @@ def find_resumable(work_dir: str | Path) -> Path | None:
     saved = [path for path in work_dir.glob('*.pth') if not path.name.startswith('best_')]
     candidates = [*named, *sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)]
     for path in candidates:
-        if zipfile.is_zipfile(path):
+        try:
+            check_whole(path)
             return path
-        print_log(
-            f'{path} is missing or was cut off while it was written; trying the one before it.',
-            'current',
-            logging.WARNING,
-        )
+        except CheckpointError as error:
+            print_log(f'{error} Trying the one before it.', 'current', logging.WARNING)
     if candidates:
         raise CheckpointError(
             f'None of the checkpoints in {work_dir} is whole; remove them to start again, or give one with '

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -85,6 +86,20 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
     """
     with safely(path):
         return restored(torch.load(path, map_location='cpu', weights_only=True))
+
+
+def check_whole(path: str | os.PathLike[str]) -> None:
+    """Check that nothing of a weight file is missing or changed: an archive of torch.save holds a CRC of each part.
+
+    Raises:
+        CheckpointError: If the file is damaged, or cannot be read at all.
+    """
+    if not zipfile.is_zipfile(path):
+        load(path)
+        return
+    with safely(path), zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise zipfile.BadZipFile
 
 
 @contextmanager

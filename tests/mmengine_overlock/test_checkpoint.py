@@ -212,6 +212,14 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(tmp_path, state):
     assert find_resumable(tmp_path) == previous
 
 
+def test_resume_passes_over_a_checkpoint_with_a_changed_bit(tmp_path):
+    previous, last = saved(tmp_path, 'iter_1.pth', age=1), saved(tmp_path, 'iter_2.pth', age=0)
+    content = bytearray(last.read_bytes())
+    content[content.index(torch.ones(100).numpy().tobytes())] ^= 1
+    last.write_bytes(content)
+    assert find_resumable(tmp_path) == previous
+
+
 def test_resume_refuses_a_folder_without_a_whole_checkpoint(tmp_path):
     saved(tmp_path, 'iter_1.pth', age=0, cut=True)
     with pytest.raises(CheckpointError, match='None of the checkpoints in .* is whole'):
