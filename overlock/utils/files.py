@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from overlock.utils.errors import UserError
+
+_SUFFIX = '.draft'
 
 
 @contextmanager
@@ -24,7 +27,7 @@ def drafted(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
     first = Path(paths[0])
     try:
         first.parent.mkdir(parents=True, exist_ok=True)
-        temporary = TemporaryDirectory(dir=first.parent, prefix=f'.{first.stem}.')
+        temporary = TemporaryDirectory(dir=first.parent, prefix=f'.{first.stem}.', suffix=_SUFFIX)
     except OSError as error:
         raise UserError(f'{first} cannot be written ({error}); give a path in a writable folder.') from error
     with temporary as folder:
@@ -41,3 +44,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def remove_drafts(folder: str | os.PathLike[str]) -> None:
+    """Remove what processes that were killed left of `drafted` in a folder that nobody else writes to."""
+    for path in Path(folder).glob(f'.*{_SUFFIX}'):
+        shutil.rmtree(path, ignore_errors=True)
