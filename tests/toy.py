@@ -1,6 +1,7 @@
 """A model, a data set, a metric and a configuration of them that trains in milliseconds."""
 
 import random
+import time
 import uuid
 from pathlib import Path
 
@@ -50,16 +51,17 @@ def write_config(folder: Path, more: str = '', by_iteration: bool = False) -> Pa
 class ToyDataset(Dataset):
     """Points on a plane, and the values of a linear function there."""
 
-    def __init__(self, length=16, noise=0.0):
+    def __init__(self, length=16, noise=0.0, delay=0.0):
         generator = torch.Generator().manual_seed(0)
         self.inputs = torch.randn(length, 4, generator=generator)
-        self.noise = noise
+        self.noise, self.delay = noise, delay
 
     def __len__(self):
         return len(self.inputs)
 
     def __getitem__(self, index):
         inputs = self.inputs[index]
+        time.sleep(self.delay)
         if self.noise:
             # Of all three generators that transforms use.
             noise = torch.tensor([random.random(), np.random.rand(), float(torch.rand(())), 0.0])

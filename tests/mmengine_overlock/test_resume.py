@@ -4,50 +4,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 
 from mmengine_overlock.resume import SeededBatches, seed_all
 from mmengine_overlock.run import train
 from overlock.utils.errors import CheckpointError, UserError
+from tests.mmengine_overlock.runs import EVERYTHING, WORKERS, assert_equal, saved, start, statuses
 from tests.toy import ToyDataset
 
-# Every kind of state and of randomness, and a checkpoint after each iteration.
-EVERYTHING = """
-model['dropout'] = 0.3
-train_dataloader['dataset'] = dict(type='ToyDataset', length=11, noise=0.5)
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01))
-custom_hooks = [dict(type='EMAHook', momentum=0.1)]
-default_hooks['checkpoint'] = dict(type='CheckpointHook', by_epoch=False, interval=1, save_best='error', rule='less')
-"""
-WORKERS = """
-train_dataloader.update(num_workers=2, persistent_workers=True)
-"""
+pytestmark = pytest.mark.usefixtures('quick_saves')
+
 BY_RATIO = """
 train_dataloader.update(batch_sampler=dict(type='mmdet.AspectRatioBatchSampler'))
 """
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Formatting the configuration is nearly all the time that a small checkpoint takes."""
-    monkeypatch.setattr(Config, 'pretty_text', '')
-
-
-def saved(path):
-    """What a checkpoint holds of the state of a run."""
-    checkpoint = torch.load(path, weights_only=False)
-    logs = checkpoint['message_hub']['log_scalars']
-    state = {name: checkpoint[name] for name in ('state_dict', 'ema_state_dict', 'optimizer')}
-    state['schedulers'] = [
-        {name: value for name, value in scheduler.items() if name != 'param_name'}
-        for scheduler in checkpoint['param_schedulers']
-    ]
-    losses = [list(map(float, logs[name].data[0])) for name in ('train/loss', 'train/lr')]
-    return dict(state, losses=losses, best=checkpoint['message_hub']['runtime_info'].get('best_score'))
-
-
-def assert_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def resume(config, folder, checkpoint):
@@ -59,19 +27,23 @@ def resume(config, folder, checkpoint):
 @pytest.mark.parametrize('more', ['', WORKERS, BY_RATIO, WORKERS + BY_RATIO], ids=['', 'workers', 'ratio', 'both'])
 @pytest.mark.parametrize('by_iteration', [False, True], ids=['epochs', 'iterations'])
 def test_a_run_resumed_at_any_iteration_ends_like_the_uninterrupted_one(write_toy, tmp_path, by_iteration, more):
-    more = EVERYTHING + more + 'train_cfg.update(val_interval=3)\n'
-    more += 'train_cfg.update(max_iters=14)\n' if by_iteration else 'train_cfg.update(max_epochs=3)\n'
-    whole = train(write_toy(more, by_iteration), work_dir=tmp_path / 'whole')
-    last = f'iter_{whole.iter}.pth'
+    last = 14 if by_iteration else 18
     # At once, within a pass over the data, at its end, and after the last iteration.
-    for iteration in (1, 5, 6, 8, 12, whole.iter):
+    stops = (5, 8) if more else (1, 5, 6, 8, 12, last)
+    settings = EVERYTHING + more + 'train_cfg.update(val_interval=3)\n'
+    settings += f'train_cfg.update(max_iters={last})\n' if by_iteration else 'train_cfg.update(max_epochs=3)\n'
+    # In processes of their own: the workers of several runs in one end seconds later.
+    assert statuses(start(write_toy(settings, by_iteration), tmp_path / 'whole')) == [0]
+    expected = saved(tmp_path / 'whole' / f'iter_{last}.pth')
+    best = {path.name for path in (tmp_path / 'whole').glob('best_*')}
+    for iteration in stops:
         folder = tmp_path / str(iteration)
-        resumed = resume(write_toy(more, by_iteration), folder, tmp_path / 'whole' / f'iter_{iteration}.pth')
-        assert (resumed.iter, resumed.epoch) == (whole.iter, whole.epoch)
-        assert_equal(saved(folder / last), saved(tmp_path / 'whole' / last))
-        best, of_whole = ({path.name for path in where.glob('best_*')} for where in (folder, tmp_path / 'whole'))
+        folder.mkdir()
+        shutil.copy(tmp_path / 'whole' / f'iter_{iteration}.pth', folder)
+        assert statuses(start(write_toy(settings, by_iteration), folder, resume='auto')) == [0]
+        assert_equal(saved(folder / f'iter_{last}.pth'), expected)
         # A run that is resumed after its last validation writes no best checkpoint.
-        assert len(of_whole) == 1 and best in (of_whole, set())
+        assert len(best) == 1 and {path.name for path in folder.glob('best_*')} in (best, set())
 
 
 def test_finite_samplers_by_iteration_go_on_in_the_right_pass(write_toy, tmp_path):
@@ -81,9 +53,9 @@ def test_finite_samplers_by_iteration_go_on_in_the_right_pass(write_toy, tmp_pat
     assert_equal(saved(tmp_path / 'resumed' / 'iter_12.pth'), saved(tmp_path / 'whole' / 'iter_12.pth'))
 
 
-def test_workers_and_processes_read_what_one_process_reads(write_toy, tmp_path):
+def test_workers_read_what_one_process_reads(write_toy, tmp_path):
     for name, more in (('none', ''), ('two', WORKERS)):
-        train(write_toy(EVERYTHING + more), work_dir=tmp_path / name)
+        assert statuses(start(write_toy(EVERYTHING + more), tmp_path / name)) == [0]
     assert_equal(saved(tmp_path / 'two' / 'iter_24.pth'), saved(tmp_path / 'none' / 'iter_24.pth'))
 
 
