@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
@@ -17,16 +17,30 @@ class _LateRemoval:
     """mmengine's file backend, except that what is to be removed is only noted."""
 
     def __init__(self, backend: Any) -> None:
-        self._backend, self.noted = backend, []
+        self._backend, self._noted = backend, []
 
     def remove(self, path: str) -> None:
-        self.noted.append((self._backend.remove, path))
+        self._noted.append(path)
 
-    def rmtree(self, path: str) -> None:
-        self.noted.append((self._backend.rmtree, path))
+    rmtree = remove
+
+    def remove_now(self, *kept: str | None) -> None:
+        """Remove what was noted, except what is there by the same name again."""
+        for path in self._noted:
+            if path not in kept:
+                _remove(self._backend, path)
+        self._noted = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
+
+
+def _remove(backend: Any, path: str) -> None:
+    if backend.isfile(path):
+        backend.remove(path)
+    elif backend.isdir(path):
+        # DeepSpeed's checkpoints are folders.
+        backend.rmtree(path)
 
 
 @HOOKS.register_module(name='CheckpointHook', force=True)
@@ -50,25 +64,34 @@ class LosslessCheckpointHook(CheckpointHook):
         super().after_val_epoch(runner, metrics)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
-        with self._removing_late():
-            super()._save_checkpoint_with_step(runner, step, meta)
+        if isinstance(self.file_backend, _LateRemoval):
+            # The new best checkpoint is written.
+            self._remove_old_best()
+        old: list[int] = []
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            steps = [*self.keep_ckpt_ids, step]
+            old = steps[: -self.max_keep_ckpts]
+            # mmengine deletes none where it finds the step at the end.
+            self.keep_ckpt_ids = deque(steps, self.max_keep_ckpts)
+            # A resumed run deletes the old ones if this one cannot any more.
+            runner.message_hub.update_info('keep_ckpt_ids', steps)
+        super()._save_checkpoint_with_step(runner, step, meta)
+        if is_main_process():
+            for step in old:
+                _remove(self.file_backend, self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step)))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
-        with self._removing_late():
-            super()._save_best_checkpoint(runner, metrics)
-
-    @contextmanager
-    def _removing_late(self) -> Iterator[None]:
         backend = self.file_backend
-        self.file_backend = late = _LateRemoval(backend)
+        self.file_backend = _LateRemoval(backend)
         try:
-            yield
+            super()._save_best_checkpoint(runner, metrics)
+            self._remove_old_best()
         finally:
             self.file_backend = backend
+
+    def _remove_old_best(self) -> None:
         best = getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()
-        for remove, path in late.noted:
-            if path not in (self.last_ckpt, *best):
-                remove(path)
+        self.file_backend.remove_now(*best)
 
     def _localize_best(self, runner: Runner) -> None:
         folder = Path(self.out_dir, Path(runner.work_dir).name) if self.out_dir else Path(runner.work_dir)

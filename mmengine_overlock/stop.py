@@ -40,8 +40,9 @@ class StopHook(Hook):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals while the block runs."""
-        before = {number: signal.signal(number, self._note) for number in _STATUS}
+        """Take the signals while the block runs; Python has them in its main thread alone."""
+        numbers = _STATUS if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:
@@ -80,8 +81,9 @@ class StopHook(Hook):
     def _agreed(self) -> bool:
         status = torch.tensor(self._status)
         all_reduce(status, 'max')
-        self._status = int(status)
-        return self._status > 0
+        # A signal that came meanwhile stays for the next iteration.
+        self._status = int(status) or self._status
+        return bool(status)
 
     def _stop(self, runner: Runner, iteration: int) -> None:
         meta = dict(epoch=runner.epoch, iter=iteration)

@@ -14,7 +14,7 @@ from overlock.models.arch import Arch
 from tests.mmengine_overlock.runs import assert_equal, saved, start, statuses
 from tests.testing import ROOT, TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_saves')]
+pytestmark = pytest.mark.slow
 
 CHANNELS = list(Arch(**TINY).out_channels)
 
@@ -108,7 +108,7 @@ def write(tmp_path, monkeypatch):
         cfg.default_hooks.checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=1)
         cfg.custom_hooks = [dict(type='EMAHook', momentum=0.1)]
         cfg.randomness = dict(seed=0)
-        cfg.filename and cfg.dump(tmp_path / 'config.py')
+        cfg.dump(tmp_path / 'config.py')
         return tmp_path / 'config.py'
 
     yield write

@@ -18,6 +18,7 @@ from tests.mmengine_overlock.runs import EVERYTHING, assert_equal, saved, start,
 
 ONE_KEPT = """
 default_hooks['checkpoint'].update(max_keep_ckpts=1)
+param_scheduler[0]['end'] = 10000
 train_cfg.update(max_epochs=10000, val_interval=1)
 train_dataloader['dataset'].update(delay=0.001)
 val_dataloader['dataset'] = dict(type='ToyDataset', delay=0.001)
@@ -48,8 +49,8 @@ def test_forty_kills_lose_no_checkpoint(write_toy, tmp_path, monkeypatch):
         found = find_resumable(folder)
         assert found is not None or reached == 0
         assert reached <= (reached := iteration(found) if found else 0)
-        # What a killed process left goes when the next begins: it keeps one.
-        assert len(checkpoints) - len(averages) < 5
+        # What a killed process could not delete the next one does.
+        assert len(checkpoints) <= 4
     # Kills hit writing, too.
     assert reached > 100 and drafts > 0
     end = (reached // 6 + 2) * 6
