@@ -93,6 +93,8 @@ def use_safe_files() -> None:
 def find_resumable(work_dir: str | Path) -> Path | None:
     """Find the checkpoint to continue from: the one named in `last_checkpoint`, else the newest that is whole.
 
+    A file of that name in the folder itself comes first: the folder may be a copy of the one that the path names.
+
     Args:
         work_dir: Folder of the earlier run; it need not exist.
 
@@ -107,7 +109,10 @@ def find_resumable(work_dir: str | Path) -> Path | None:
     named = [Path(line) for line in pointer.read_text().split('\n')[:1] if line] if pointer.is_file() else []
     # `best_*.pth` hold no optimizer state.
     saved = [path for path in work_dir.glob('*.pth') if not path.name.startswith('best_')]
-    candidates = [*named, *sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)]
+    newest = sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)
+    inside = [work_dir / path.name for path in named]
+    # A configuration may keep its checkpoints elsewhere.
+    candidates = list(dict.fromkeys([*inside, *newest] if newest else named))
     for path in candidates:
         try:
             check_whole(path)

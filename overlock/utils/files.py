@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from overlock.utils.errors import UserError
+
+_SUFFIX = '.draft'
 
 
 @contextmanager
@@ -42,7 +45,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def _beside(path: Path) -> TemporaryDirectory[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return TemporaryDirectory(dir=path.parent, prefix=f'.{path.stem}.')
+        return TemporaryDirectory(dir=path.parent, prefix=f'.{path.stem}.', suffix=_SUFFIX)
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error}); give a path in a writable folder.') from error
 
@@ -96,3 +99,9 @@ def kept_hash(path: str | os.PathLike[str]) -> str:
         return hash_file(path).read_text(errors='replace')[:64]
     except FileNotFoundError:
         return ''
+
+
+def remove_drafts(folder: str | os.PathLike[str]) -> None:
+    """Remove what processes that were killed left of `drafted` in a folder that nobody else writes to."""
+    for path in Path(folder).glob(f'.*{_SUFFIX}'):
+        shutil.rmtree(path, ignore_errors=True)
