@@ -25,12 +25,12 @@ from mmengine_overlock.config import (
     use_tta,
 )
 from mmengine_overlock.data import check_data
+from mmengine_overlock.data.samples import name_samples
 from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
 from mmengine_overlock.launch import finish_launch, prepare_launch
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
-from overlock.utils.distributed import local_rank
 
 
 def train(
@@ -43,6 +43,7 @@ def train(
     compile: bool = False,
     tensorboard: bool = False,
     data_root: str | Path | None = None,
+    check: bool = True,
     weights: str | None = None,
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
@@ -58,6 +59,7 @@ def train(
         compile: Compile the blocks of the backbone with torch.compile.
         tensorboard: Write scalars for TensorBoard too.
         data_root: Folder of the data, instead of the configuration's.
+        check: Check the data before the run.
         weights: Weights of the backbone to start from, instead of the configuration's.
         cfg_options: Settings by dotted name, over those of the configuration.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
@@ -80,7 +82,7 @@ def train(
     if tensorboard:
         add_tensorboard(cfg)
     _set_resume(cfg, resume)
-    runner = _build_runner(cfg, 'train', 'val', strict=cfg.resume)
+    runner = _build_runner(cfg, 'train', 'val', strict=cfg.resume, check=check)
     if cfg.resume:
         _skip_pretrained(runner)
     if compile:
@@ -102,6 +104,7 @@ def test(
     amp: bool = False,
     compile: bool = False,
     data_root: str | Path | None = None,
+    check: bool = True,
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> dict[str, float]:
@@ -115,7 +118,7 @@ def test(
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
         amp: Run the backbone in bfloat16.
-        work_dir, compile, data_root, cfg_options, launcher: See `train`.
+        work_dir, compile, data_root, check, cfg_options, launcher: See `train`.
 
     Returns:
         The metrics by name.
@@ -133,7 +136,7 @@ def test(
         draw_predictions(cfg, show_dir, show)
     if out is not None:
         save_predictions(cfg, out)
-    runner = _build_runner(cfg, 'test', strict=True)
+    runner = _build_runner(cfg, 'test', strict=True, check=check)
     if amp:
         narrow_backbones(runner.model)
     if compile:
@@ -162,10 +165,10 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
     cfg.load_from = start and _local(str(start))
 
 
-def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
-    # One process of each machine looks at the files. A shell inside a Slurm job has a rank, too.
-    if cfg.launcher == 'none' or local_rank() == 0:
+def _build_runner(cfg: Config, *splits: str, strict: bool, check: bool) -> Runner:
+    if check:
         check_data(cfg, *splits)
+    name_samples()
     use_safe_files()
     if get_device() == 'cpu':
         keep_freed_memory()
