@@ -72,9 +72,10 @@ def remember(
 def _folder(work_dir: Path) -> Path:
     """Return the first folder that can be written to: the cache, else one of the run."""
     cache = os.environ.get('OVERLOCK_CACHE') or os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'overlock')
-    folder = Path(os.path.expanduser(cache), 'data')
     try:
+        # A RuntimeError where the user has no home.
+        folder = Path(cache).expanduser() / 'data'
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):
         return work_dir / 'data_check'
     return folder if os.access(folder, os.W_OK) else work_dir / 'data_check'

@@ -117,7 +117,6 @@ def check_categories(content: dict[str, Any], classes: Sequence[str], found: dic
             continue
         ids.add(number)
         by_name[name] = category
-    found['classes'] += [f'class {name}' for name in sorted({name for name in classes if classes.count(name) > 1})]
     if found['classes']:
         return
     theirs, ours = [name for name in by_name if name in classes], [name for name in classes if name in by_name]

@@ -24,7 +24,7 @@ KINDS = {
         'images with an EXIF rotation that their labels ignore, beside others whose labels follow it',
     ),
     'rotation': (TOLD, 'images with an EXIF rotation, where sizes do not show whether their labels follow it'),
-    'skipped': (TOLD, 'files that cannot be read, which `ignore_empty` replaces by others'),
+    'skipped': (TOLD, 'images that do not exist, which `ignore_empty` replaces by others'),
     'unread': (TOLD, 'files left unread to save time'),
     # Classes
     'heads': (REFUSED, 'heads with another number of classes than the data set'),
@@ -86,8 +86,8 @@ class Finding:
         return max(1, len(self.items))
 
     def skipped(self) -> Finding:
-        """Return this for a run that skips what it cannot read."""
-        return Finding('skipped', *KINDS['skipped'], self.items) if self.kind in ('missing', 'broken') else self
+        """Return this for a run with `ignore_empty`, which passes over missing images, not over broken ones."""
+        return Finding('skipped', *KINDS['skipped'], self.items) if self.kind == 'missing' else self
 
     def __str__(self) -> str:
         shown = ', '.join(self.items[:SHOWN]) + ', ...' * (len(self.items) > SHOWN)

@@ -101,7 +101,9 @@ def _classes(dataset: dict, kind: type | None, found: dict[str, list[str]]) -> l
     if isinstance(classes, str):
         found['classes'].append(f'the string {classes!r} instead of a tuple of names, as ({classes!r},)')
         return [classes]
-    return classes and list(classes)
+    names = list(dict.fromkeys(classes or ()))
+    found['classes'] += [f'the class {name} twice' for name in names if classes.count(name) > 1]
+    return names or None
 
 
 def _wrong_heads(source: _Source) -> list[str]:

@@ -26,7 +26,7 @@ class SampleError(RuntimeError):
 def name_samples() -> None:
     """Make mmengine's data sets name the files of a sample that fails; a second call changes nothing."""
     prepare = BaseDataset.prepare_data
-    if hasattr(prepare, '__wrapped__'):
+    if hasattr(prepare, 'names_files'):
         return
 
     @functools.wraps(prepare)
@@ -43,4 +43,5 @@ def name_samples() -> None:
                     ) from error
             raise SampleError(f'{", ".join(paths) or f"sample {idx}"}: {type(error).__name__}: {error}') from error
 
+    prepare_data.names_files = True  # type: ignore[attr-defined]
     BaseDataset.prepare_data = prepare_data

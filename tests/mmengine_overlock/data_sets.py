@@ -88,10 +88,5 @@ def write_maps(root: Path) -> Config:
     )
     model = dict(decode_head=dict(num_classes=3), auxiliary_head=dict(num_classes=3))
     return Config(
-        dict(
-            default_scope='mmseg',
-            work_dir=str(root / 'work'),
-            model=model,
-            train_dataloader=dict(dataset=dataset),
-        )
+        dict(default_scope='mmseg', work_dir=str(root / 'work'), model=model, train_dataloader=dict(dataset=dataset))
     )

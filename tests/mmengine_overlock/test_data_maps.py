@@ -71,11 +71,7 @@ CASES = {
     'map without an image': ('told', 'orphan', lambda d: write_map(d.map(4))),
     'image with a suffix of another case': ('told', 'suffix', lambda d: write_image(d.image(4, '.JPG'))),
     'hidden files': ('used', None, lambda d: d.image('._2').write_bytes(b'')),
-    'listed image that does not exist': (
-        'refused',
-        'missing',
-        lambda d: (d.list(1, 2, 3, 4), write_map(d.map(4))),
-    ),
+    'listed image that does not exist': ('refused', 'missing', lambda d: (d.list(1, 2, 3, 4), write_map(d.map(4)))),
     'listed image without a map': (
         'refused',
         '1 of 4 images have no label map, first 4.jpg',
@@ -85,8 +81,8 @@ CASES = {
     'empty image': ('refused', 'broken', lambda d: d.image().write_bytes(b'')),
     'image that is cut off': ('refused', 'broken', lambda d: cut(d.image())),
     'image that is cut off, with `ignore_empty`': (
-        'told',
-        'skipped',
+        'refused',
+        'broken',
         lambda d: (cut(d.image()), d.load.update(ignore_empty=True)),
     ),
     'image whose pixels are damaged': ('refused', 'broken', lambda d: damage_pixels(d.image())),
@@ -103,11 +99,7 @@ CASES = {
     'map with 254 and `reduce_zero_label`': ('refused', 'values', lambda d: d.write(1, 2, 3, 254)),
     'map with 0 and `reduce_zero_label`': ('used', None, lambda d: d.write(0, 1, 2, 3)),
     'maps that count from 0': ('used', None, lambda d: d.count_from_zero()),
-    'map that counts from 1 among those': (
-        'refused',
-        'values',
-        lambda d: (d.count_from_zero(), d.write(1, 2, 3)),
-    ),
+    'map that counts from 1 among those': ('refused', 'values', lambda d: (d.count_from_zero(), d.write(1, 2, 3))),
     'maps of two classes as 0 and 255': (
         'told',
         'unseen',
@@ -178,8 +170,6 @@ def test_damage_is_refused_repaired_or_told(data, case):
         assert not findings.keys() - {'unseen'} if 'own' in case else not findings
     else:
         assert findings[what].outcome == outcome and findings[what].items
-    if what == 'skipped':
-        return
     read = samples(data)
     assert len(read) == (2 if case == 'list of some images' else 3)
     for sample in read:
