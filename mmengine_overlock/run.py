@@ -27,6 +27,7 @@ from mmengine_overlock.config import (
     use_tta,
 )
 from mmengine_overlock.data import check_data
+from mmengine_overlock.data.samples import name_samples
 from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
 from mmengine_overlock.launch import agreed, finish_launch, is_first, prepare_launch
 from mmengine_overlock.resume import make_resumable
@@ -35,7 +36,6 @@ from mmengine_overlock.stop import StopHook, shield_workers
 from mmengine_overlock.work_dir import owned
 from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
-from overlock.utils.distributed import local_rank
 
 
 def train(
@@ -48,6 +48,7 @@ def train(
     compile: bool = False,
     tensorboard: bool = False,
     data_root: str | Path | None = None,
+    check: bool = True,
     weights: str | None = None,
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
@@ -63,6 +64,7 @@ def train(
         compile: Compile the blocks of the backbone with torch.compile.
         tensorboard: Write scalars for TensorBoard too.
         data_root: Folder of the data, instead of the configuration's.
+        check: Check the data before the run.
         weights: Weights of the backbone to start from, instead of the configuration's.
         cfg_options: Settings by dotted name, over those of the configuration.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
@@ -90,7 +92,8 @@ def train(
             if tensorboard:
                 add_tensorboard(cfg)
             _set_resume(cfg, resume)
-            _check_data(cfg, 'train', 'val')
+            if check:
+                check_data(cfg, 'train', 'val')
         runner = _build_runner(cfg, strict=cfg.resume)
         make_resumable(runner)
         shield_workers(runner)
@@ -118,6 +121,7 @@ def test(
     amp: bool = False,
     compile: bool = False,
     data_root: str | Path | None = None,
+    check: bool = True,
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> dict[str, float]:
@@ -131,7 +135,7 @@ def test(
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
         amp: Run the backbone in bfloat16.
-        work_dir, compile, data_root, cfg_options, launcher: See `train`.
+        work_dir, compile, data_root, check, cfg_options, launcher: See `train`.
 
     Returns:
         The metrics by name.
@@ -150,7 +154,8 @@ def test(
             draw_predictions(cfg, show_dir, show)
         if out is not None:
             save_predictions(cfg, out)
-        _check_data(cfg, 'test')
+        if check:
+            check_data(cfg, 'test')
     runner = _build_runner(cfg, strict=True)
     if amp:
         narrow_backbones(runner.model)
@@ -180,13 +185,8 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
     cfg.load_from = start and _local(str(start))
 
 
-def _check_data(cfg: Config, *splits: str) -> None:
-    # One process of each machine looks at the files. A shell inside a Slurm job has a rank, too.
-    if cfg.launcher == 'none' or local_rank() == 0:
-        check_data(cfg, *splits)
-
-
 def _build_runner(cfg: Config, *, strict: bool) -> Runner:
+    name_samples()
     use_safe_files()
     if get_device() == 'cpu':
         keep_freed_memory()

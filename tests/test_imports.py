@@ -22,7 +22,7 @@ MAY_IMPORT = {
     'overlock.checkpoint': ['overlock.models', 'overlock.utils', 'filelock', 'numpy', 'safetensors', 'torch'],
     'overlock.timm': ['overlock.checkpoint', 'overlock.layers', 'overlock.models', 'overlock.utils', 'timm', 'torch'],
     'overlock': ['overlock.checkpoint', 'overlock.models', 'overlock.ops', 'overlock.utils'],
-    'mmengine_overlock': ['overlock', 'mmengine', 'numpy', 'PIL', 'torch'],
+    'mmengine_overlock': ['overlock', 'filelock', 'mmengine', 'numpy', 'PIL', 'torch', 'tqdm'],
     'mmdet_overlock': ['mmengine_overlock', 'mmdet'],
     'mmseg_overlock': ['mmengine_overlock', 'mmseg'],
     'imagenet_overlock': ['overlock', 'matplotlib', 'numpy', 'PIL', 'timm', 'torch', 'tqdm', 'yaml'],
