@@ -27,6 +27,7 @@ from mmengine_overlock.config import (
 from mmengine_overlock.data import check_data
 from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
 from mmengine_overlock.launch import finish_launch, prepare_launch
+from mmengine_overlock.nan import NonFiniteHook
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
@@ -44,6 +45,7 @@ def train(
     tensorboard: bool = False,
     data_root: str | Path | None = None,
     weights: str | None = None,
+    on_nan: str = 'stop',
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> Runner:
@@ -59,6 +61,7 @@ def train(
         tensorboard: Write scalars for TensorBoard too.
         data_root: Folder of the data, instead of the configuration's.
         weights: Weights of the backbone to start from, instead of the configuration's.
+        on_nan: 'stop' the run where a loss or a gradient is not finite, or 'skip' the update.
         cfg_options: Settings by dotted name, over those of the configuration.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
@@ -81,6 +84,7 @@ def train(
         add_tensorboard(cfg)
     _set_resume(cfg, resume)
     runner = _build_runner(cfg, 'train', 'val', strict=cfg.resume)
+    runner.register_hook(NonFiniteHook(on_nan))
     if cfg.resume:
         _skip_pretrained(runner)
     if compile:
