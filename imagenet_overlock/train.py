@@ -292,7 +292,7 @@ class Trainer:
 
     def _tell_left_out(self, losses: Tensor) -> None:
         """Log that an update was left out, in all processes, or end the run."""
-        named = zip(('loss', 'main', 'auxiliary'), (self.world.sum(losses) / self.world.size).tolist(), strict=True)
+        named = zip(('loss', 'main', 'auxiliary'), (self.world.sum(losses.clone()) / self.world.size).tolist(), strict=True)
         what = (
             f'The loss or a gradient of update {(self.done - 1) % self.updates + 1} is not finite '
             f'({", ".join(f"{name} {value:.4g}" for name, value in named)})'

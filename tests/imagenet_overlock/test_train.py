@@ -342,7 +342,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
         assert torch.equal(weight, weights[-2][name]) or 'running' in name or 'num_batches' in name
 
 
-@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('amp', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_skip_leaves_out_updates_and_averages_the_others(drawn, recipe, tmp_path, faulty, caplog, amp):
     weights = faulty(3)
     settings = dict(amp=amp, model='overlock_wide', amp_dtype='float16') if amp else {}
