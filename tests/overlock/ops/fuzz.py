@@ -54,10 +54,7 @@ def lay_out(values: Tensor, layout: str) -> Guarded:
         strides[axis] = step
         step *= shape[axis] * (2 if layout == 'sliced' else 1)
     buffer = torch.empty(step + 2 * GUARD, dtype=values.dtype)
-    # Quiet NaN; a sum of its bits must not become a number.
-    buffer.view(BITS[buffer.itemsize]).fill_(
-        torch.tensor(torch.nan, dtype=values.dtype).view(BITS[buffer.itemsize]) + 1
-    )
+    buffer.fill_(torch.nan).view(BITS[buffer.itemsize]).add_(1)
     view = buffer.as_strided(shape, strides, GUARD)
     view.copy_(values[..., : shape[-1]] if shape else values)
     return Guarded(view.expand(values.shape), buffer, buffer.view(BITS[buffer.itemsize]).clone())
@@ -74,8 +71,13 @@ class Case(NamedTuple):
     special: tuple[int, float] | None  # a tensor that gets one element that is not finite
 
     def spoil(self, index: int, values: Tensor) -> Tensor:
+        """Put the special value into one element of its tensor."""
         if self.special is not None and self.special[0] == index and values.numel():
-            values.view(-1)[self.seed % values.numel()] = self.special[1]
+            place = self.seed % values.numel()
+            values.view(-1)[place] = self.special[1]
+            if math.isnan(self.special[1]):
+                # With a payload: its bits are no round number.
+                values.view(-1).view(BITS[values.itemsize])[place] += 1
         return values
 
 
