@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 # The state of a run depends on these; the weight of an auxiliary head may change, but not whether there is one.
 _FIXED = ('model', 'aux_weight', 'model_ema', 'opt', 'weight_decay', 'layer_decay')
 # These may differ between the two parts of a run without making a difference.
-_INDIFFERENT = ('log_interval', 'initial_checkpoint', 'pretrained', 'grad_checkpointing', 'ckpt_stg')
+_INDIFFERENT = ('log_interval', 'on_nan', 'initial_checkpoint', 'pretrained', 'grad_checkpointing', 'ckpt_stg')
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

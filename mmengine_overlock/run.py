@@ -30,6 +30,7 @@ from mmengine_overlock.data import check_data
 from mmengine_overlock.data.samples import name_samples
 from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
 from mmengine_overlock.launch import agreed, finish_launch, is_first, prepare_launch
+from mmengine_overlock.nan import NonFiniteHook
 from mmengine_overlock.resume import make_resumable
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from mmengine_overlock.stop import StopHook, shield_workers
@@ -50,6 +51,7 @@ def train(
     data_root: str | Path | None = None,
     check: bool = True,
     weights: str | None = None,
+    on_nan: str = 'stop',
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> Runner:
@@ -66,6 +68,7 @@ def train(
         data_root: Folder of the data, instead of the configuration's.
         check: Check the data before the run.
         weights: Weights of the backbone to start from, instead of the configuration's.
+        on_nan: 'stop' the run where a loss or a gradient is not finite, or 'skip' the update.
         cfg_options: Settings by dotted name, over those of the configuration.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
@@ -95,6 +98,7 @@ def train(
             if check:
                 check_data(cfg, 'train', 'val')
         runner = _build_runner(cfg, strict=cfg.resume)
+        runner.register_hook(NonFiniteHook(on_nan))
         make_resumable(runner)
         shield_workers(runner)
         stop = StopHook()
