@@ -14,10 +14,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two processes with a thread each; files stay whole, as some share a trained network.
 PYTEST = OMP_NUM_THREADS=1 PYTEST_ADDOPTS="-n 2 --dist loadfile $$PYTEST_ADDOPTS" $(RUN) -m pytest
 PYTEST_ARGS ?=
+AUDIT_ARGS ?=
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo imagenet-demo lint test test-slow test-natten clean
+.PHONY: help setup lock demo imagenet-demo lint audit test test-slow test-natten clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -43,6 +44,11 @@ lint: setup  ## check style, formatting, types, shell scripts and the generated 
 	$(RUN) -m mypy
 	'$(BIN)/shellcheck' .ci/run tools/*.sh benchmarks/*.sh
 	$(RUN) tools/update_docs.py --check
+
+audit:  ## look the pins of lock.txt for $(PYTHON) up among known vulnerabilities, on the network
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	build/audit/bin/pip-audit --requirement requirements/lock.txt --disable-pip --strict $(AUDIT_ARGS)
 
 test: setup  ## run the tests that take seconds
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)

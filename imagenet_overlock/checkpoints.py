@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import CheckpointError, find_file, load
-from overlock.checkpoint.reading import read_pickled
+from overlock.checkpoint.reading import read
 from overlock.utils.errors import UserError
 
 LAST, BEST = 'last.pth', 'best.pth'
@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 # The state of a run depends on these; the weight of an auxiliary head may change, but not whether there is one.
 _FIXED = ('model', 'aux_weight', 'model_ema', 'opt', 'weight_decay', 'layer_decay')
 # These may differ between the two parts of a run without making a difference.
-_INDIFFERENT = ('log_interval', 'initial_checkpoint', 'pretrained', 'grad_checkpointing', 'ckpt_stg')
+_INDIFFERENT = ('log_interval', 'on_nan', 'initial_checkpoint', 'pretrained', 'grad_checkpointing', 'ckpt_stg')
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise CheckpointError(f'The checkpoint {path} does not exist; give the path of a {LAST}.')
-    content = read_pickled(path)
-    if not isinstance(content, dict) or not {'epoch', 'arch', 'state_dict', 'args', 'classes'} <= set(content):
+    content = read(path)
+    if not _is_of_training(content):
         raise CheckpointError(
             f'{path} holds weights, but no state of a training run; start from them with --initial-checkpoint.'
         )
@@ -41,12 +41,17 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def training_facts(path: Path) -> dict[str, Any]:
-    """Return `arch`, `args` and `classes` of a checkpoint of training; nothing for other weight files."""
-    try:
-        content = read_checkpoint(path)
-    except CheckpointError:
-        return {}
-    return {name: content[name] for name in ('arch', 'args', 'classes')}
+    """Return `arch`, `args` and `classes` of a checkpoint of training; nothing for other weight files.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    content = read(path)
+    return {name: content[name] for name in ('arch', 'args', 'classes')} if _is_of_training(content) else {}
+
+
+def _is_of_training(content: Any) -> bool:
+    return isinstance(content, dict) and {'epoch', 'arch', 'state_dict', 'args', 'classes'} <= set(content)
 
 
 def starting_weights(source: str) -> tuple[dict[str, Tensor], str]:

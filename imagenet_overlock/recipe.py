@@ -29,7 +29,11 @@ _KINDS: dict[str, tuple[type, int, str]] = {
     'tuple[int, int, int, int] | None': (int, 4, 'four whole numbers'),
 }
 
-_CHOICES = {'train_interpolation': ('random', 'bilinear', 'bicubic'), 'amp_dtype': ('float16', 'bfloat16')}
+_CHOICES = {
+    'train_interpolation': ('random', 'bilinear', 'bicubic'),
+    'amp_dtype': ('float16', 'bfloat16'),
+    'on_nan': ('stop', 'skip'),
+}
 
 
 def _setting(default: Any, help: str, low: float = -inf, high: float = inf, flags: tuple[str, ...] = ()) -> Any:
@@ -106,6 +110,7 @@ class Recipe:
     amp_dtype: str = _setting(
         'float16', 'dtype of autocast: float16, with gradient scaling, or bfloat16, whose range needs none'
     )
+    on_nan: str = _setting('stop', 'stop, or skip the update, where the loss or a gradient is not finite')
     grad_checkpointing: bool = _setting(False, 'recompute activations in the backward pass to save memory')
     ckpt_stg: tuple[int, int, int, int] | None = _setting(
         None, 'with --grad-checkpointing: how many of the first blocks at strides 4, 8, 16 and 32 (default: all)', 0

@@ -34,7 +34,8 @@ from imagenet_overlock.model import Classifier, create_model, load_weights
 from imagenet_overlock.recipe import Recipe
 from overlock.layers.sync_norm import synchronize_on_cpus
 from overlock.utils.errors import UserError
-from overlock.utils.files import whole_file
+from overlock.utils.files import check_writable, whole_file
+from overlock.utils.finite import UpdateGuard, non_finite
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def train(
                 f'The machines of this run do not find the same images in {data_dir} and the same checkpoint in '
                 f'{output}; give folders that all of them share.'
             )
+        world.together(lambda: check_writable(output / LAST))
         trainer = Trainer(recipe, *splits, output, world, from_start=last is None)
         if last is not None:
             trainer.resume(last)
@@ -121,6 +123,7 @@ class Trainer:
         self.updates = len(self.loader) // recipe.grad_accum_steps
         self.optimizer = _create_optimizer(recipe, world, self.model)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.autocast is torch.float16)
+        self.guard = UpdateGuard(self.optimizer, self.model, recipe.on_nan, self.scaler.is_enabled())
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
             'cosine',
@@ -172,7 +175,7 @@ class Trainer:
             row = {'epoch': self.epoch, **self._train_epoch(), 'lr': self._lr, **self._validate()}
             row['seconds'] = time.perf_counter() - start
             self.history.append(row)
-            self._save()
+            self.world.together(self._save)
             figures = ', '.join(f'{name} {value:.4g}' for name, value in row.items() if name != 'epoch')
             _logger.info('%s: %s, %s', self._title, figures, self._eta)
             if writer:
@@ -211,8 +214,8 @@ class Trainer:
             self.loader.sampler.set_epoch(self.epoch)
         self.parallel.train()
         batches = iter(self.loader)
-        sums = recent = torch.zeros(3, dtype=torch.float64, device=world.device)
-        start, since, on_terminal = time.perf_counter(), 0, sys.stderr.isatty()
+        sums = recent = torch.zeros(4, dtype=torch.float64, device=world.device)
+        start, on_terminal = time.perf_counter(), sys.stderr.isatty()
         with tqdm(
             total=self.updates,
             desc=self._title,
@@ -222,26 +225,28 @@ class Trainer:
         ) as bar:
             for update in range(1, self.updates + 1):
                 recent = recent + self._update(batches)
-                since += 1
                 bar.update()
                 if update % recipe.log_interval == 0 or update == self.updates:
-                    mean = world.sum(recent.clone()) / world.size / since
-                    self._check_finite(mean[0].item())
-                    sums, recent, since = sums + mean * since, torch.zeros_like(recent), 0
+                    recent = world.sum(recent)
+                    mean, sums, recent = recent[0] / recent[3], sums + recent, torch.zeros_like(recent)
                     rate = update * recipe.total_batch(world.size) / (time.perf_counter() - start)
-                    status = f'loss {mean[0]:.3f}, lr {self._lr:.2e}, {rate:.1f} images/s, {self._eta}'
+                    status = f'loss {mean:.3f}, lr {self._lr:.2e}, {rate:.1f} images/s, {self._eta}'
                     bar.set_postfix_str(status)
                     if not on_terminal:
                         _logger.info('%s, update %d/%d: %s', self._title, update, self.updates, status)
         if world.is_distributed and not recipe.sync_bn:
             for model in (self.model, *([self.ema.module] if self.ema else [])):
                 distribute_bn(model, world.size, reduce=True)
-        loss, main, aux = (sums / self.updates).tolist()
+        loss, main, aux = (sums[:3] / sums[3]).tolist()
         heads = {'train_loss_main': main, 'train_loss_aux': aux} if recipe.aux_weight else {}
         return {'train_loss': loss, **heads, 'train_images_per_second': rate}
 
     def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Run one update and return the losses of this process: total, main and auxiliary, (3,)."""
+        """Run one update.
+
+        Returns:
+            (4,), the losses of this process, total, main and auxiliary, and 1; zeros if they are not finite.
+        """
         recipe, world, parallel = self.recipe, self.world, self.parallel
         losses = torch.zeros(3, dtype=torch.float64, device=world.device)
         for step in range(recipe.grad_accum_steps):
@@ -257,6 +262,7 @@ class Trainer:
                 main = self.loss(logits['main'].float(), targets)
                 aux = self.loss(logits['aux'].float(), targets) if 'aux' in logits else torch.zeros_like(main)
                 loss = main + recipe.aux_weight * aux
+                self.guard.watch(loss)
                 self.scaler.scale(loss / recipe.grad_accum_steps).backward()
             losses += torch.stack([loss, main, aux]).detach().double() / recipe.grad_accum_steps
         if recipe.clip_grad:
@@ -267,9 +273,13 @@ class Trainer:
         self.optimizer.zero_grad()
         self.done += 1
         self.scheduler.step_update(self.done)
-        if self.ema:
+        if not self.guard.made():
+            self._tell_left_out(losses)
+            if not losses.isfinite().all():
+                return losses.new_zeros(4)
+        elif self.ema:
             self.ema.update(self.model)
-        return losses
+        return torch.cat([losses, losses.new_ones(1)])
 
     def _validate(self) -> dict[str, float]:
         """Return the figures of the weights as `val_*`, and of their average as `val_ema_*`."""
@@ -278,23 +288,38 @@ class Trainer:
         for prefix, model in models.items():
             figures, _ = evaluate(model, self.val_loader, self.world, self.recipe.autocast)
             row |= {f'{prefix}{name}': value for name, value in figures.items() if not name.startswith('images')}
-        self._check_finite(row['val_loss'])
+        if not isfinite(row['val_loss']):
+            raise self._diverged(f'The loss of the validation became {row["val_loss"]}')
         return row
 
-    def _check_finite(self, loss: float) -> None:
-        """Stop the run if a loss, the same in all processes, is not finite."""
-        if isfinite(loss):
-            return
+    def _tell_left_out(self, losses: Tensor) -> None:
+        """Log that an update was left out, in all processes, or end the run."""
+        named = zip(
+            ('loss', 'main', 'auxiliary'), (self.world.sum(losses.clone()) / self.world.size).tolist(), strict=True
+        )
+        what = (
+            f'The loss or a gradient of update {(self.done - 1) % self.updates + 1} is not finite '
+            f'({", ".join(f"{name} {value:.4g}" for name, value in named)})'
+        )
+        if self.guard.must_stop:
+            raise self._diverged(what)
+        _logger.warning('%s: %s: it was left out, %d so far', self._title, what, self.guard.skipped)
+
+    def _diverged(self, what: str) -> UserError:
         last = self.output / LAST
         kept = f'{last} holds the state of epoch {self.epoch}' if last.exists() else 'there is no checkpoint yet'
-        raise UserError(
-            f'The loss became {loss} in epoch {self.epoch + 1}; {kept}. Lower --lr-base, raise '
-            f'--warmup-epochs{", or take --no-amp" if self.recipe.amp else ""}.'
+        return UserError(
+            f'{what} in epoch {self.epoch + 1}; {kept}. Lower --lr-base, raise --warmup-epochs'
+            f'{", take --no-amp" if self.recipe.amp else ""} or --on-nan skip, which leaves out such updates.'
         )
 
     def _save(self) -> None:
         if not self.world.is_first:
             return
+        weights = {'': self.model, **({' of the average': self.ema.module} if self.ema else {})}
+        for kind, model in weights.items():
+            if found := non_finite(model.state_dict()):
+                raise self._diverged(f'{len(found)} tensors{kind} (first {found[0]}) are not finite')
         metric = 'val_ema_top1' if self.ema else 'val_top1'
         best = max(self.history, key=lambda row: row[metric])
         content = dict(

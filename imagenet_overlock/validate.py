@@ -24,7 +24,7 @@ from imagenet_overlock.model import Classifier, check_model, load_for_validation
 from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import WEIGHTS, find_file
 from overlock.utils.errors import UserError
-from overlock.utils.files import whole_file
+from overlock.utils.files import check_writable, whole_file
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,15 @@ def validate(
 
 
 def _check_outputs(confusion: str | os.PathLike | None, results: str | os.PathLike | None) -> None:
-    """Check that both are names for files."""
+    """Check that both are names for files that can be written."""
     for name, path in (('--confusion', confusion), ('--results', results)):
         if path is not None and Path(path).is_dir():
             raise UserError(f'{name} takes the name of a file, got the folder {path}.')
     if confusion is not None and Path(confusion).suffix not in ('.csv', '.png'):
         raise UserError(f'--confusion takes a file name that ends in .csv or .png, got {confusion}.')
+    for output in (confusion, results):
+        if output is not None:
+            check_writable(output)
 
 
 def _images(

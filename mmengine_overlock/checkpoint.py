@@ -2,52 +2,66 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
-import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mmengine.fileio
 import mmengine.runner.checkpoint
-import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import CheckpointLoader
+from torch import nn
 
-from overlock.checkpoint.reading import LoggedValues, restored, safely
+from overlock.checkpoint import find_file
+from overlock.checkpoint.fitting import compare_weights
+from overlock.checkpoint.reading import check_whole, explained, read
+from overlock.checkpoint.stand_ins import LoggedValues
 from overlock.utils.errors import CheckpointError
 from overlock.utils.files import whole_file
 
-# Where this is set, a torch.load without `weights_only` runs the code of a file.
-_TRUSTING = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+# mmengine's function, and what it loads from, for messages.
+_load_by_mmengine = mmengine.runner.checkpoint.load_state_dict
+_latest = {'source': 'the state dict'}
 
 
-def _safely(loader: Callable) -> Callable:
-    """Wrap one of mmengine's loaders so that it runs no code of the file and explains a file it cannot read."""
-
-    @functools.wraps(loader)
-    def load(filename: str, map_location: Any = None) -> Any:
-        with safely(filename):
-            trusting = os.environ.pop(_TRUSTING, None)
-            try:
-                return _with_history(restored(loader(filename, map_location)))
-            finally:
-                if trusting is not None:
-                    os.environ[_TRUSTING] = trusting
-
-    load.is_weights_only = True  # type: ignore[attr-defined]
-    return load
+def load_from_file(filename: str, map_location: Any = None, **_: Any) -> dict[str, Any]:
+    """Load a checkpoint by path, URL or published name; tensors stay on the CPU, as models and optimizers copy them."""
+    path = find_file(filename)
+    checkpoint = read(path)
+    with explained(path):
+        _latest['source'] = filename
+        return _for_mmengine(checkpoint)
 
 
-def _with_history(checkpoint: Any) -> Any:
-    hub = checkpoint.get('message_hub') if isinstance(checkpoint, dict) else None
-    logs = (hub or {}).get('log_scalars', {})
+def load_from_storage(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Load a checkpoint from a storage that mmengine's file backends know."""
+    with mmengine.fileio.get_local_path(filename, backend_args={'backend': 'petrel'}) as path:
+        return load_from_file(str(path))
+
+
+def _for_mmengine(checkpoint: Any) -> dict[str, Any]:
+    """Return a checkpoint with mmengine's logs, and without what its runner would run as code."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict', {}), dict):
+        raise CheckpointError('holds no state dict: expected a dictionary of tensors; give a file of weights')
+    logs = checkpoint.get('message_hub', {}).get('log_scalars', {})
     for name, value in logs.items():
         if isinstance(value, LoggedValues):
             logs[name] = HistoryBuffer(*value.arguments)
+    # `Runner.resume` would read it as a configuration in Python; today's runner writes `cfg`, which it does not read.
+    checkpoint.get('meta', {}).pop('config', None)
     return checkpoint
+
+
+def _load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    """Load what fits, as mmengine does, but no integers, NaN or infinity where the model has real numbers."""
+    model: Any = module
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    compare_weights(model, state_dict, _latest['source']).require_numbers()
+    _load_by_mmengine(module, state_dict, *args, **kwargs)
 
 
 class WholeFileBackend(LocalBackend):
@@ -64,15 +78,22 @@ class WholeFileBackend(LocalBackend):
 def use_safe_files() -> None:
     """Make mmengine read checkpoints of every scheme safely and write files whole; a second call changes nothing."""
     register_backend('local', WholeFileBackend, force=True, prefixes='')
-    for prefix, loader in list(CheckpointLoader._schemes.items()):
-        if not hasattr(loader, 'is_weights_only'):
-            CheckpointLoader.register_scheme(prefix, _safely(loader), force=True)
-    # Unlike torch.load, torch.hub takes any object by default.
-    mmengine.runner.checkpoint.load_url = functools.partial(torch.hub.load_state_dict_from_url, weights_only=True)
+    for prefix in ('', 'http://', 'https://'):
+        CheckpointLoader.register_scheme(prefix, load_from_file, force=True)
+    for prefix in (r'(\S+\:)?s3://', r'(\S+\:)?petrel://'):
+        CheckpointLoader.register_scheme(prefix, load_from_storage, force=True)
+    # A store inside one company, whose loader reads files by itself.
+    CheckpointLoader._schemes.pop('pavi://', None)
+    module = mmengine.runner.checkpoint
+    # The names of model zoos stand for URLs.
+    module.load_from_http = load_from_file
+    module.load_state_dict = _load_state_dict
 
 
 def find_resumable(work_dir: str | Path) -> Path | None:
     """Find the checkpoint to continue from: the one named in `last_checkpoint`, else the newest that is whole.
+
+    A file of that name in the folder itself comes first: the folder may be a copy of the one that the path names.
 
     Args:
         work_dir: Folder of the earlier run; it need not exist.
@@ -88,15 +109,16 @@ def find_resumable(work_dir: str | Path) -> Path | None:
     named = [Path(line) for line in pointer.read_text().split('\n')[:1] if line] if pointer.is_file() else []
     # `best_*.pth` hold no optimizer state.
     saved = [path for path in work_dir.glob('*.pth') if not path.name.startswith('best_')]
-    candidates = [*named, *sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)]
+    newest = sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)
+    inside = [work_dir / path.name for path in named]
+    # A configuration may keep its checkpoints elsewhere.
+    candidates = list(dict.fromkeys([*inside, *newest] if newest else named))
     for path in candidates:
-        if zipfile.is_zipfile(path):
+        try:
+            check_whole(path)
             return path
-        print_log(
-            f'{path} is missing or was cut off while it was written; trying the one before it.',
-            'current',
-            logging.WARNING,
-        )
+        except CheckpointError as error:
+            print_log(f'{error} Trying the one before it.', 'current', logging.WARNING)
     if candidates:
         raise CheckpointError(
             f'None of the checkpoints in {work_dir} is whole; remove them to start again, or give one with '

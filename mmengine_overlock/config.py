@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from overlock.checkpoint import find_file
 from overlock.utils.configs import find_config
 from overlock.utils.errors import UserError
+from overlock.utils.files import check_writable
 
 
 def load_config(
@@ -28,7 +29,7 @@ def load_config(
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        UserError: The file does not exist, its `custom_imports` fail, or an option fits nowhere.
+        UserError: The file does not exist, its `custom_imports` fail, an option fits nowhere, or FSDP is asked for.
     """
     path = find_config(path)
     try:
@@ -47,6 +48,12 @@ def load_config(
         cfg.merge_from_dict(options or {})
     except (KeyError, TypeError, AssertionError) as error:
         raise UserError(f'--cfg-options do not fit {path}: {error.args[0]}') from error
+    wrapper = (cfg.get('model_wrapper_cfg') or {}).get('type')
+    if cfg.get('runner_type') == 'FlexibleRunner' or wrapper == 'MMFullyShardedDataParallel':
+        raise UserError(
+            f'{path} asks for sharded training by {wrapper or cfg.runner_type}, which is not supported; take it out: '
+            'models of this size train by DDP, and --amp and model.backbone.with_cp=True save memory.'
+        )
     cfg.work_dir = str(work_dir or cfg.get('work_dir') or Path('work_dirs') / path.stem)
     cfg.launcher = launcher
     return cfg
@@ -165,10 +172,11 @@ def save_predictions(cfg: Config, path: str | Path) -> None:
     """Write the predictions of the test into a pickle file.
 
     Raises:
-        UserError: The name does not end in .pkl or .pickle.
+        UserError: The name does not end in .pkl or .pickle, or the file cannot be written.
     """
     if Path(path).suffix not in ('.pkl', '.pickle'):
         raise UserError(f'--out takes a file name that ends in .pkl or .pickle, got {path}.')
+    check_writable(path)
     kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpSegResults'
     cfg.test_evaluator = [*as_list(cfg.test_evaluator), dict(type=kind, out_file_path=str(path))]
 

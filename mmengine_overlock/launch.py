@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mmengine.config import Config
@@ -10,6 +14,7 @@ from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 from torch import distributed, nn
+from torch.distributed import PrefixStore, Store, rendezvous
 
 from overlock.layers.sync_norm import synchronize_on_cpus
 from overlock.utils.distributed import check_gpus
@@ -23,31 +28,63 @@ _VARIABLES = {
 }
 
 
+def is_first(launcher: str) -> bool:
+    """Return whether this process is the first of its run; a shell inside a Slurm job has a rank, too."""
+    return launcher == 'none' or os.environ.get(_VARIABLES[launcher][0]) == '0'
+
+
+@contextmanager
+def agreed(launcher: str) -> Iterator[None]:
+    """Run what a process does before its group forms; where one of them fails, all of them end.
+
+    srun and mpirun end the other processes themselves. torchrun ends those of the same machine only: the others learn
+    of the failure by its store.
+
+    Raises:
+        UserError: The launcher did not start this process, or started more processes than there are GPUs, or the block
+            raised in another process.
+    """
+    missing = [name for name in _VARIABLES.get(launcher, ()) if name not in os.environ]
+    if missing:
+        raise UserError(
+            f'--launcher {launcher} needs {", ".join(missing)} in the environment; start the run with '
+            'tools/dist_train.sh, tools/dist_test.sh, tools/slurm_train.sh or tools/slurm_test.sh.'
+        )
+    tells = launcher == 'pytorch' and 'MASTER_ADDR' in os.environ
+    try:
+        if launcher != 'none' and get_device() == 'cuda':
+            check_gpus()
+        yield
+    except BaseException as error:
+        if tells:
+            _store().set('failed', f'Process {os.environ["RANK"]} on {socket.gethostname()}: {error!s}')
+        raise
+    if tells:
+        store = _store()
+        # The last to come speaks for all. Those on the machine of a failed process may never come.
+        if store.add('ready', 1) == int(os.environ['WORLD_SIZE']):
+            store.set('failed', '')
+        # Waits until it is set.
+        if failed := store.get('failed').decode():
+            raise UserError(failed)
+
+
+@functools.cache
+def _store() -> Store:
+    return PrefixStore('overlock', next(rendezvous('env://'))[0])
+
+
 def prepare_launch(cfg: Config) -> None:
     """Prepare this process and its configuration for a distributed run; without a launcher nothing changes.
 
     Args:
         cfg: Changed in place.
-
-    Raises:
-        UserError: The launcher did not start this process, or started more processes than there are GPUs.
     """
-    if cfg.launcher == 'none':
-        return
-    names = _VARIABLES[cfg.launcher]
-    missing = [name for name in names if name not in os.environ]
-    if missing:
-        raise UserError(
-            f'--launcher {cfg.launcher} needs {", ".join(missing)} in the environment; start the run with '
-            'tools/dist_train.sh, tools/dist_test.sh, tools/slurm_train.sh or tools/slurm_test.sh.'
-        )
-    device = get_device()
-    if device == 'cuda':
-        check_gpus()
-    elif device == 'cpu':
+    if cfg.launcher != 'none' and get_device() == 'cpu':
         # mmengine sets a CUDA device before it forms the process group.
         if not distributed.is_initialized():
-            os.environ.update(zip(_VARIABLES['pytorch'], [os.environ[name] for name in names], strict=True))
+            given = [os.environ[name] for name in _VARIABLES[cfg.launcher]]
+            os.environ.update(zip(_VARIABLES['pytorch'], given, strict=True))
             os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
             os.environ.setdefault('MASTER_PORT', '29500')
             distributed.init_process_group('gloo')

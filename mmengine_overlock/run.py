@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmengine.runner import Runner
 
 from mmengine_overlock.amp import enable_amp
 from mmengine_overlock.checkpoint import find_resumable, use_safe_files
+from mmengine_overlock.checkpoint_hook import LosslessCheckpointHook  # noqa: F401  (registered)
 from mmengine_overlock.config import (
     add_tensorboard,
     draw_predictions,
@@ -25,12 +27,16 @@ from mmengine_overlock.config import (
     use_tta,
 )
 from mmengine_overlock.data import check_data
+from mmengine_overlock.data.samples import name_samples
 from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
-from mmengine_overlock.launch import finish_launch, prepare_launch
+from mmengine_overlock.launch import agreed, finish_launch, is_first, prepare_launch
+from mmengine_overlock.nan import NonFiniteHook
+from mmengine_overlock.resume import make_resumable
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
+from mmengine_overlock.stop import StopHook, shield_workers
+from mmengine_overlock.work_dir import owned
 from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
-from overlock.utils.distributed import local_rank
 
 
 def train(
@@ -43,7 +49,9 @@ def train(
     compile: bool = False,
     tensorboard: bool = False,
     data_root: str | Path | None = None,
+    check: bool = True,
     weights: str | None = None,
+    on_nan: str = 'stop',
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> Runner:
@@ -58,7 +66,9 @@ def train(
         compile: Compile the blocks of the backbone with torch.compile.
         tensorboard: Write scalars for TensorBoard too.
         data_root: Folder of the data, instead of the configuration's.
+        check: Check the data before the run.
         weights: Weights of the backbone to start from, instead of the configuration's.
+        on_nan: 'stop' the run where a loss or a gradient is not finite, or 'skip' the update.
         cfg_options: Settings by dotted name, over those of the configuration.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
@@ -67,27 +77,40 @@ def train(
 
     Raises:
         UserError, CheckpointError: What the user gave cannot be used; one sentence says why.
+        SystemExit: A signal stopped the training after a checkpoint was saved, see `StopHook`.
     """
-    cfg = load_config(config, cfg_options, work_dir, launcher)
-    if data_root is not None:
-        set_data_root(cfg, data_root)
-    if weights is not None:
-        set_weights(cfg, weights)
-    if amp:
-        enable_amp(cfg)
-    if auto_scale_lr:
-        enable_auto_scale_lr(cfg)
-    if tensorboard:
-        add_tensorboard(cfg)
-    _set_resume(cfg, resume)
-    runner = _build_runner(cfg, 'train', 'val', strict=cfg.resume)
-    if cfg.resume:
-        _skip_pretrained(runner)
-    if compile:
-        compile_backbones(runner.model)
-    runner.train()
-    finish_launch()
-    return runner
+    with ExitStack() as stack:
+        with agreed(launcher):
+            cfg = load_config(config, cfg_options, work_dir, launcher)
+            if is_first(launcher):
+                stack.enter_context(owned(cfg.work_dir))
+            if data_root is not None:
+                set_data_root(cfg, data_root)
+            if weights is not None:
+                set_weights(cfg, weights)
+            if amp:
+                enable_amp(cfg)
+            if auto_scale_lr:
+                enable_auto_scale_lr(cfg)
+            if tensorboard:
+                add_tensorboard(cfg)
+            _set_resume(cfg, resume)
+            if check:
+                check_data(cfg, 'train', 'val')
+        runner = _build_runner(cfg, strict=cfg.resume)
+        runner.register_hook(NonFiniteHook(on_nan))
+        make_resumable(runner)
+        shield_workers(runner)
+        stop = StopHook()
+        runner.register_hook(stop)
+        if cfg.resume:
+            _skip_pretrained(runner)
+        if compile:
+            compile_backbones(runner.model)
+        with stop.listening():
+            runner.train()
+        finish_launch()
+        return runner
 
 
 def test(
@@ -102,6 +125,7 @@ def test(
     amp: bool = False,
     compile: bool = False,
     data_root: str | Path | None = None,
+    check: bool = True,
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
 ) -> dict[str, float]:
@@ -115,7 +139,7 @@ def test(
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
         amp: Run the backbone in bfloat16.
-        work_dir, compile, data_root, cfg_options, launcher: See `train`.
+        work_dir, compile, data_root, check, cfg_options, launcher: See `train`.
 
     Returns:
         The metrics by name.
@@ -123,17 +147,20 @@ def test(
     Raises:
         UserError, CheckpointError: What the user gave cannot be used; one sentence says why.
     """
-    cfg = load_config(config, cfg_options, work_dir, launcher)
-    cfg.load_from, cfg.resume = _local(checkpoint), False
-    if data_root is not None:
-        set_data_root(cfg, data_root)
-    if tta:
-        use_tta(cfg)
-    if show_dir is not None or show:
-        draw_predictions(cfg, show_dir, show)
-    if out is not None:
-        save_predictions(cfg, out)
-    runner = _build_runner(cfg, 'test', strict=True)
+    with agreed(launcher):
+        cfg = load_config(config, cfg_options, work_dir, launcher)
+        cfg.load_from, cfg.resume = _local(checkpoint), False
+        if data_root is not None:
+            set_data_root(cfg, data_root)
+        if tta:
+            use_tta(cfg)
+        if show_dir is not None or show:
+            draw_predictions(cfg, show_dir, show)
+        if out is not None:
+            save_predictions(cfg, out)
+        if check:
+            check_data(cfg, 'test')
+    runner = _build_runner(cfg, strict=True)
     if amp:
         narrow_backbones(runner.model)
     if compile:
@@ -162,10 +189,8 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
     cfg.load_from = start and _local(str(start))
 
 
-def _build_runner(cfg: Config, *splits: str, strict: bool) -> Runner:
-    # One process of each machine looks at the files. A shell inside a Slurm job has a rank, too.
-    if cfg.launcher == 'none' or local_rank() == 0:
-        check_data(cfg, *splits)
+def _build_runner(cfg: Config, *, strict: bool) -> Runner:
+    name_samples()
     use_safe_files()
     if get_device() == 'cpu':
         keep_freed_memory()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.disk import Disk
+
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 # Without a GPU Triton's interpreter runs our kernels; it has to be asked for before anything imports triton.
@@ -48,3 +50,11 @@ def run_tool(monkeypatch, capsys):
 
     yield run
     forget()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system, which can be full or read-only."""
+    disk = Disk(tmp_path / 'disk')
+    yield disk
+    disk.leave()

@@ -40,7 +40,7 @@ MAY_IMPORT = {
         'overlock.ops',
         'overlock.utils',
     ],
-    'mmengine_overlock': ['overlock', 'cv2', 'mmengine', 'numpy', 'PIL', 'pycocotools', 'torch'],
+    'mmengine_overlock': ['overlock', 'cv2', 'filelock', 'mmengine', 'numpy', 'PIL', 'pycocotools', 'torch', 'tqdm'],
     'mmdet_overlock': ['mmengine_overlock', 'mmdet'],
     'mmseg_overlock': ['mmengine_overlock', 'mmseg'],
     'imagenet_overlock': ['overlock', 'matplotlib', 'numpy', 'PIL', 'timm', 'torch', 'tqdm', 'yaml'],

@@ -1,8 +1,11 @@
 """A model, a data set, a metric and a configuration of them that trains in milliseconds."""
 
+import random
+import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel, BaseModule
@@ -48,15 +51,25 @@ def write_config(folder: Path, more: str = '', by_iteration: bool = False) -> Pa
 class ToyDataset(Dataset):
     """Points on a plane, and the values of a linear function there."""
 
-    def __init__(self, length=16):
+    def __init__(self, length=16, noise=0.0, delay=0.0):
         generator = torch.Generator().manual_seed(0)
         self.inputs = torch.randn(length, 4, generator=generator)
+        self.noise, self.delay = noise, delay
 
     def __len__(self):
         return len(self.inputs)
 
     def __getitem__(self, index):
-        return dict(inputs=self.inputs[index], targets=self.inputs[index].sum())
+        inputs = self.inputs[index]
+        time.sleep(self.delay)
+        if self.noise:
+            # Of all three generators that transforms use.
+            noise = torch.tensor([random.random(), np.random.rand(), float(torch.rand(())), 0.0])
+            inputs = inputs + self.noise * noise
+        return dict(inputs=inputs, targets=self.inputs[index].sum())
+
+    def get_data_info(self, index):
+        return dict(width=1 + index % 3, height=2)
 
 
 @MODELS.register_module()
@@ -71,16 +84,17 @@ class ToyBackbone(BaseModule):
 
 @MODELS.register_module()
 class ToyModel(BaseModel):
-    def __init__(self, backbone, norm_cfg=None, data_preprocessor=None, init_cfg=None):
+    def __init__(self, backbone, norm_cfg=None, dropout=0.0, data_preprocessor=None, init_cfg=None):
         super().__init__(data_preprocessor, init_cfg)
         self.backbone = MODELS.build(backbone)
         self.norm = {None: nn.Identity, 'BN': nn.BatchNorm1d, 'SyncBN': nn.SyncBatchNorm}[
             norm_cfg and norm_cfg['type']
         ](self.backbone.fc.out_features)
+        self.dropout = nn.Dropout(dropout)
         self.toy_head = nn.Linear(self.backbone.fc.out_features, 1)
 
     def forward(self, inputs, targets=None, mode='tensor'):
-        outputs = self.toy_head(self.norm(self.backbone(inputs))).squeeze(-1)
+        outputs = self.toy_head(self.dropout(self.norm(self.backbone(inputs)))).squeeze(-1)
         if mode == 'loss':
             return dict(loss=(outputs - targets).square().mean())
         return [dict(pred=output, target=target) for output, target in zip(outputs, targets, strict=True)]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from overlock.checkpoint.download import find_file
-from overlock.checkpoint.reading import load, read_pickled
+from overlock.checkpoint.fitting import check_numbers
+from overlock.checkpoint.reading import load, read
 from overlock.checkpoint.recognize import recognize
 from overlock.models.arch import ARCHS
 from overlock.models.moganet import MOGANET_ARCHS, MogaNet, MogaNetTrunk
@@ -163,6 +164,8 @@ def convert_file(
     if out.exists() and out.samefile(path):
         raise UserError(f'the output {out} is the file that is converted; give another name, so that nothing is lost')
     given = load(source, ema)
+    # Heads have no network here to be compared with.
+    check_numbers(given, source)
     converted, report = convert(given, names, form, backbone, source)
     # Files hold the whole memory of a view.
     tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in converted.items()}
@@ -189,7 +192,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any
 
 def read_classes(path: Path) -> dict[str, Any]:
     """Read the classes from a file of a detector or segmenter; empty for a .safetensors file."""
-    content = read_pickled(path) if path.suffix != '.safetensors' else {}
+    content = read(path)
     meta = content.get('meta') if isinstance(content, Mapping) else None
     return {name: meta[name] for name in _CLASSES if name in meta} if isinstance(meta, Mapping) else {}
 

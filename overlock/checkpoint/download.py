@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import http.client
 import os
 import re
@@ -19,8 +18,10 @@ from torch.hub import tqdm
 from overlock.checkpoint.registry import REFUSED, WEIGHTS
 from overlock.utils.distributed import local_rank
 from overlock.utils.errors import CheckpointError
+from overlock.utils.files import keep_hash, kept_hash, sha256_of
 
 WEIGHTS_VARIABLE = 'OVERLOCK_WEIGHTS'
+HTTP_VARIABLE = 'OVERLOCK_ALLOW_HTTP'
 TIMEOUT = 60
 
 
@@ -40,6 +41,8 @@ def find_file(source: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f'{source} fits no network here: {REFUSED[path.name]}')
     if os.path.isfile(path):
         return path
+    if os.path.isdir(path):
+        raise CheckpointError(f'{path} is a folder, expected a weight file; give the path of a file in it.')
     url = WEIGHTS[source].url if source in WEIGHTS else source
     if not _is_url(url):
         close = difflib.get_close_matches(source, WEIGHTS, 3)
@@ -83,14 +86,24 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
     A part that came before a break stays beside `path` with the suffix `.part`, and the next attempt continues it if
     the server says that the file is still the same. The file takes its name once it is whole and its hash is right:
-    `sha256`, in full or its first digits, by default those in a name like torch hub's, `weights-0123abcd.pth`.
+    `sha256`, in full or its first digits, by default those in a name like torch hub's, `weights-0123abcd.pth`. Its
+    SHA-256 is kept beside it, and checked wherever the file is used again.
 
     Raises:
         CheckpointError: If the file is not as it should be; nothing of it is kept.
         OSError: If the server cannot be reached, or the connection broke and no more came at the next attempt.
     """
+    # Digits alone are rather a date.
+    in_name = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', path.name)
+    sha256 = sha256 or (in_name[1] if in_name else '')
     if path.is_file():
+        _check_kept(path, sha256)
         return
+    if url.lower().startswith('http://') and len(sha256) < 16 and os.environ.get(HTTP_VARIABLE) != '1':
+        raise CheckpointError(
+            f'{url} is not encrypted and has no known SHA-256, so that others on the way could change the file; give '
+            f'an address with https://, or set {HTTP_VARIABLE}=1 to trust the network.'
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     part, version, lock = (
         path.with_name(f'{path.name}{suffix}') for suffix in ('.part', '.part.version', '.part.lock')
@@ -105,9 +118,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
                 raise ConnectionError(f'the connection broke after {reached} bytes, and again')
         version.unlink(missing_ok=True)
         try:
-            # Digits alone are rather a date.
-            in_name = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', path.name)
-            _check(part, url, sha256 or (in_name[1] if in_name else ''))
+            keep_hash(path, _check(part, url, sha256))
         except CheckpointError:
             part.unlink()
             raise
@@ -132,6 +143,8 @@ def _fetch(url: str, part: Path, version: Path) -> bool:
         version.unlink()
         return False
     with response:
+        if url.lower().startswith('https://') and not response.url.lower().startswith('https://'):
+            raise ConnectionError(f'the server sends on to {response.url}, which is not encrypted')
         if response.status != 206:
             begun = 0
         length = response.headers.get('Content-Length')
@@ -163,8 +176,17 @@ def _fetch(url: str, part: Path, version: Path) -> bool:
     return part.stat().st_size == total
 
 
-def _check(part: Path, url: str, sha256: str) -> None:
-    digest = hashlib.sha256()
+def _check_kept(path: Path, sha256: str) -> None:
+    expected = sha256 or kept_hash(path)
+    if expected and not sha256_of(path).startswith(expected):
+        raise CheckpointError(
+            f'{path} is not the file that was downloaded: expected SHA-256 {expected}, got {sha256_of(path)}; remove '
+            'it, and it is downloaded again.'
+        )
+
+
+def _check(part: Path, url: str, sha256: str) -> str:
+    """Return the SHA-256 of a download."""
     with part.open('rb') as file:
         head = file.read(9)
         # torch writes a zip archive or a pickle; safetensors writes JSON behind its length.
@@ -173,11 +195,10 @@ def _check(part: Path, url: str, sha256: str) -> None:
                 f'the file from {url} is no weight file: expected one of torch.save or safetensors, got '
                 f'{part.stat().st_size} bytes that begin with {head!r}; look at the address with a browser.'
             )
-        file.seek(0)
-        while sha256 and (chunk := file.read(1 << 20)):
-            digest.update(chunk)
-    if sha256 and not digest.hexdigest().startswith(sha256):
+    digest = sha256_of(part)
+    if not digest.startswith(sha256):
         raise CheckpointError(
-            f'the file from {url} is not the published one: expected SHA-256 {sha256}, got {digest.hexdigest()}; fetch '
-            'it from somewhere else.'
+            f'the file from {url} is not the published one: expected SHA-256 {sha256}, got {digest}; fetch it from '
+            'somewhere else.'
         )
+    return digest

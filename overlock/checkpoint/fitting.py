@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from overlock.checkpoint.reading import load
@@ -23,6 +26,7 @@ class LoadReport:
         new: Entries of the model that the file does not have, counts of batches left out; they keep their values.
         dropped: Entries of the file that the model has no place for.
         misfits: The expected and the received shape of entries that both have in another shape.
+        flaws: Why entries that both have cannot be weights of the model, such as integers or NaN for real numbers.
     """
 
     source: str
@@ -30,9 +34,20 @@ class LoadReport:
     new: tuple[str, ...]
     dropped: tuple[str, ...]
     misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    flaws: Mapping[str, str] = field(default_factory=dict)
+
+    def require_numbers(self) -> None:
+        """Raise a CheckpointError if entries are no weights."""
+        if self.flaws:
+            name, flaw = next(iter(self.flaws.items()))
+            raise CheckpointError(
+                f'{self.source} holds {len(self.flaws)} tensor{"s"[: len(self.flaws) > 1]} that cannot be weights '
+                f'(first {name}: {flaw}); give a file of a training that went well'
+            )
 
     def require(self, remedy: str, model: str = 'this model') -> None:
         """Raise a CheckpointError with a remedy unless the file is of the whole model and nothing else."""
+        self.require_numbers()
         shapes = [', expected {}, got {}'.format(*shapes) for shapes in self.misfits.values()]
         reasons = [
             f'{len(names)} tensor{"s"[: len(names) > 1]} {kind} (first {names[0]}{more})'
@@ -74,14 +89,45 @@ def compare_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
                 twin = network.twin(form, source).state_dict()
                 wanted = {name: value for name, value in wanted.items() if not name.startswith(prefix)}
                 wanted |= {f'{prefix}{name}': value for name, value in twin.items()}
-    shapes = {name: (tuple(wanted[name].shape), tuple(given[name].shape)) for name in wanted if name in given}
+    flaws = {name: _flaw(given[name], value) for name, value in wanted.items() if name in given}
+    shapes = {
+        name: (tuple(wanted[name].shape), tuple(given[name].shape)) for name in flaws if isinstance(given[name], Tensor)
+    }
     return LoadReport(
         source,
         loaded=tuple(name for name, (expected, received) in shapes.items() if expected == received),
         new=tuple(name for name in wanted if name not in given and not name.endswith('num_batches_tracked')),
         dropped=tuple(name for name in given if name not in wanted),
         misfits={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
+        flaws={name: flaw for name, flaw in flaws.items() if flaw},
     )
+
+
+def check_numbers(state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Check that a state dict holds no NaN, infinity or complex numbers.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    flaws = {name: _flaw(value, value) for name, value in state_dict.items()}
+    LoadReport(source, (), (), (), flaws={name: flaw for name, flaw in flaws.items() if flaw}).require_numbers()
+
+
+def _flaw(value: Any, wanted: Tensor) -> str:
+    """Say why a value cannot be the entry `wanted` of a model; '' if it can. Floats of all widths are alike."""
+    if not isinstance(value, Tensor):
+        return f'a {type(value).__name__}, expected a tensor'
+    if value.is_meta:
+        return '' if wanted.is_meta else 'a shape without values'
+    if value.is_complex() or (wanted.is_floating_point() and not value.is_floating_point()):
+        return f'{value.dtype}, expected {wanted.dtype}'
+    if not value.is_floating_point() or not value.numel():
+        return ''
+    # torch has no minimum of floats of 8 bits. Both ends are NaN where one value is.
+    numbers = value.detach().float() if value.dtype.itemsize == 1 else value.detach()
+    if all(math.isfinite(end.item()) for end in torch.aminmax(numbers)):
+        return ''
+    return f'{int((~numbers.isfinite()).sum())} of {value.numel()} values are NaN or infinite'
 
 
 def load_pretrained(

@@ -31,6 +31,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option('--work-dir', metavar='DIR', help='folder for logs and checkpoints (default: work_dirs/<name of config>)')
     option('--data-root', metavar='DIR', help='folder of the data, for every data set and evaluator')
+    option('--no-check', dest='check', action='store_false', help='start without a check of the data')
     option('--compile', action='store_true', help='compile the backbone with torch.compile')
     add_cfg_options(parser)
     launchers = ['none', 'pytorch', 'slurm', 'mpi']

@@ -19,6 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option('--auto-scale-lr', action='store_true', help='scale the learning rate with the total batch size')
     option('--weights', metavar='FILE', help='start the backbone from these weights: a path, URL or published name')
     option('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
+    on_nan = 'stop, or skip the update, where a loss or a gradient is not finite (default: stop)'
+    option('--on-nan', choices=['stop', 'skip'], default='stop', help=on_nan)
 
 
 def run(config: str, local_rank: str | None = None, **options: Any) -> None:

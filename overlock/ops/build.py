@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from overlock.utils.files import keep_hash, kept_hash, sha256_of
+
 NAME = 'overlock_cpu'
 SOURCES = sorted(Path(__file__).parent.rglob('*.cpp'))
 # -Wno-psabi: vectors are passed between inlined functions only, so their calling convention does not matter.
@@ -53,10 +55,17 @@ def load() -> str:
         path = library_path()
         if not path.exists():
             return 'not compiled for this PyTorch and processor; `python -m overlock.ops.build` does it'
+        if not _is_whole(path):
+            return f'{path} is not what was compiled; compile it anew: `python -m overlock.ops.build`'
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return f'it does not load ({error}); compile it anew: `python -m overlock.ops.build`'
     return ''
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a library is the compiled one: a cut one would end the process when it is loaded or called."""
+    return path.is_file() and kept_hash(path) == sha256_of(path)
 
 
 def build() -> Path:
@@ -69,7 +78,7 @@ def build() -> Path:
         ImportError: If there is no setuptools.
     """
     path = library_path()
-    if path.exists():
+    if _is_whole(path):
         return path
     from torch.utils import cpp_extension  # needs setuptools
 
@@ -82,7 +91,9 @@ def build() -> Path:
             is_python_module=False,
             build_directory=folder,
         )
-        os.replace(Path(folder) / f'{NAME}.so', path)
+        library = Path(folder) / f'{NAME}.so'
+        keep_hash(path, sha256_of(library))
+        os.replace(library, path)
     return path
 
 

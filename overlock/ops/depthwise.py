@@ -112,6 +112,9 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) ->
         (C, 1, K, K), at least float32.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    if not x.numel():
+        # MKL has no transform of nothing.
+        return x.new_zeros((x.shape[1], 1, kernel_size, kernel_size), dtype=wide)
     reach = kernel_size // 2 * dilation
     # Zeros of at least the reach behind each axis keep the ends from meeting.
     size = [length + reach for length in x.shape[2:]]

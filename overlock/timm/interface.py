@@ -15,6 +15,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from overlock.checkpoint import load, load_state_dict
+from overlock.checkpoint.fitting import compare_weights
 from overlock.models.arch import Arch
 from overlock.models.moganet import MogaArch
 from overlock.models.network import Network
@@ -160,6 +161,15 @@ class TimmModel(Network):
             nn.init.trunc_normal_(fc.weight, std=0.02)
             nn.init.zeros_(fc.bias)
         return pool.train(self.training), fc.to(like.device, like.dtype).train(self.training)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as torch does.
+
+        Raises:
+            CheckpointError: If it holds integers, NaN or infinity for weights.
+        """
+        compare_weights(self, state_dict).require_numbers()
+        return super().load_state_dict(state_dict, strict, assign)
 
     def load_pretrained(self, checkpoint_path: str) -> None:
         """Load a weight file of any form, adapted to the channels and classes of the model; timm calls this for files.

@@ -1,11 +1,12 @@
-"""Distributed runs: the rank of this process, a GPU for each process, and errors that one process reports for all."""
+"""Distributed runs: the rank of this process, a GPU for each process, and errors in one sentence each."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from overlock.utils.errors import UserError
+from overlock.utils.errors import UserError, explain_fault
 
 # Where torchrun, Open MPI and Slurm tell a process its rank on the machine, and how many processes there are on it.
 # Slurm comes last: the other two may have been started inside one of its jobs.
@@ -37,13 +38,27 @@ def check_gpus() -> None:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError` into its sentence on stderr and exit code 2, without a traceback.
+    """Turn mistakes of the user and faults of the machine into a sentence on stderr and exit code 2.
 
-    In a distributed run only the first process on each machine writes the sentence.
+    Other errors keep their traceback. A log file that cannot be written ends the process too, instead of one traceback
+    for each line. In a distributed run only the first process on each machine tells a `UserError`, which all of them
+    raise; every process tells the fault that it meets.
     """
+    handle_error = logging.FileHandler.handleError
+    logging.FileHandler.handleError = _raise_again  # type: ignore[assignment, method-assign]
     try:
         yield
-    except UserError as error:
-        if local_rank() == 0:
-            sys.stderr.write(f'{error}\n')
+    except Exception as error:
+        mistake = isinstance(error, UserError)
+        sentence = str(error) if mistake else explain_fault(error)
+        if sentence is None:
+            raise
+        if local_rank() == 0 or not mistake:
+            sys.stderr.write(f'{sentence}\n')
         raise SystemExit(2) from error
+    finally:
+        logging.FileHandler.handleError = handle_error  # type: ignore[method-assign]
+
+
+def _raise_again(handler: logging.Handler, record: logging.LogRecord) -> None:
+    raise  # noqa: PLE0704  # logging calls this while it handles the error

@@ -1,8 +1,11 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, and keep their hashes beside them."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from overlock.utils.errors import UserError
+
+_SUFFIX = '.draft'
 
 
 @contextmanager
@@ -21,23 +26,82 @@ def drafted(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
     Raises:
         UserError: The folder cannot be written to.
     """
-    first = Path(paths[0])
-    try:
-        first.parent.mkdir(parents=True, exist_ok=True)
-        temporary = TemporaryDirectory(dir=first.parent, prefix=f'.{first.stem}.')
-    except OSError as error:
-        raise UserError(f'{first} cannot be written ({error}); give a path in a writable folder.') from error
-    with temporary as folder:
+    with _beside(Path(paths[0])) as folder:
         drafts = [Path(folder, Path(path).name) for path in paths]
         yield drafts
         for draft, path in zip(drafts, paths, strict=True):
             os.replace(draft, path)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check, before long work, that a file of this path can be written; missing folders above are created.
+
+    Raises:
+        UserError: The folder cannot be written to.
+    """
+    _beside(Path(path)).cleanup()
+
+
+def _beside(path: Path) -> TemporaryDirectory[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(dir=path.parent, prefix=f'.{path.stem}.', suffix=_SUFFIX)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error}); give a path in a writable folder.') from error
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a binary file for writing; it takes the name `path` when the block ends, and never if the block raises."""
-    with drafted(path) as (draft,), draft.open('wb') as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with drafted(path) as (draft,), draft.open('wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # torch.save raises an error of its own behind that of the system, which does not tell the file.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        reason.filename = reason.filename or os.fspath(path)
+        raise reason from None
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits; a process reads a file once, unless size or time change."""
+    stat = os.stat(path)
+    return _sha256(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, *_: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path beside a file that its SHA-256 is kept at."""
+    return Path(f'{os.fspath(path)}.sha256')
+
+
+def keep_hash(path: str | os.PathLike[str], sha256: str) -> None:
+    """Keep the SHA-256 of a file beside it, as the command sha256sum writes it."""
+    with whole_file(hash_file(path)) as file:
+        file.write(f'{sha256}  {Path(path).name}\n'.encode())
+
+
+def kept_hash(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 that is kept beside a file; '' if none is."""
+    try:
+        return hash_file(path).read_text(errors='replace')[:64]
+    except FileNotFoundError:
+        return ''
+
+
+def remove_drafts(folder: str | os.PathLike[str]) -> None:
+    """Remove what processes that were killed left of `drafted` in a folder that nobody else writes to."""
+    for path in Path(folder).glob(f'.*{_SUFFIX}'):
+        shutil.rmtree(path, ignore_errors=True)

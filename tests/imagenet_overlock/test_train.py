@@ -306,17 +306,68 @@ def test_tensorboard_has_the_figures_of_every_epoch(drawn, recipe, tmp_path):
         ]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(drawn, recipe, tmp_path, monkeypatch):
-    original = Trainer._update
+@pytest.fixture
+def faulty(monkeypatch):
+    """Make the loss of some updates, counted from 0, not finite, and keep the weights before and after every update."""
+    original, weights = Trainer._update, []
 
-    def update(self, batches):
-        losses = original(self, batches)
-        return losses * math.nan if self.epoch == 1 else losses
+    def make(*faults):
+        def update(self, batches):
+            weights.append({name: value.clone() for name, value in self.model.state_dict().items()})
+            loss = self.loss
+            if self.done in faults:
+                self.loss = lambda *args: loss(*args) * math.nan
+            try:
+                return original(self, batches)
+            finally:
+                self.loss = loss
+                weights.append({name: value.clone() for name, value in self.model.state_dict().items()})
 
-    monkeypatch.setattr(Trainer, '_update', update)
-    with pytest.raises(UserError, match='The loss became nan in epoch 2; .*last.pth holds the state of epoch 1. Lower'):
+        monkeypatch.setattr(Trainer, '_update', update)
+        return weights
+
+    return make
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(drawn, recipe, tmp_path, faulty):
+    weights = faulty(3)
+    with pytest.raises(
+        UserError,
+        match='The loss or a gradient of update 2 is not finite .loss nan, main nan, auxiliary nan. in epoch 2; '
+        '.*last.pth holds the state of epoch 1. Lower',
+    ):
         train(recipe(), drawn, tmp_path)
     assert read_checkpoint(tmp_path / 'last.pth')['epoch'] == 0
+    for name, weight in weights[-1].items():
+        assert torch.equal(weight, weights[-2][name]) or 'running' in name or 'num_batches' in name
+
+
+@pytest.mark.parametrize('amp', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_skip_leaves_out_updates_and_averages_the_others(drawn, recipe, tmp_path, faulty, caplog, amp):
+    weights = faulty(3)
+    settings = dict(amp=amp, model='overlock_wide', amp_dtype='float16') if amp else {}
+    rows = train(recipe(on_nan='skip', log_interval=1, **settings), drawn, tmp_path)
+    assert all(math.isfinite(row['train_loss']) for row in rows)
+    torch.testing.assert_close(weights[7], weights[6], rtol=0, atol=0)
+    assert amp or not torch.equal(weights[9]['head.fc.weight'], weights[8]['head.fc.weight'])
+    # A loss scale leaves out some at its start.
+    assert (caplog.text.count('loss nan, main nan, auxiliary nan): it was left out')) == 1
+
+
+def test_weights_that_are_not_finite_are_not_saved(drawn, recipe, tmp_path, monkeypatch):
+    original = Trainer._validate
+
+    def validate_and_spoil(self):
+        row = original(self)
+        if self.epoch == 1:
+            self.ema.module.head.fc.bias.data[0] = math.inf
+        return row
+
+    monkeypatch.setattr(Trainer, '_validate', validate_and_spoil)
+    with pytest.raises(UserError, match='1 tensors of the average .first head.fc.bias. are not finite in epoch 2'):
+        train(recipe(), drawn, tmp_path)
+    assert read_checkpoint(tmp_path / 'last.pth')['epoch'] == 0
+    assert read_checkpoint(tmp_path / 'best.pth')['epoch'] == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import os
 import zipfile
 from collections import OrderedDict
 
+import mmengine.runner.checkpoint
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, save_checkpoint
 
+from mmengine_overlock import checkpoint
 from mmengine_overlock.checkpoint import find_resumable, use_safe_files
 from overlock.utils.errors import CheckpointError
 
@@ -106,8 +108,13 @@ def test_pickled_code_from_a_url_is_not_run(tmp_path, monkeypatch):
 
 
 def test_every_scheme_of_mmengine_loads_safely():
-    assert {'', 'http://', 'https://', 'torchvision://', 'open-mmlab://'} <= set(CheckpointLoader._schemes)
-    assert all(hasattr(loader, 'is_weights_only') for loader in CheckpointLoader._schemes.values())
+    ours = {checkpoint.load_from_file, checkpoint.load_from_storage}
+    zoos = {'modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://'}
+    schemes = CheckpointLoader._schemes
+    assert {'', 'http://', 'https://'} <= set(schemes) and zoos <= set(schemes)
+    assert {loader for scheme, loader in schemes.items() if scheme not in zoos} == ours
+    # These look an address up, and go on here.
+    assert mmengine.runner.checkpoint.load_from_http is checkpoint.load_from_file
 
 
 def test_getattr_reaches_nothing(tmp_path):
@@ -119,10 +126,10 @@ def test_getattr_reaches_nothing(tmp_path):
 
 def test_a_file_cannot_replace_the_functions_of_logs(tmp_path):
     path = str(tmp_path / 'a.pth')
-    checkpoint = trained_checkpoint()
+    content = trained_checkpoint()
     before = dict(HistoryBuffer._statistics_methods)
-    checkpoint['message_hub']['log_scalars']['loss']._statistics_methods = dict(mean=OrderedDict)
-    save_checkpoint(checkpoint, path)
+    content['message_hub']['log_scalars']['loss']._statistics_methods = dict(mean=OrderedDict)
+    save_checkpoint(content, path)
     CheckpointLoader.load_checkpoint(path, 'cpu')
     assert HistoryBuffer._statistics_methods == before
 
@@ -156,7 +163,7 @@ def test_a_file_that_is_no_checkpoint_is_one_sentence(tmp_path, content):
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match='Cannot read the checkpoint .*absent.pth'):
+    with pytest.raises(CheckpointError, match='The weight file .*absent.pth does not exist; give the path'):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'absent.pth'), 'cpu')
 
 
@@ -209,6 +216,14 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(tmp_path, state):
     if state == 'absent':
         last.unlink()
     (tmp_path / 'last_checkpoint').write_text('' if state == 'pointer empty' else str(last))
+    assert find_resumable(tmp_path) == previous
+
+
+def test_resume_passes_over_a_checkpoint_with_a_changed_bit(tmp_path):
+    previous, last = saved(tmp_path, 'iter_1.pth', age=1), saved(tmp_path, 'iter_2.pth', age=0)
+    content = bytearray(last.read_bytes())
+    content[content.index(torch.ones(100).numpy().tobytes())] ^= 1
+    last.write_bytes(content)
     assert find_resumable(tmp_path) == previous
 
 

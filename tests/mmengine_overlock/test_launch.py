@@ -1,3 +1,9 @@
+import os
+import re
+import socket
+import time
+from multiprocessing import get_context
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -19,4 +25,40 @@ def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
     monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(UserError, match='There are 4 processes on this machine, but each sees 2 GPUs'):
-        launch.prepare_launch(Config(dict(launcher='pytorch', model=dict())))
+        with launch.agreed('pytorch'):
+            pass
+
+
+@pytest.mark.parametrize('failing', [None, 0, 1])
+def test_processes_learn_what_one_of_them_met(failing):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    context = get_context('fork')
+    met = context.Queue()
+
+    def run(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK='0', WORLD_SIZE='3', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        try:
+            with launch.agreed('pytorch'):
+                if rank == failing:
+                    raise UserError('It is raining.')
+            message = 'none'
+        except UserError as error:
+            message = str(error)
+        met.put((rank, message))
+        # The first process keeps the store.
+        time.sleep(1)
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    messages = dict(met.get(timeout=30) for _ in processes)
+    for process in processes:
+        process.join()
+    if failing is None:
+        assert set(messages.values()) == {'none'}
+    else:
+        assert messages.pop(failing) == 'It is raining.'
+        (told,) = set(messages.values())
+        assert re.fullmatch(rf'Process {failing} on \S+: It is raining\.', told)

@@ -10,20 +10,16 @@ from tests.testing import ROOT
 
 @pytest.fixture
 def start_tool(tmp_path):
-    """Start a script of tools/ in a process of its own, on the CPU, with one thread, in a folder of its own."""
+    """Run a script of tools/ in a process of its own, on the CPU, with one thread, in a folder of its own."""
 
-    def start(name: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
+    def start(name: str, *arguments, run=subprocess.run, **environment: str):
         given = {name: value for name, value in os.environ.items() if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
         settings = {'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
         command = ['bash' if name.endswith('.sh') else sys.executable, ROOT / 'tools' / name, *arguments]
-        return subprocess.run(
-            [*map(str, command)],
-            cwd=tmp_path,
-            env={**given, **settings, **environment},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        how = dict(cwd=tmp_path, env={**given, **settings, **environment}, text=True)
+        if run is subprocess.run:
+            how.update(capture_output=True, timeout=600)
+        return run([*map(str, command)], **how)
 
     return start
 

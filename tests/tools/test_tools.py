@@ -118,25 +118,63 @@ def test_shells_tell_their_usage(start_tool, name, arguments):
     assert re.match(rf'usage: \S*{name} ', err)
 
 
-@pytest.mark.parametrize(
-    'name, arguments, expected',
-    [
-        (
-            'slurm_train.sh',
-            ['part', 'job', 'c.py', 'work', '--amp'],
-            'train.py c.py --work-dir work --launcher slurm --amp',
-        ),
-        ('slurm_test.sh', ['part', 'job', 'c.py', 'c.pth', '--tta'], 'test.py c.py c.pth --launcher slurm --tta'),
-    ],
-)
-def test_slurm_jobs_get_one_task_for_each_gpu(tmp_path, start_tool, name, arguments, expected):
-    (tmp_path / 'srun').write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / 'srun').chmod(0o755)
+def stub(folder, name, lines):
+    (folder / name).write_text(f'#!/bin/sh\n{lines}\n')
+    (folder / name).chmod(0o755)
+
+
+SLURM = dict(GPUS='16', SRUN_ARGS='--quotatype auto', PYTHON='python3', SLURM_JOB_ID='')
+
+
+def test_slurm_tests_get_one_task_for_each_gpu(tmp_path, start_tool):
+    stub(tmp_path, 'srun', 'echo "$@"')
     path = f'{tmp_path}:{os.environ["PATH"]}'
-    result = start_tool(name, *arguments, PATH=path, GPUS='16', SRUN_ARGS='--quotatype auto', PYTHON='python3')
+    result = start_tool('slurm_test.sh', 'part', 'job', 'c.py', 'c.pth', '--tta', PATH=path, **SLURM)
     assert ended(result) == (
         0,
         '--partition part --job-name job --gres gpu:8 --ntasks 16 --ntasks-per-node 8 --cpus-per-task 5 '
-        f'--kill-on-bad-exit=1 --quotatype auto python3 -u {ROOT}/tools/{expected}\n',
+        f'--kill-on-bad-exit=1 --quotatype auto python3 -u {ROOT}/tools/test.py c.py c.pth --launcher slurm --tta\n',
         '',
+    )
+
+
+def test_slurm_trainings_are_submitted_with_one_task_for_each_gpu(tmp_path, start_tool):
+    stub(tmp_path, 'sbatch', 'echo "$OVERLOCK_TOOLS $@"')
+    path, arguments = f'{tmp_path}:{os.environ["PATH"]}', ['part', 'job', 'c.py', 'work', '--amp']
+    result = start_tool('slurm_train.sh', *arguments, PATH=path, SBATCH_ARGS='--time 60', **SLURM)
+    script = ROOT / 'tools' / 'slurm_train.sh'
+    assert ended(result) == (
+        0,
+        f'{ROOT}/tools --partition part --job-name job --gres gpu:8 --ntasks 16 --ntasks-per-node 8 --cpus-per-task 5 '
+        f'--time 60 {script} part job c.py work --amp\n',
+        '',
+    )
+    options = [line for line in script.read_text().splitlines() if line.startswith('#SBATCH')]
+    assert options == ['#SBATCH --requeue', '#SBATCH --open-mode=append', '#SBATCH --signal=USR1@120']
+
+
+@pytest.mark.parametrize(
+    'status, restarts, cancelled, requeued',
+    [
+        (143, '', False, True),
+        (143, '1', False, True),
+        (0, '', False, False),
+        (2, '', False, False),
+        (143, '', True, False),
+    ],
+)
+def test_a_slurm_job_that_was_stopped_in_time_is_requeued_and_resumes(
+    tmp_path, start_tool, status, restarts, cancelled, requeued
+):
+    stub(tmp_path, 'srun', 'echo "$@"\n' + 'kill -TERM $PPID\n' * cancelled + f'exit {status}')
+    stub(tmp_path, 'scontrol', 'echo scontrol "$@"')
+    job = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', **{**SLURM, 'SLURM_JOB_ID': '7'}, SLURM_RESTART_COUNT=restarts)
+    # Slurm runs a copy of the script.
+    job['OVERLOCK_TOOLS'] = '/there'
+    code, out, err = ended(start_tool('slurm_train.sh', 'part', 'job', 'c.py', 'work', '--amp', **job))
+    resume = ' --resume' if restarts else ''
+    assert (code, err) == (0 if requeued else status, '')
+    assert out == (
+        '--cpus-per-task 5 --kill-on-bad-exit=1 --quotatype auto python3 -u /there/train.py c.py --work-dir work '
+        f'--launcher slurm --amp{resume}\n' + 'scontrol requeue 7\n' * requeued
     )

@@ -64,7 +64,8 @@ inline Vector<float, N> exponential(const Vector<float, N>& x) {
   const Vector<float, N> result =
       reinterpret_cast<Vector<float, N>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23));
   const Vector<float, N> zero = {};
-  return x < -87.f ? zero : result;
+  // Of NaN only the payload would be left in the low bits: it goes on as it is.
+  return x < -87.f ? zero : (x == x ? result : x);
 }
 
 template <int N>
@@ -102,6 +103,20 @@ inline void compute_logits(const T* query, const T* kernel, const T* bias, const
   }
 }
 
+// Turns the logits of one pixel into exponentials, the largest of which is 1, and returns their sum. A log-sum-exp, which
+// is rounded as coarsely as large logits are, would cost the weights digits.
+template <typename T, int K, int P>
+inline T exponentiate(Vector<T, P> (&logits)[K], T& maximum) {
+  typedef Vector<T, P> Row;
+  Row largest = logits[0];
+  for (int a = 1; a < K; ++a) largest = logits[a] > largest ? logits[a] : largest;
+  maximum = largest[0];
+  for (int lane = 1; lane < K; ++lane) maximum = std::max(maximum, static_cast<T>(largest[lane]));
+  Row totals = {};
+  for (int a = 0; a < K; ++a) totals += logits[a] = exponential<P>(Row(logits[a] - maximum));
+  return sum<T, P>(totals);
+}
+
 template <typename T, int K>
 void forward_rows(const Shape& shape, const T* query, const T* kernel, const T* value, const T* bias, const T* rpb,
                   T* out, T* lse, std::int64_t begin, std::int64_t end) {
@@ -117,13 +132,8 @@ void forward_rows(const Shape& shape, const T* query, const T* kernel, const T* 
       Row weights[K];
       compute_logits<T, K, P>(query + pixel * padded, kernel + map * dims * K * P, bias, rpb_row + left - j + K - 1,
                               dims, weights);
-      Row largest = weights[0];
-      for (int a = 1; a < K; ++a) largest = weights[a] > largest ? weights[a] : largest;
-      T maximum = largest[0];
-      for (int lane = 1; lane < K; ++lane) maximum = std::max(maximum, static_cast<T>(largest[lane]));
-      Row totals = {};
-      for (int a = 0; a < K; ++a) totals += weights[a] = exponential<P>(Row(weights[a] - maximum));
-      const T total = sum<T, P>(totals);
+      T maximum;
+      const T total = exponentiate<T, K, P>(weights, maximum);
       lse[pixel] = maximum + std::log(total);
       T taps[K * P];
       std::memcpy(taps, weights, sizeof(taps));
@@ -170,7 +180,7 @@ inline void add_kernel_gradient(const T* query, std::int64_t padded, const T* sl
 
 // One whole map: nothing that it adds to is touched by another.
 template <typename T, int K>
-void backward_map(const Shape& shape, std::int64_t map, const T* grad, const T* lse, const T* query, const T* kernel,
+void backward_map(const Shape& shape, std::int64_t map, const T* grad, const T* query, const T* kernel,
                   const T* kernel_taps, const T* value, const T* bias, const T* rpb, const Gradients<T>& to) {
   constexpr int P = row_lanes(K), R = K - 1 + P;
   typedef Vector<T, P> Row;
@@ -197,7 +207,9 @@ void backward_map(const Shape& shape, std::int64_t map, const T* grad, const T* 
         const T* grad_out = grad + (first + pixel) * padded;
         Row weights[K], slope[K];
         compute_logits<T, K, P>(query + (first + pixel) * padded, kernel_here, bias, rpb_here + bias_at, dims, weights);
-        for (int a = 0; a < K; ++a) weights[a] = exponential<P>(Row(weights[a] - lse[first + pixel]));
+        T maximum;
+        const T inverse = 1 / exponentiate<T, K, P>(weights, maximum);
+        for (int a = 0; a < K; ++a) weights[a] *= inverse;
         for (int a = 0; a < K; ++a) slope[a] = Row{};
         for (std::int64_t c = 0; c < dims; ++c) {
           const T* seen = channels + c * (pixels + P) + corner;
@@ -209,7 +221,7 @@ void backward_map(const Shape& shape, std::int64_t map, const T* grad, const T* 
         for (int a = 0; a < K; ++a) products += weights[a] * slope[a];
         const T mean = sum<T, P>(products);
         for (int a = 0; a < K; ++a) {
-          slope[a] = weights[a] * (slope[a] - mean);
+          slope[a] = live != 0 ? weights[a] * (slope[a] - mean) : Row{};  // a mean of NaN, too, is for the window alone
           T* bias_to = grad_bias + a * P;
           store(bias_to, Row(load<Row>(bias_to) + slope[a]));
           T* rpb_to = grad_rpb + bias_at + a * R;
@@ -302,14 +314,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& kernel, co
 // `value` is (B, G, d, H W + P) here, `kernel_taps` (B, G, K^2, D). The gradients come packed as the inputs of
 // `forward`, those of bias and rpb for each map: (B, G, K, P) and (B, G, 2K - 1, K - 1 + P).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& lse, const Tensor& query, const Tensor& kernel, const Tensor& kernel_taps,
-    const Tensor& value, const Tensor& bias, const Tensor& rpb) {
+    const Tensor& grad, const Tensor& query, const Tensor& kernel, const Tensor& kernel_taps, const Tensor& value,
+    const Tensor& bias, const Tensor& rpb) {
   const auto shape = checked_shape(query, kernel, bias, rpb);
   const auto [batch, groups, dims, padded, height, width] = shape;
   const std::int64_t maps = batch * groups, size = kernel.size(3), lanes = kernel.size(4);
   const at::ScalarType dtype = query.scalar_type();
   check("grad", grad, dtype, query.sizes());
-  check("lse", lse, dtype, {batch, groups, height, width});
   check("kernel_taps", kernel_taps, dtype, {batch, groups, size * size, padded});
   check("value", value, dtype, {batch, groups, dims, height * width + lanes});
   Tensor grad_query = at::empty_like(query), grad_kernel = at::zeros_like(kernel), grad_value = at::zeros_like(grad);
@@ -324,10 +335,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       at::parallel_for(0, maps, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t map = begin; map < end; ++map)
           backward_map<scalar_t, decltype(kernel_size)::value>(
-              shape, map, grad.const_data_ptr<scalar_t>(), lse.const_data_ptr<scalar_t>(),
-              query.const_data_ptr<scalar_t>(), kernel.const_data_ptr<scalar_t>(),
-              kernel_taps.const_data_ptr<scalar_t>(), value.const_data_ptr<scalar_t>(),
-              bias.const_data_ptr<scalar_t>(), rpb.const_data_ptr<scalar_t>(), to);
+              shape, map, grad.const_data_ptr<scalar_t>(), query.const_data_ptr<scalar_t>(),
+              kernel.const_data_ptr<scalar_t>(), kernel_taps.const_data_ptr<scalar_t>(),
+              value.const_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(), rpb.const_data_ptr<scalar_t>(), to);
       });
     });
   });
@@ -339,8 +349,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 TORCH_LIBRARY(overlock_cpu, library) {
   library.def("contmix_forward(Tensor query, Tensor kernel, Tensor value, Tensor bias, Tensor rpb) -> (Tensor, Tensor)");
   library.def(
-      "contmix_backward(Tensor grad, Tensor lse, Tensor query, Tensor kernel, Tensor kernel_taps, Tensor value, "
-      "Tensor bias, Tensor rpb) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "contmix_backward(Tensor grad, Tensor query, Tensor kernel, Tensor kernel_taps, Tensor value, Tensor bias, "
+      "Tensor rpb) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(overlock_cpu, CPU, library) {

@@ -42,19 +42,17 @@ def forward(x: Projected) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
-    """Compute the gradients; see `overlock.ops.contmix.library.register`."""
+    """Compute the gradients, with log-sum-exps anew; see `overlock.ops.contmix.library.register`."""
     wide = torch.promote_types(x.value.dtype, torch.float32)
     query = _pack(x.by_group(x.query), wide)
     grad_query, grad_value = torch.empty_like(x.query), torch.empty_like(x.value)
     sums, grad_kernel, grad_bias, grad_rpb = [], [], [], []
-    for half, half_grad, half_lse, to in zip(x.halves(), x.split(grad), lse, x.split(grad_value), strict=True):
+    for half, half_grad, to in zip(x.halves(), x.split(grad), x.split(grad_value), strict=True):
         kernel, bias, rpb = _padded_taps(half, wide)
         by_tap = _pad(half.kernel.to(wide).mT, query.shape[-1] - half.kernel.shape[2])
         # Channel after channel: what a row of taps sees of one of them is one load, past the map's end at most.
         rows = _pad(half.value.to(wide).flatten(3), kernel.shape[4])
-        slopes = torch.ops.overlock_cpu.contmix_backward(
-            _pack(half_grad, wide), half_lse.contiguous(), query, kernel, by_tap, rows, bias, rpb
-        )
+        slopes = torch.ops.overlock_cpu.contmix_backward(_pack(half_grad, wide), query, kernel, by_tap, rows, bias, rpb)
         sums.append(slopes[0])
         grad_kernel.append(slopes[1][..., : half.size].flatten(3))
         _unpack(slopes[2], to)

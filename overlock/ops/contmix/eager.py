@@ -30,7 +30,7 @@ def forward(x: Projected) -> tuple[Tensor, Tensor]:
     for half, to in zip(x.halves(), x.split(out), strict=True):
         logits = compute_logits(half)
         lses.append(logits.logsumexp(2))
-        weights = torch.sub(logits, lses[-1].unsqueeze(2), out=logits).exp_()
+        weights = _weigh(logits, lses[-1])
         to.copy_(aggregate(weights, half.value))
     return out, torch.stack(lses)
 
@@ -40,8 +40,7 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
     grad_query, grad_value = torch.zeros_like(x.query), torch.empty_like(x.value)
     grad_kernel, grad_bias, grad_rpb = [], [], []
     for half, half_grad, half_lse, to in zip(x.halves(), x.split(grad), lse, x.split(grad_value), strict=True):
-        logits = compute_logits(half)
-        weights = torch.sub(logits, half_lse.unsqueeze(2), out=logits).exp_()
+        weights = _weigh(compute_logits(half), half_lse)
         slopes, share = aggregate_backward(weights, half.value, half_grad)
         to.copy_(share)
         slopes.mul_(weights)
@@ -80,6 +79,13 @@ def compute_logits(half: Half) -> Tensor:
     logits = (half.kernel.mT @ half.query.flatten(3)).unflatten(-1, (height, width))
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(wide) + position_bias(half.rpb.to(wide), half.bias.to(wide), height, width)
+
+
+def _weigh(logits: Tensor, lse: Tensor) -> Tensor:
+    """Return the tap weights in place of the logits, (B, G, K^2, H, W)."""
+    weights = torch.sub(logits, lse.unsqueeze(2), out=logits).exp_()
+    # Of large logits the log-sum-exp is rounded coarsely: their sum takes that out.
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def position_bias(rpb: Tensor, tap_bias: Tensor, height: int, width: int) -> Tensor:

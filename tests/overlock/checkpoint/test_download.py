@@ -5,6 +5,7 @@ import http.server
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def server(tmp_path, monkeypatch):
     """A server, with torch hub's cache in `tmp_path / 'hub'` and no folder of weights."""
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
     monkeypatch.delenv('OVERLOCK_WEIGHTS', raising=False)
+    monkeypatch.setenv('OVERLOCK_ALLOW_HTTP', '1')
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -74,7 +76,7 @@ def server(tmp_path, monkeypatch):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.rglob('*') if path.is_file() and path.suffix != '.lock')
+    return sorted(path.name for path in folder.rglob('*') if path.is_file() and path.suffix not in ('.lock', '.sha256'))
 
 
 def test_download_shows_progress_and_happens_once(server, tmp_path, capfd):
@@ -145,6 +147,7 @@ def test_missing_file_is_an_error_that_names_the_folder(server, tmp_path):
 def test_server_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
     monkeypatch.delenv('OVERLOCK_WEIGHTS', raising=False)
+    monkeypatch.setenv('OVERLOCK_ALLOW_HTTP', '1')
     # Nothing listens on the discard port.
     with pytest.raises(CheckpointError, match='cannot download .*w.pth.* OVERLOCK_WEIGHTS names, or at .*w.pth'):
         find_file('http://127.0.0.1:9/w.pth')
@@ -226,8 +229,48 @@ def test_weights_of_a_name_come_from_the_mirror(server, tmp_path, monkeypatch):
     assert (tmp_path / 'hub' / 'checkpoints' / 'overlock_s_in1k_224.pth').is_file()
 
 
+def test_folder_instead_of_a_file_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match='is a folder, expected a weight file; give the path of a file in it'):
+        find_file(tmp_path)
+
+
 def test_path_that_is_nowhere_is_an_error_that_knows_similar_names():
     with pytest.raises(CheckpointError, match='The weight file nowhere.pth does not exist; give'):
         find_file('nowhere.pth')
     with pytest.raises(CheckpointError, match='such as .*overlock_s_in1k'):
         find_file('overlock_s_ink')
+
+
+def test_file_that_changed_after_its_download_is_refused(server):
+    path = find_file(server.url())
+    assert path.with_name('w.pth.sha256').read_text() == f'{SHA256}  w.pth\n'
+    content = bytearray(CONTENT)
+    content[1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f'w.pth is not the file that was downloaded: expected SHA-256 {SHA256}'):
+        find_file(server.url())
+    path.unlink()
+    assert find_file(server.url()).read_bytes() == CONTENT
+
+
+def test_file_that_was_put_there_by_hand_is_taken_as_it_is(server, tmp_path):
+    path = tmp_path / 'hub' / 'checkpoints' / 'w.pth'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'mine')
+    assert find_file(server.url()).read_bytes() == b'mine' and not server.requests
+
+
+def test_unencrypted_address_needs_a_hash_or_consent(server, monkeypatch):
+    monkeypatch.delenv('OVERLOCK_ALLOW_HTTP')
+    reason = 'is not encrypted and has no known SHA-256, .*; give .* or set OVERLOCK_ALLOW_HTTP=1'
+    for name in ('w.pth', f'short-{SHA256[:8]}.pth'):
+        with pytest.raises(CheckpointError, match=f'{name} {reason}'):
+            find_file(server.url(name))
+    assert not server.requests
+    assert find_file(server.url(f'known-{SHA256}.pth')).read_bytes() == CONTENT
+
+
+def test_server_that_sends_on_to_an_unencrypted_address_is_refused(server, monkeypatch):
+    monkeypatch.setattr(download, 'urlopen', lambda request, timeout: urlopen(server.url()))
+    with pytest.raises(CheckpointError, match='sends on to http://127.0.0.1.*, which is not encrypted'):
+        find_file('https://host.invalid/w.pth')

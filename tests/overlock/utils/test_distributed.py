@@ -1,3 +1,6 @@
+import logging
+import os
+
 import pytest
 
 from overlock.checkpoint import CheckpointError
@@ -24,3 +27,23 @@ def test_one_process_of_a_machine_speaks_for_all(capsys, monkeypatch):
 def test_a_mistake_of_the_program_keeps_its_traceback():
     with pytest.raises(ValueError, match='bug'), exit_on_user_error():
         raise ValueError('bug')
+
+
+def test_every_process_tells_the_fault_that_it_meets(capsys, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise OSError(28, os.strerror(28), 'a')
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith('The disk is full; ')
+
+
+def test_a_log_file_on_a_full_disk_ends_the_process(capsys):
+    logger, handler = logging.Logger('a'), logging.FileHandler('/dev/full')
+    logger.addHandler(handler)
+    with pytest.raises(SystemExit), exit_on_user_error():
+        logger.error('line')
+    assert capsys.readouterr().err.startswith('The disk is full; ')
+    # Elsewhere logging tells of it and goes on.
+    logger.error('line')
+    assert 'Logging error' in capsys.readouterr().err
+    handler.stream = None

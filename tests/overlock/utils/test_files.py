@@ -1,10 +1,13 @@
 """Files appear whole or not at all."""
 
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 
-from overlock.utils.files import drafted, whole_file
+from overlock.utils.errors import UserError
+from overlock.utils.files import check_writable, drafted, whole_file
 
 
 def test_file_takes_its_name_when_it_is_whole(tmp_path):
@@ -29,3 +32,23 @@ def test_drafts_take_their_places_together_and_leave_no_folder(tmp_path):
         Path(drafts[0]).write_text('newer')
         raise KeyError
     assert sorted(tmp_path.iterdir()) == paths and all(path.read_text() == 'new' for path in paths)
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    for fail in (lambda file: file.write(bytes(2**22)), lambda file: torch.save(torch.zeros(2**20), file)):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+        try:
+            with pytest.raises(OSError, match=f'File too large: .{tmp_path}/a'), whole_file(tmp_path / 'a') as file:
+                fail(file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_checked_before_it_is_written_to(tmp_path):
+    check_writable(tmp_path / 'new' / 'a')
+    assert list(tmp_path.rglob('*')) == [tmp_path / 'new']
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='/file/a cannot be written .*; give a path in a writable folder'):
+        check_writable(tmp_path / 'file' / 'a')

@@ -1,0 +1,73 @@
+"""The C++ operators read and write inside their tensors alone: AddressSanitizer watches the memory around each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from overlock.ops import build, explain
+from tests.testing import ROOT
+
+# Runs in a process whose memory comes from the sanitizer.
+SCRIPT = """
+import ctypes, sys
+import torch
+from hypothesis import given
+
+from overlock.ops import build
+
+torch.ops.load_library(sys.argv[1])
+build.load = lambda: ''
+
+from tests.overlock.ops.fuzz import cases, fuzz
+from tests.overlock.ops.test_fuzz import check_mix, mixes
+
+poisoned = ctypes.CDLL(None).__asan_address_is_poisoned
+poisoned.argtypes = [ctypes.c_void_p]
+tensor = torch.empty(24)
+assert not poisoned(tensor.data_ptr() + 95) and poisoned(tensor.data_ptr() + 96)
+
+done = []
+
+@given(cases(8), mixes())
+@fuzz({count})
+def run(case, drawn):
+    check_mix(case, *drawn, ['cpp'])
+    done.append(case)
+
+run()
+print(len(done))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(explain()['cpp'] != 'available', reason='cpp: ' + explain()['cpp'])
+def test_cpp_operators_stay_inside_their_tensors(tmp_path):
+    from torch.utils import cpp_extension
+
+    compiler, library = os.environ.get('CXX', 'g++'), tmp_path / 'sanitized.so'
+    flags = [*build.compiler_flags(), '-O1', '-g', '-fsanitize=address', '-fPIC', '-shared', '-std=c++17']
+    includes = [f'-I{path}' for path in cpp_extension.include_paths()]
+    libraries = [f'-L{Path(torch.__file__).parent / "lib"}', '-ltorch_cpu', '-lc10']
+    sources = [str(path) for path in build.SOURCES]
+    subprocess.run([compiler, *flags, *includes, *sources, '-o', str(library), *libraries], check=True)
+    # Both have to come first: the sanitizer takes over the allocator, and the exceptions of the C++ library.
+    first = [
+        subprocess.run(
+            [compiler, f'-print-file-name={name}'], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ('libasan.so', 'libstdc++.so')
+    ]
+    environ = os.environ | dict(LD_PRELOAD=' '.join(first), ASAN_OPTIONS='detect_leaks=0')
+    result = subprocess.run(
+        [sys.executable, '-c', SCRIPT.format(count=150), str(library)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert int(result.stdout) >= 150
