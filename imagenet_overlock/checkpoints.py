@@ -14,6 +14,7 @@ from imagenet_overlock.recipe import Recipe
 from overlock.checkpoint import CheckpointError, find_file, load
 from overlock.checkpoint.reading import read
 from overlock.utils.errors import UserError
+from overlock.utils.finite import non_finite
 
 LAST, BEST = 'last.pth', 'best.pth'
 
@@ -104,6 +105,11 @@ def check_resumable(
         raise CheckpointError(
             f'{path} is without the state of the optimizer and cannot be resumed; resume {LAST}, or '
             'start from these weights with --initial-checkpoint.'
+        )
+    if found := non_finite(content['state_dict']):
+        raise CheckpointError(
+            f'{path} holds {len(found)} tensors that are not finite (first {found[0]}); start again, with a lower '
+            '--lr-base.'
         )
     if tuple(content['classes']) != classes:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from overlock.checkpoint.reading import check_whole, explained, read
 from overlock.checkpoint.stand_ins import LoggedValues
 from overlock.utils.errors import CheckpointError
 from overlock.utils.files import whole_file
+from overlock.utils.finite import non_finite
 
 # mmengine's function, and what it loads from, for messages.
 _load_by_mmengine = mmengine.runner.checkpoint.load_state_dict
@@ -91,7 +92,7 @@ def use_safe_files() -> None:
 
 
 def find_resumable(work_dir: str | Path) -> Path | None:
-    """Find the checkpoint to continue from: the one named in `last_checkpoint`, else the newest that is whole.
+    """Find the checkpoint to continue from: the one in `last_checkpoint`, else the newest that is whole and finite.
 
     A file of that name in the folder itself comes first: the folder may be a copy of the one that the path names.
 
@@ -116,6 +117,8 @@ def find_resumable(work_dir: str | Path) -> Path | None:
     for path in candidates:
         try:
             check_whole(path)
+            if found := non_finite(read(path).get('state_dict', {})):
+                raise CheckpointError(f'{path} holds {len(found)} tensors that are not finite (first {found[0]}).')
             return path
         except CheckpointError as error:
             print_log(f'{error} Trying the one before it.', 'current', logging.WARNING)

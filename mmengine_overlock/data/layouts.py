@@ -44,7 +44,11 @@ def check_dataset(cfg: Config, dataset: dict, evaluators: Sequence[dict]) -> lis
         else:
             outcome = _check_coco(source, evaluators)
     except LayoutError as error:
-        return [Finding('layout', REFUSED, f'{error}, below {root}, which --data-root DIR replaces')]
+        return [
+            Finding(
+                'layout', REFUSED, f'{error}, below {dataset.get("data_root") or "."}, which --data-root DIR replaces'
+            )
+        ]
     if source.reads_as('CocoDataset', 'BaseSegDataset'):
         found['heads'] += _wrong_heads(source)
     old = (root / (dataset.get('ann_file') or '')).resolve()
@@ -101,8 +105,9 @@ def _classes(dataset: dict, kind: type | None, found: dict[str, list[str]]) -> l
     if isinstance(classes, str):
         found['classes'].append(f'the string {classes!r} instead of a tuple of names, as ({classes!r},)')
         return [classes]
-    names = list(dict.fromkeys(classes or ()))
-    found['classes'] += [f'the class {name} twice' for name in names if classes.count(name) > 1]
+    given = list(classes or ())
+    names = list(dict.fromkeys(given))
+    found['classes'] += [f'the class {name} twice' for name in names if given.count(name) > 1]
     return names or None
 
 

@@ -18,6 +18,8 @@ def are_finite(values: Any) -> TypeGuard[list[float]]:
 def check_mask(annotation: dict[str, Any], width: float, height: float) -> Iterator[str]:
     """Yield the kinds of what is wrong with the mask of an annotation; remove the polygons that are none.
 
+    In the middle of a run, pycocotools raises on such masks, and crashes on polygons with NaN.
+
     Args:
         annotation: Changed in place.
         width: Of its image, in pixels.
@@ -41,10 +43,7 @@ def check_mask(annotation: dict[str, Any], width: float, height: float) -> Itera
 
 
 def _length(counts: Any) -> int | None:
-    """Return the number of pixels of a run-length encoding, or None for what is none.
-
-    pycocotools trusts these numbers: with others it reads and writes beyond its buffers.
-    """
+    """Return the number of pixels of a run-length encoding, or None for what is none."""
     if isinstance(counts, str):
         counts = _decode(counts)
     if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):

@@ -6,6 +6,7 @@ Sizes are checked against that of the file before anything is allocated, and arc
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -19,7 +20,7 @@ from overlock.utils.errors import CheckpointError
 
 # That of 60,000 tensors and more.
 _LARGEST_DIRECTORY = 4 << 20
-_LARGEST_HEADER = 16 << 20
+_LARGEST_HEADER = 4 << 20
 _CHUNK = 1 << 20
 # What torch writes at the beginning of its older files.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -184,4 +185,13 @@ def _read_safetensors(path: str | os.PathLike[str], length: int, size: int) -> A
     from safetensors.torch import load_file
 
     tensors = load_file(path)
+    with open(path, 'rb') as file:
+        file.seek(8)
+        json.loads(file.read(length), object_pairs_hook=_check_names)
     return {checked_key(name): value for name, value in tensors.items()}
+
+
+def _check_names(entries: list[tuple[str, Any]]) -> None:
+    """Refuse an object of JSON that has two entries of one name, of which readers take either."""
+    if len({name for name, _ in entries}) < len(entries):
+        raise CheckpointError('names a tensor twice, and was not loaded; save it again.')

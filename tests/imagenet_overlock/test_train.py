@@ -444,6 +444,14 @@ def test_resume_refuses_what_does_not_fit(drawn, recipe, trained, settings, sent
     assert sentence in str(error.value)
 
 
+def test_resume_refuses_weights_that_are_not_finite(drawn, recipe, trained, tmp_path):
+    content = read_checkpoint(trained / 'last.pth')
+    content['state_dict']['head.fc.bias'][0] = math.nan
+    torch.save(content, tmp_path / 'last.pth')
+    with pytest.raises(CheckpointError, match='holds 1 tensors that are not finite .first head.fc.bias.; start'):
+        train(recipe(), drawn, tmp_path, resume='auto')
+
+
 def test_resume_refuses_other_classes(drawn, recipe, trained, tmp_path):
     for split in ('train', 'val'):
         for name in ('dots', 'stars'):

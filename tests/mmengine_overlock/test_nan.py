@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 
+from mmengine_overlock.checkpoint import find_resumable
 from mmengine_overlock.run import train
 from overlock.utils.errors import UserError
 from overlock.utils.finite import LIMIT, non_finite
@@ -115,6 +116,14 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(write_faul
     with pytest.raises(UserError, match='1 tensors of the model .first backbone.fc.bias. are not finite after iter'):
         train(write_faulty({}, more), work_dir=tmp_path / 'a')
     assert [path.name for path in (tmp_path / 'a').glob('*.pth')] == ['epoch_1.pth']
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_not_chosen_for_resume(write_faulty, tmp_path):
+    train(write_faulty({}), work_dir=tmp_path)
+    content = torch.load(tmp_path / 'epoch_4.pth', weights_only=False)
+    content['state_dict']['backbone.fc.weight'][0] = torch.nan
+    torch.save(content, tmp_path / 'epoch_4.pth')
+    assert find_resumable(tmp_path) == tmp_path / 'epoch_3.pth'
 
 
 def test_an_unknown_policy_is_one_sentence(write_faulty):

@@ -73,15 +73,24 @@ def test_a_full_disk_ends_a_run_and_costs_no_checkpoint(toy, run_tool, disk, mon
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
+def assert_refused(ended, folder):
+    code, _, err = ended
+    assert code == 2 and err.startswith(f'{folder} cannot be written (') and err.count('\n') == 1, err
+
+
 def test_a_work_folder_that_cannot_be_written(toy, run_tool, disk):
-    folder = disk.protect()
-    assert_told(run_tool('train', toy, '--work-dir', folder / 'w'), 'read_only')
+    assert run_tool('train', toy, '--work-dir', 'w')[0] == 0
+    folder = disk.protect() / 'w'
+    assert_refused(run_tool('train', toy, '--work-dir', folder), folder)
+    assert_told(run_tool('test', toy, 'w/epoch_2.pth', '--work-dir', folder), 'read_only')
 
 
-@pytest.mark.parametrize('below', ['', '/w'])
-def test_a_work_folder_that_is_a_file(toy, run_tool, tmp_path, below):
+@pytest.mark.parametrize('folder', ['a', 'a/w'])
+def test_a_work_folder_that_is_a_file(toy, run_tool, tmp_path, folder):
+    assert run_tool('train', toy, '--work-dir', 'w')[0] == 0
     (tmp_path / 'a').write_text('precious')
-    assert_told(run_tool('train', toy, '--work-dir', f'a{below}'), 'file')
+    assert_refused(run_tool('train', toy, '--work-dir', folder), folder)
+    assert_told(run_tool('test', toy, 'w/epoch_2.pth', '--work-dir', folder), 'file')
     assert (tmp_path / 'a').read_text() == 'precious'
 
 

@@ -73,17 +73,17 @@ def test_every_option_reaches_its_function(toy, run_tool, monkeypatch):
 
     monkeypatch.setattr('mmengine_overlock.run.train', record)
     monkeypatch.setattr('mmengine_overlock.run.test', record)
-    common = ['--work-dir', 'w', '--data-root', 'd', '--compile', '--amp', '--cfg-options', 'a.b=1', 'c=[x,y]']
+    common = ['--work-dir', 'w', '--data-root', 'd', '--no-check', '--compile', '--amp']
+    common += ['--cfg-options', 'a.b=1', 'c=[x,y]']
     launch = ['--launcher', 'slurm', '--local-rank', '1']
-    train = ['--resume', '--auto-scale-lr', '--tensorboard', '--weights', 'f']
+    train = ['--resume', '--auto-scale-lr', '--tensorboard', '--weights', 'f', '--on-nan', 'skip']
     test = ['--out', 'o.pkl', '--show-dir', 's', '--show', '--tta']
     assert run_tool('train', 'c.py', *common, *launch, *train) == (0, '', '')
     assert run_tool('test', 'c.py', 'c.pth', *common, *launch, *test) == (0, '', '')
-    both = dict(
-        config='c.py', work_dir='w', data_root='d', compile=True, amp=True, cfg_options={'a.b': 1, 'c': ['x', 'y']}
-    )
+    both = dict(config='c.py', work_dir='w', data_root='d', check=False, compile=True, amp=True)
+    both['cfg_options'] = {'a.b': 1, 'c': ['x', 'y']}
     assert calls == [
-        dict(both, launcher='slurm', resume='auto', auto_scale_lr=True, tensorboard=True, weights='f'),
+        dict(both, launcher='slurm', resume='auto', auto_scale_lr=True, tensorboard=True, weights='f', on_nan='skip'),
         dict(both, launcher='slurm', checkpoint='c.pth', out='o.pkl', show_dir='s', show=True, tta=True),
     ]
 

@@ -15,7 +15,7 @@ from overlock.utils.errors import UserError
 from tests.testing import ROOT
 
 # Scripts that are no subcommands.
-OTHER_TOOLS = {'demo', 'imagenet_demo', 'update_docs'}
+OTHER_TOOLS = {'demo', 'dist_run', 'imagenet_demo', 'update_docs'}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from overlock.utils.finite import non_finite
 VARIANTS = [(OverLoCK, name) for name in ('xt', 't', 's', 'b')]
 VARIANTS += [(MogaNet, name) for name in ('xt', 't', 's', 'b', 'l', 'xl')]
 # Every variant at the published size in bfloat16, and the smallest in float16; there the others take a training step on
-# small images, as CPUs are slow in it. Last, how many images, and what the hidden maps of feed-forwards are multiplied by.
+# small images, as CPUs are slow in it. Last: how many images, and the factor on the hidden maps of feed-forwards.
 CASES = [(*variant, torch.bfloat16, 224, 1, 20) for variant in VARIANTS]
 CASES += [
     (make, arch, torch.float16, *((224, 1, 20) if arch == 'xt' else (64, 2 if make is OverLoCK else 1, 8)))

@@ -180,7 +180,7 @@ def test_contmix_at_length(case, drawn):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the interpreter runs where there is no GPU')
 def test_contmix_in_triton():
     @given(cases(8), mixes((3, 3, 5)))
-    @fuzz(40)
+    @fuzz(10)
     def run_all(case, drawn):
         check_mix(case, *drawn, ['triton'])
 
