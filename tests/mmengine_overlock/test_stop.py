@@ -60,7 +60,7 @@ def test_workers_outlive_a_signal_to_everybody(write_toy, tmp_path):
     (running,) = start(config, tmp_path / 'a')
     wait_for(tmp_path / 'a' / 'iter_7.pth')
     workers = subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True, text=True).stdout.split()
-    assert len(workers) == 3
+    assert len(workers) >= 3
     for pid in [*workers, running.pid]:
         os.kill(int(pid), signal.SIGTERM)
     assert statuses([running]) == [143]

@@ -34,9 +34,13 @@ def test_forty_kills_lose_no_checkpoint(write_toy, tmp_path, monkeypatch):
     monkeypatch.setattr(Config, 'pretty_text', '')
     folder, chance = tmp_path / 'a', random.Random(0)
     reached, drafts, best = 0, 0, 0
-    for _ in range(40):
+    for kill in range(40):
+        before = {path.name for path in folder.glob('iter_*')}
         (running,) = start(write_toy(EVERYTHING + ONE_KEPT), folder, resume='auto')
-        time.sleep(chance.uniform(0.3, 1.5))
+        # One in five is killed before it trains.
+        while kill % 5 and running.is_alive() and {path.name for path in folder.glob('iter_*')} <= before:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.8))
         os.kill(running.pid, signal.SIGKILL)
         assert statuses([running]) == [-signal.SIGKILL]
         drafts += len(list(folder.glob('.*.draft')))
