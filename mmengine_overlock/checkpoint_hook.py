@@ -17,7 +17,8 @@ class _LateRemoval:
     """mmengine's file backend, except that what is to be removed is only noted."""
 
     def __init__(self, backend: Any) -> None:
-        self._backend, self._noted = backend, []
+        self._backend = backend
+        self._noted: list[str] = []
 
     def remove(self, path: str) -> None:
         self._noted.append(path)
@@ -50,6 +51,10 @@ class LosslessCheckpointHook(CheckpointHook):
     A resumed run does not touch the best checkpoint of the folder that its own was copied from, and it repeats a
     validation that did not end. Arguments are the same.
     """
+
+    # mmengine sets them without types.
+    file_backend: Any
+    keep_ckpt_ids: deque[int]
 
     def before_train(self, runner: Runner) -> None:
         self._localize_best(runner)

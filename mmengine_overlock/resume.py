@@ -14,7 +14,7 @@ from mmengine.dist import all_gather_object, get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch.utils.data import BatchSampler, Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset
 
 from overlock.utils.errors import CheckpointError, UserError
 
@@ -51,7 +51,7 @@ class SeededBatches(BatchSampler):
         drop_last: Whether that default drops a last batch that is not full.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int, batches: dict | None = None, drop_last: bool = False) -> None:
+    def __init__(self, sampler: Any, batch_size: int, batches: dict | None = None, drop_last: bool = False) -> None:
         super().__init__(sampler, batch_size, drop_last)
         if batches is None:
             self.batches = BatchSampler(sampler, batch_size, drop_last)
@@ -72,7 +72,7 @@ class SeededBatches(BatchSampler):
         """
         self._seed, self._iteration, self._skip, self._endless = seed, iteration, skip, endless
 
-    def __iter__(self) -> Iterator[list[tuple[Any, tuple[int, ...]]]]:
+    def __iter__(self) -> Iterator[list]:
         if self._seed is None:
             return
         batches = itertools.islice(self._passes() if self._endless else iter(self.batches), self._skip, None)
