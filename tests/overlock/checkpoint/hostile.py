@@ -56,7 +56,7 @@ REPRESENTATIVES = (
     'TorchScript',
     'page',
     'nothing at all',
-    'bit changed in weights 8',
+    'bit changed in a tensor',
     'integers',
     'all without values',
     'deep tuple as a key',
@@ -177,8 +177,9 @@ def cut(name, content, count):
     return {f'{name} cut to {i}/{count}': content[: len(content) * i // count] for i in range(count)}
 
 
-def flipped(content: bytes) -> dict[str, bytes]:
+def flipped(weights) -> dict[str, bytes]:
     """The archive with one bit changed, at places all over each of its parts."""
+    content = saved(weights)
     start = content.index(b'PK\1\2')
     end = content.rindex(b'PK\5\6')
     pickle_end = content.index(b'PK\3\4', 4)
@@ -187,6 +188,8 @@ def flipped(content: bytes) -> dict[str, bytes]:
         f'{part} {i}': first + (last - first) * i // 16 for part, (first, last) in parts.items() for i in range(16)
     }
     places |= {f'end {i}': end + i for i in range(0, 22, 2)}
+    # The other places may be in the space between tensors.
+    places['a tensor'] = content.index(max(weights.values(), key=torch.Tensor.numel).numpy().tobytes())
     changed = {}
     for name, place in places.items():
         data = bytearray(content)
@@ -522,7 +525,7 @@ def make(folder: Path, weights: dict[str, torch.Tensor], only: tuple[str, ...] |
     files = {
         **cut('archive', saved(weights), 24),
         **cut('older file', saved(weights, _use_new_zipfile_serialization=False), 12),
-        **flipped(saved(weights)),
+        **flipped(weights),
         **code(whole),
         **memory(whole),
         **structure(whole),

@@ -73,7 +73,9 @@ def test_cut_library_is_compiled_again(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_cut_library_does_not_end_the_process(tmp_path):
-    environment = {**os.environ, 'OVERLOCK_CACHE': str(tmp_path)}
+    # ninja is beside this Python.
+    folders = os.pathsep.join((str(Path(sys.executable).parent), os.environ['PATH']))
+    environment = {**os.environ, 'OVERLOCK_CACHE': str(tmp_path), 'PATH': folders}
 
     def run(code):
         command = [sys.executable, '-c', f'import torch; from overlock.ops import build; print({code})']
