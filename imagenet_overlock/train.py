@@ -213,6 +213,7 @@ class Trainer:
         if world.is_distributed:
             self.loader.sampler.set_epoch(self.epoch)
         self.parallel.train()
+        self.guard.keep()
         batches = iter(self.loader)
         sums = recent = torch.zeros(4, dtype=torch.float64, device=world.device)
         start, on_terminal = time.perf_counter(), sys.stderr.isatty()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 from mmengine.registry import VISUALIZERS, DefaultScope
 
 from mmengine_overlock.predict import Picture, Predictor
-from overlock.utils.files import whole_file
+from overlock.utils.errors import UserError
+from overlock.utils.files import check_writable, whole_file
 
 
 class Answers:
@@ -20,7 +20,8 @@ class Answers:
 
     - A detector's boxes and masks go into `predictions.json`, in COCO's format of results with the names of files and
       classes beside the numbers; `category_id` is the label, from 0.
-    - A segmenter's label maps go into `labels/NAME.png`, and the names of the labels into `labels.json`.
+    - A segmenter's label maps go into `labels/NAME.png`, those of a video into `labels/NAME/FRAME.png`, and the names
+      of the labels into `labels.json`.
     - Pictures go into `pictures/`, those of a video into a video.
 
     Args:
@@ -28,10 +29,14 @@ class Answers:
         predictor: Where the predictions come from.
         score: Boxes below it are left out.
         draw: Whether to draw.
+
+    Raises:
+        UserError: If the folder cannot be written to, or OpenCV cannot write videos.
     """
 
     def __init__(self, folder: str | Path, predictor: Predictor, score: float = 0.3, draw: bool = True) -> None:
         self.folder, self.predictor, self.score = Path(folder), predictor, score
+        check_writable(self.folder / 'predictions.json')
         self.results: list[dict[str, Any]] = []
         self.images = 0
         self.videos: dict[Path, cv2.VideoWriter] = {}
@@ -41,12 +46,13 @@ class Answers:
     def add(self, picture: Picture, sample: Any) -> None:
         """Write what was found in an image."""
         name = self._name(picture.source)
-        name = name if picture.frame is None else f'{name}_{picture.frame:06d}'
+        name = name if picture.frame is None else f'{name}/{picture.frame:06d}'
         if 'pred_instances' in sample:
             sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= self.score].cpu()
             self.results += self._boxes(picture, sample.pred_instances)
         else:
-            labels = sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
+            width = np.uint8 if len(self.predictor.classes) <= 256 else np.uint16
+            labels = sample.pred_sem_seg.data[0].cpu().numpy().astype(width)
             self._write(self.folder / 'labels' / f'{name}.png', labels)
         if self.visualizer:
             self._draw(name, picture, sample)
@@ -81,7 +87,7 @@ class Answers:
                 image_id=self.images,
                 file_name=str(picture.source),
                 category_id=label,
-                category_name=self.predictor.classes[label],
+                category_name=dict(enumerate(self.predictor.classes)).get(label, str(label)),
                 bbox=[x1, y1, x2 - x1, y2 - y1],
                 score=score,
             )
@@ -94,11 +100,13 @@ class Answers:
         return results
 
     def _visualizer(self) -> Any:
-        settings = deepcopy(self.predictor.cfg.visualizer)
-        settings.update(name='predictions', vis_backends=None, save_dir=None)
+        kind = 'DetLocalVisualizer' if self.predictor.scope == 'mmdet' else 'SegLocalVisualizer'
         with DefaultScope.overwrite_default_scope(self.predictor.scope):
-            visualizer = VISUALIZERS.build(settings)
-        visualizer.dataset_meta = dict(classes=self.predictor.classes, palette=self.predictor.palette or 'random')
+            visualizer = VISUALIZERS.build(dict(type=kind, name='predictions'))
+        classes, palette = self.predictor.classes, self.predictor.palette
+        if palette is None or len(palette) != len(classes):
+            palette = [tuple(color) for color in np.random.default_rng(0).integers(0, 256, (len(classes), 3)).tolist()]
+        visualizer.dataset_meta = dict(classes=classes, palette=palette)
         return visualizer
 
     def _draw(self, name: str, picture: Picture, sample: Any) -> None:
@@ -116,6 +124,8 @@ class Answers:
             code = cv2.VideoWriter.fourcc(*'mp4v')
             path, size = str(folder / f'{self._name(picture.source)}.mp4'), drawn.shape[1::-1]
             self.videos[picture.source] = cv2.VideoWriter(path, code, rate, size)
+            if not self.videos[picture.source].isOpened():
+                raise UserError(f'OpenCV cannot write the video {path}; draw nothing by --no-pictures.')
         self.videos[picture.source].write(drawn)
 
     @staticmethod

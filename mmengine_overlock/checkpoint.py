@@ -112,12 +112,16 @@ def find_resumable(work_dir: str | Path) -> Path | None:
     saved = [path for path in work_dir.glob('*.pth') if not path.name.startswith('best_')]
     newest = sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)
     inside = [work_dir / path.name for path in named]
-    # A configuration may keep its checkpoints elsewhere.
-    candidates = list(dict.fromkeys([*inside, *newest] if newest else named))
+    # A configuration may keep its checkpoints elsewhere; a folder that was copied has them all.
+    elsewhere = named if not newest or not any(path.is_file() for path in inside) else []
+    candidates = list(dict.fromkeys([*(inside if newest else []), *elsewhere, *newest]))
     for path in candidates:
         try:
             check_whole(path)
-            if found := non_finite(read(path).get('state_dict', {})):
+            content = read(path)
+            if not isinstance(content, Mapping) or not isinstance(content.get('state_dict'), Mapping):
+                raise CheckpointError(f'{path} is no checkpoint of a training.')
+            if found := non_finite(content['state_dict']):
                 raise CheckpointError(f'{path} holds {len(found)} tensors that are not finite (first {found[0]}).')
             return path
         except CheckpointError as error:

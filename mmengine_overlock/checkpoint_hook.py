@@ -49,7 +49,7 @@ class LosslessCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, except that an old checkpoint is deleted after the new one is written.
 
     A resumed run does not touch the best checkpoint of the folder that its own was copied from, and it repeats a
-    validation that did not end. Arguments are the same.
+    validation whose result the checkpoint does not hold. Arguments are the same.
     """
 
     # mmengine sets them without types.
@@ -60,7 +60,7 @@ class LosslessCheckpointHook(CheckpointHook):
         self._localize_best(runner)
         super().before_train(runner)
         if _validation_is_due(runner):
-            print_log('The validation of the resumed checkpoint did not end: it is repeated.', 'current')
+            print_log('The resumed checkpoint does not hold the result of its validation: it is repeated.', 'current')
             runner.val_loop.run()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:

@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import ast
-import sys
+import functools
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import (
-    DATA_SAMPLERS,
-    DATASETS,
-    MODELS,
-    TASK_UTILS,
-    TRANSFORMS,
-    VISBACKENDS,
-    VISUALIZERS,
-    Registry,
-)
 
 from mmengine_overlock.config import nodes
+from overlock.utils.configs import CONFIGS
 from overlock.utils.errors import UserError
 
 # What makes a prediction. Everything else in a configuration, the training above all, is left alone.
 _PARTS = ('default_scope', 'model', 'test_dataloader', 'visualizer')
 # Importing these registers the backbones.
 _PLUGINS = {'mmdet': 'mmdet_overlock', 'mmseg': 'mmseg_overlock'}
-_REGISTRIES = (DATA_SAMPLERS, DATASETS, MODELS, TASK_UTILS, TRANSFORMS, VISBACKENDS, VISUALIZERS)
 
 
 def embedded_config(checkpoint: Mapping[str, Any], source: str) -> Config:
     """Return the configuration that mmengine's runner wrote into a checkpoint, as far as predictions need it.
 
-    mmengine itself runs this text as Python. Here it may hold values alone, and a `type` may only be a name that is
-    registered: a checkpoint of a stranger cannot choose a function to call.
+    mmengine itself runs this text as Python. Here it may hold values alone, and a `type` may only be one that the
+    configurations of this package have: some of what OpenMMLab registers evaluates or loads what it is given.
 
     Args:
         checkpoint: What the file holds.
         source: Its name, for messages.
 
     Raises:
-        UserError: There is no configuration, or it holds more than values and registered names.
+        UserError: There is no configuration, or it holds more than values and known types.
     """
     meta = checkpoint.get('meta')
     text = meta.get('cfg') if isinstance(meta, Mapping) else None
@@ -63,10 +53,10 @@ def embedded_config(checkpoint: Mapping[str, Any], source: str) -> Config:
     for node in nodes(values):
         # It tells what training started from.
         node.pop('init_cfg', None)
-        kind = node.get('type', '')
-        if 'type' in node and not _is_registered(kind, scope):
+        # `_scope_` would import a package.
+        for strange in [*filter(lambda key: str(key).startswith('_'), node), *_unknown_types(node)]:
             raise UserError(
-                f'The configuration in {source} asks for {kind!r}, which is registered neither by {scope} nor here; if '
+                f'The configuration in {source} asks for {strange!r}, which no configuration of this package has; if '
                 'you trust it, give it by --config.'
             )
     return Config(values)
@@ -92,19 +82,17 @@ def _value(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def _is_registered(kind: Any, scope: str) -> bool:
-    """Return whether a type is the name of something registered: mmengine also takes paths of any function."""
-    first, _, name = kind.rpartition('.') if isinstance(kind, str) else ('', '', '')
-    # mmdet looks for layers such as RoIAlign in mmcv.ops, without a registry.
-    return (not first and hasattr(sys.modules.get('mmcv.ops'), name)) or (
-        first in ('', 'mmengine', *_PLUGINS)
-        and any(name in found._module_dict for root in _REGISTRIES for found in _family(root, scope))
-    )
+def _unknown_types(node: dict) -> list[Any]:
+    kind = node.get('type')
+    return [] if 'type' not in node or (isinstance(kind, str) and kind in _known_types()) else [kind]
 
 
-def _family(root: Registry, scope: str) -> list[Registry]:
-    # A registry imports what it registers when it is first asked for something.
-    found = [root, *(child for name, child in root.children.items() if name == scope)]
-    for registry in found:
-        registry.import_from_location()
-    return found
+@functools.cache
+def _known_types() -> frozenset[str]:
+    """Return the types in the configurations of this package."""
+    found = set()
+    for path in CONFIGS.rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.keyword) and node.arg == 'type' and isinstance(node.value, ast.Constant):
+                found.add(node.value.value)
+    return frozenset(found)

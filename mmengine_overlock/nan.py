@@ -39,8 +39,6 @@ class NonFiniteHook(Hook):
 
         wrapper.update_params = watched
         self.guard = guard
-        # Some models keep infinities by design, such as masks.
-        self.by_design = set(non_finite(runner.model.state_dict()))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -54,7 +52,7 @@ class NonFiniteHook(Hook):
         if not runner.optim_wrapper.should_update() or guard.made():
             return
         # The same in all processes, as the decision is.
-        terms = {name: value.item() for name, value in (outputs or {}).items()}
+        terms = {name: float(value) for name, value in (outputs or {}).items()}
         shares = all_gather_object((terms, _images(data_batch)))
         guilty = [(losses, images) for losses, images in shares if not all(map(math.isfinite, losses.values()))]
         what = 'The loss' if guilty else 'A gradient'
@@ -71,6 +69,13 @@ class NonFiniteHook(Hook):
             '--on-nan skip to leave out such updates.'
         )
 
+
+class FiniteCheckpointHook(Hook):
+    """Refuse to save weights, or their average, that are not finite."""
+
+    # After the hook that adds the average.
+    priority = 'LOWEST'
+
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Look at the weights, and at their average where there is one.
 
@@ -78,12 +83,11 @@ class NonFiniteHook(Hook):
             UserError: If there are tensors that are not finite.
         """
         for kind in ('state_dict', 'ema_state_dict'):
-            found = {name.removeprefix('module.') for name in non_finite(checkpoint.get(kind, {}))} - self.by_design
-            if found:
+            if found := non_finite(checkpoint.get(kind, {})):
                 raise UserError(
-                    f'{len(found)} tensors of the model (first {min(found)}) are not finite after iteration '
-                    f'{runner.iter + 1}, and this checkpoint was not written; resume from the one before, with a lower '
-                    'learning rate.'
+                    f'{len(found)} tensors of the model (first {min(found).removeprefix("module.")}) are not finite '
+                    f'after iteration {runner.iter + 1}, and this checkpoint was not written; resume from the one '
+                    'before, with a lower learning rate.'
                 )
 
 

@@ -22,7 +22,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine_overlock.checkpoint import use_safe_files
 from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.embedded import embedded_config
-from overlock.checkpoint import find_file
+from overlock.checkpoint import WEIGHTS, find_file
 from overlock.checkpoint.fitting import compare_weights
 from overlock.utils.errors import UserError
 
@@ -117,7 +117,8 @@ class Predictor:
 
     Args:
         checkpoint: Its weights: a path, URL or published name.
-        config: Its configuration, by name or path; by default the one that the checkpoint carries.
+        config: Its configuration, by name or path; by default that of published weights, or the one that the checkpoint
+            carries.
         device: Such as 'cuda:0' or 'cpu'; by default a GPU where there is one.
         deploy: Whether to fold the backbone, which predicts the same, faster.
 
@@ -143,6 +144,8 @@ class Predictor:
 
         use_safe_files()
         file = find_file(checkpoint)
+        published = WEIGHTS.get(str(checkpoint))
+        config = config or (published.config if published else None)
         content = CheckpointLoader.load_checkpoint(str(file), map_location='cpu', logger='silent')
         self.cfg = embedded_config(content, str(file)) if config is None else load_config(config)
         self.scope = self.cfg.default_scope
@@ -151,8 +154,9 @@ class Predictor:
         tensors = content.get('state_dict', content)
         compare_weights(self.model, tensors, str(file)).require('give the configuration that it was trained with')
         self.model.load_state_dict(tensors)
-        if deploy and hasattr(self.model.backbone, 'switch_to_deploy'):
-            self.model.backbone.switch_to_deploy()
+        backbone = getattr(self.model, 'backbone', None)
+        if deploy and hasattr(backbone, 'switch_to_deploy'):
+            backbone.switch_to_deploy()
         self.model.to(self.device)
         meta = {key.lower(): value for key, value in (content.get('meta', {}).get('dataset_meta') or {}).items()}
         meta = meta or _dataset_meta(self.cfg)
@@ -173,6 +177,8 @@ class Predictor:
         """Yield each image below some inputs (see `Pictures`) with its data sample."""
         inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
         pictures = inputs if isinstance(inputs, Pictures) else Pictures(inputs)
+        if batch < 1:
+            raise UserError(f'The batch must be at least 1 image, got {batch}.')
         waiting = iter(pictures)
         while group := list(islice(waiting, batch)):
             yield from zip(group, self([picture.pixels for picture in group]), strict=True)
@@ -188,9 +194,15 @@ def build_model(cfg: Config) -> BaseModel:
 
 
 def test_pipeline(cfg: Config, load: dict | None = None) -> list[dict]:
-    """Return the test pipeline of a configuration without a step that loads truth; `load` replaces its first step."""
-    pipeline = next(node['pipeline'] for node in nodes(cfg.test_dataloader) if 'pipeline' in node)
-    steps = [step for step in pipeline if 'Annotations' not in str(step['type'])]
+    """Return the test pipeline of a configuration without a step that loads truth; `load` replaces its first step.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = [node['pipeline'] for node in nodes(cfg.get('test_dataloader')) if node.get('pipeline')]
+    if not found:
+        raise UserError('The configuration has no test pipeline: expected `test_dataloader.dataset.pipeline`.')
+    steps = [step for step in found[0] if 'Annotations' not in str(step['type'])]
     return steps if load is None else [load, *steps[1:]]
 
 

@@ -30,7 +30,7 @@ from mmengine_overlock.data import check_data
 from mmengine_overlock.data.samples import name_samples
 from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
 from mmengine_overlock.launch import agreed, finish_launch, is_first, prepare_launch
-from mmengine_overlock.nan import NonFiniteHook
+from mmengine_overlock.nan import FiniteCheckpointHook, NonFiniteHook
 from mmengine_overlock.resume import make_resumable
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from mmengine_overlock.stop import StopHook, shield_workers
@@ -99,6 +99,7 @@ def train(
                 check_data(cfg, 'train', 'val')
         runner = _build_runner(cfg, strict=cfg.resume)
         runner.register_hook(NonFiniteHook(on_nan))
+        runner.register_hook(FiniteCheckpointHook())
         make_resumable(runner)
         shield_workers(runner)
         stop = StopHook()

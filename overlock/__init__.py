@@ -14,6 +14,8 @@ __version__ = '0.1.0'
 
 
 def __getattr__(name: str) -> Any:
+    if name == '__all__':
+        return import_module('overlock.exports').__all__
     if name.startswith('__') or name == 'exports':
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     exports = import_module('overlock.exports')

@@ -26,7 +26,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
         --cpus-per-task "${CPUS_PER_TASK:-5}" ${SBATCH_ARGS:-} "$0" "$@"
 fi
 shift 4
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$work_dir/last_checkpoint" ]; then
     set -- "$@" --resume
 fi
 
@@ -38,7 +38,8 @@ status=0
 srun --cpus-per-task "${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
     "${PYTHON:-python}" -u "$OVERLOCK_TOOLS/train.py" "$config" --work-dir "$work_dir" --launcher slurm "$@" ||
     status=$?
-if [ "$status" = 143 ] && [ -z "$ended" ]; then
+# 138: SIGUSR1 before the training listened.
+if { [ "$status" = 143 ] || [ "$status" = 138 ]; } && [ -z "$ended" ]; then
     exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

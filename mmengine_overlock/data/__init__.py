@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 from mmengine_overlock.config import nodes
 from mmengine_overlock.data.findings import REFUSED, REPAIRED, Finding, write_list
 from mmengine_overlock.data.layouts import check_dataset, is_local
+from mmengine_overlock.launch import is_first
 from overlock.utils.distributed import local_rank
 from overlock.utils.errors import UserError
 
@@ -44,7 +45,8 @@ def check_data(cfg: Config, *splits: str) -> dict[str, list[Finding]]:
         datasets = [dataset for dataset in nodes(cfg.get(f'{split}_dataloader')) if is_local(dataset)]
         findings[split] = [finding for dataset in datasets for finding in check_dataset(cfg, dataset, evaluators)]
     listed = {split: records for split, records in findings.items() if any(record.items for record in records)}
-    if listed and local_rank() == 0:
+    # Machines may share the folder.
+    if listed and is_first(cfg.get('launcher', 'none')):
         write_list(work_dir / LISTING, listed)
     problems = [_sentence(split, records, work_dir / LISTING) for split, records in findings.items()]
     if any(problems):

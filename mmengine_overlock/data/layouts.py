@@ -34,8 +34,9 @@ def is_local(dataset: dict) -> bool:
 def check_dataset(cfg: Config, dataset: dict, evaluators: Sequence[dict]) -> list[Finding]:
     """Check a data set that `is_local`; change its settings and those of its evaluators to what repairs it."""
     name, root = dataset['type'], Path(dataset.get('data_root') or '')
-    kind = DATASETS.get(name if '.' in name else f'{cfg.get("default_scope", "mmengine")}.{name}')
-    loaders = [node for node in nodes(dataset.get('pipeline')) if str(node.get('type')).endswith('LoadImageFromFile')]
+    kind = name if isinstance(name, type) else DATASETS.get(_in_scope(cfg, name))
+    steps = [(node, node.get('type')) for node in nodes(dataset.get('pipeline'))]
+    loaders = [node for node, step in steps if str(getattr(step, '__name__', step)).endswith('LoadImageFromFile')]
     found: dict[str, list[str]] = defaultdict(list)
     source = _Source(cfg, dataset, kind, root, _classes(dataset, kind, found), _rotates(loaders))
     try:
@@ -60,6 +61,10 @@ def check_dataset(cfg: Config, dataset: dict, evaluators: Sequence[dict]) -> lis
     if any(node.get('ignore_empty') for node in loaders) and not dataset.get('test_mode'):
         return group(found) + [finding.skipped() for finding in outcome.findings]
     return group(found) + outcome.findings
+
+
+def _in_scope(cfg: Config, name: str) -> str:
+    return name if '.' in name else f'{cfg.get("default_scope", "mmengine")}.{name}'
 
 
 @dataclass

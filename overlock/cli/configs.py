@@ -37,7 +37,10 @@ def run(name: str | None, copy: str | None) -> None:
 
 def table() -> str:
     """Return a line for each configuration; parameters and results are those of model-index.yml."""
-    import yaml
+    try:
+        import yaml
+    except ImportError as error:
+        raise UserError('The list needs the package pyyaml, which mmengine brings; run: pip install pyyaml.') from error
 
     index = yaml.safe_load((ROOT / 'model-index.yml').read_text(encoding='utf-8'))
     known = {Path(model['Config']).stem: model for model in index['Models'] if 'Config' in model}

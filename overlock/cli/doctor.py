@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -67,11 +68,15 @@ def versions(remedies: list[str]) -> Iterator[str]:
 
 
 def requirements() -> dict[str, Any]:
-    """Return the ranges of versions of the extras, by package."""
-    from packaging.requirements import Requirement
+    """Return the ranges of versions that the extras ask for, by package; none in a clone that is not installed."""
+    try:
+        from packaging.requirements import Requirement
 
-    found = map(Requirement, importlib.metadata.requires('overlock') or [])
-    return {item.name: item.specifier for item in found if item.specifier and 'setuptools' not in item.name}
+        found = map(Requirement, importlib.metadata.requires('overlock') or [])
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return {}
+    asked = {item.name: item for item in found if item.specifier and 'dev' not in str(item.marker)}
+    return {name: item.specifier for name, item in asked.items() if name != 'setuptools'}
 
 
 def devices() -> Iterator[str]:
@@ -84,8 +89,8 @@ def devices() -> Iterator[str]:
         yield f'GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB, sm_{device.major}{device.minor}'
     if torch.cuda.is_available():
         command = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
-        driver = subprocess.run(command, capture_output=True, text=True).stdout.split('\n')[0]
-        yield f'CUDA {torch.version.cuda}, driver {driver}'
+        told = shutil.which(command[0]) and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        yield f'CUDA {torch.version.cuda}, driver {told.splitlines()[0] if told else "unknown: no nvidia-smi"}'
     else:
         yield 'GPU: none that torch can use'
 
@@ -175,7 +180,7 @@ def mmcv_operators(remedies: list[str]) -> Iterator[str]:
             kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7], device=device), 0.5)[1].tolist()
         # A module of operators for another torch fails in many ways.
         except Exception as error:
-            yield f'{device}: {str(error).splitlines()[0]}'
+            yield f'{device}: {type(error).__name__}: {str(error).partition(chr(10))[0]}'
             if not (isinstance(error, ModuleNotFoundError) and error.name == 'mmcv'):
                 remedies.append(f"mmcv's operators do not run on {device}; {remedy}")
             continue

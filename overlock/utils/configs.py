@@ -32,7 +32,7 @@ def find_config(config: str | Path) -> Path:
     if path.is_file():
         return path
     names = config_names()
-    if str(path.with_suffix('')) in names and path.suffix in ('', '.py'):
+    if path.name and path.suffix in ('', '.py') and str(path.with_suffix('')) in names:
         return names[path.stem]
     close = difflib.get_close_matches(path.stem, names, 3, cutoff=0.75)
     remedy = f'did you mean {" or ".join(close)}?' if close else '`overlock configs` lists the names.'

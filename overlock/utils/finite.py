@@ -44,10 +44,15 @@ class UpdateGuard:
         # On a GPU, a run that ends anyway is told later: nothing waits before the step.
         self.may_wait = policy == 'skip' or not optimizer.param_groups[0]['params'][0].is_cuda
         self._buffers = list(model.buffers()) if scaled or policy == 'skip' else []
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        self.keep()
         self._losses: list[Tensor] = []
         self._finite: Tensor | None = None
         optimizer.register_step_pre_hook(self._look)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Take the buffers as they are for those to return to, as where they changed between updates."""
+        self._kept = [buffer.clone() for buffer in self._buffers]
 
     def watch(self, loss: Tensor) -> None:
         """Let the next update depend on this loss, too."""

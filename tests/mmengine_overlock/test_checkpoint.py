@@ -207,6 +207,16 @@ def test_resume_takes_the_checkpoint_that_was_saved_last(tmp_path):
     assert find_resumable(tmp_path) == last
 
 
+def test_resume_finds_checkpoints_that_are_kept_elsewhere(tmp_path):
+    work_dir, elsewhere = tmp_path / 'work', tmp_path / 'elsewhere'
+    work_dir.mkdir()
+    elsewhere.mkdir()
+    saved(work_dir, 'interrupted.pth', age=2)
+    last = saved(elsewhere, 'iter_3.pth', age=1)
+    (work_dir / 'last_checkpoint').write_text(str(last))
+    assert find_resumable(work_dir) == last
+
+
 @pytest.mark.parametrize('state', ['cut', 'absent', 'pointer empty'])
 def test_resume_falls_back_to_the_newest_whole_checkpoint(tmp_path, state):
     saved(tmp_path, 'iter_1.pth', age=3)

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import Runner
 
 from mmengine_overlock.checkpoint import find_resumable
 from mmengine_overlock.run import train
@@ -38,8 +39,6 @@ class Watch(Hook):
 @pytest.fixture
 def watch(monkeypatch):
     """The `Watch` of the runs of a test."""
-    from mmengine.runner import Runner
-
     hook, original = Watch(), Runner.register_default_hooks
     monkeypatch.setattr(
         Runner, 'register_default_hooks', lambda self, *args: (original(self, *args), self.register_hook(hook))
@@ -115,6 +114,27 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(write_faul
     more = "custom_hooks = [dict(type='Spoil', epoch=1)]\n" + average
     with pytest.raises(UserError, match='1 tensors of the model .first backbone.fc.bias. are not finite after iter'):
         train(write_faulty({}, more), work_dir=tmp_path / 'a')
+    assert [path.name for path in (tmp_path / 'a').glob('*.pth')] == ['epoch_1.pth']
+
+
+class SpoilAverage(Hook):
+    """Put a NaN into the average after the second epoch."""
+
+    def after_train_epoch(self, runner):
+        if runner.epoch == 1:
+            (average,) = (hook for hook in runner.hooks if isinstance(hook, EMAHook))
+            average.ema_model.module.backbone.fc.bias.data[0] = torch.nan
+
+
+def test_an_average_that_is_not_finite_is_not_written(write_faulty, tmp_path, monkeypatch):
+    original = Runner.register_default_hooks
+    monkeypatch.setattr(
+        Runner,
+        'register_default_hooks',
+        lambda self, *args: (original(self, *args), self.register_hook(SpoilAverage())),
+    )
+    with pytest.raises(UserError, match='1 tensors of the model .first backbone.fc.bias. are not finite after iter'):
+        train(write_faulty({}, "custom_hooks = [dict(type='EMAHook')]\n"), work_dir=tmp_path / 'a')
     assert [path.name for path in (tmp_path / 'a').glob('*.pth')] == ['epoch_1.pth']
 
 

@@ -104,6 +104,9 @@ def test_a_video_becomes_a_video(checkpoints, tmp_path, run_tool):
         ("type='FPN'", "type='mmengine.dump', obj=1, file='canary.json'", "asks for 'mmengine.dump'"),
         ("default_scope = 'mmdet'", "default_scope = __import__('os').system('touch canary')", 'more than values'),
         ("default_scope = 'mmdet'", "default_scope = 'stranger'", "got 'stranger'"),
+        ("type='FPN'", "type='CameraMotionCompensation', warp_mode='open(1)'", 'CameraMotionCompensation'),
+        ("type='FPN'", "type='FPN', _scope_='stranger'", '_scope_'),
+        ("type='FPN'", "type=['FPN']", 'FPN'),
         ("type='LoadImageFromFile'", "type='subprocess.Popen', args=['touch', 'canary']", 'subprocess.Popen'),
     ],
 )

@@ -117,3 +117,11 @@ def test_non_finite_names_tensors_of_numbers_alone():
 def test_an_unknown_policy_is_one_sentence():
     with pytest.raises(UserError, match='is one of stop, skip, got ignore'):
         Run(policy='ignore')
+
+
+def test_statistics_return_to_those_of_a_resume():
+    run = Run(scaled=True)
+    run.model[1].running_mean.fill_(3.0)
+    run.guard.keep()
+    assert not run.update(map_factor=torch.inf)
+    assert_same(run.model[1].running_mean, torch.full((4,), 3.0))
