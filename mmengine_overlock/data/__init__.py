@@ -45,10 +45,10 @@ def check_data(cfg: Config, *splits: str) -> dict[str, list[Finding]]:
         datasets = [dataset for dataset in nodes(cfg.get(f'{split}_dataloader')) if is_local(dataset)]
         findings[split] = [finding for dataset in datasets for finding in check_dataset(cfg, dataset, evaluators)]
     listed = {split: records for split, records in findings.items() if any(record.items for record in records)}
-    # Machines may share the folder.
-    if listed and is_first(cfg.get('launcher', 'none')):
-        write_list(work_dir / LISTING, listed)
     problems = [_sentence(split, records, work_dir / LISTING) for split, records in findings.items()]
+    # Machines may share the folder: the others write what ends the run alone.
+    if listed and (is_first(cfg.get('launcher', 'none')) or (any(problems) and local_rank() == 0)):
+        write_list(work_dir / LISTING, listed)
     if any(problems):
         raise UserError(' '.join(filter(None, problems)))
     for split in splits:

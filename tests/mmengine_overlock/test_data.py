@@ -193,13 +193,14 @@ def test_without_a_cache_folder_the_work_folder_keeps_the_outcome(coco, tmp_path
 def test_processes_check_once(coco, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr('mmengine_overlock.data.coco.read_images', lambda *a: calls.append(a) or files.read_images(*a))
-    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setenv('RANK', '1')
+    coco.launcher = 'pytorch'
     edit(tmp_path, images=json.loads((tmp_path / 'annotations' / 'a.json').read_text())['images'] * 2)
     other = Config(coco.to_dict())
     check_data(coco, 'train')
-    # Only the first process of a machine writes and tells.
+    # Only the first process writes.
     assert not (tmp_path / 'work' / 'data_check.txt').exists()
-    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setenv('RANK', '0')
     check_data(other, 'train')
     assert len(calls) == 1 and (tmp_path / 'work' / 'data_check.txt').exists()
     assert other.train_dataloader == coco.train_dataloader
