@@ -274,11 +274,13 @@ class Trainer:
         self.optimizer.zero_grad()
         self.done += 1
         self.scheduler.step_update(self.done)
-        if not self.guard.made():
+        made = self.guard.made()
+        if not made:
             self._tell_left_out(losses)
             if not losses.isfinite().all():
                 return losses.new_zeros(4)
-        elif self.ema:
+        # As timm's script, also where scaled gradients overflowed: the statistics are new.
+        if self.ema and (made or self.scaler.is_enabled()):
             self.ema.update(self.model)
         return torch.cat([losses, losses.new_ones(1)])
 

@@ -154,7 +154,7 @@ class Predictor:
         tensors = content.get('state_dict', content)
         compare_weights(self.model, tensors, str(file)).require('give the configuration that it was trained with')
         self.model.load_state_dict(tensors)
-        backbone = getattr(self.model, 'backbone', None)
+        backbone: Any = getattr(self.model, 'backbone', None)
         if deploy and hasattr(backbone, 'switch_to_deploy'):
             backbone.switch_to_deploy()
         self.model.to(self.device)

@@ -34,18 +34,20 @@ def drafted(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Check, before long work, that a file of this path can be written; missing folders above are created.
+    """Check, before long work, that a file of this path can be written, or the folders above it that are missing.
 
     Raises:
         UserError: The folder cannot be written to.
     """
-    _beside(Path(path)).cleanup()
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    _beside(Path(path), above).cleanup()
 
 
-def _beside(path: Path) -> TemporaryDirectory[str]:
+def _beside(path: Path, folder: Path | None = None) -> TemporaryDirectory[str]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return TemporaryDirectory(dir=path.parent, prefix=f'.{path.stem}.', suffix=_SUFFIX)
+        if folder is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(dir=folder or path.parent, prefix=f'.{path.stem}.', suffix=_SUFFIX)
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error}); give a path in a writable folder.') from error
 

@@ -22,7 +22,8 @@ class UpdateGuard:
     Args:
         optimizer: Optimizer of the run.
         model: What it trains. Where the run goes on, buffers return to their values after the last update that was
-            made: the statistics of BatchNorms have seen the same maps as the loss.
+            made, as the statistics of BatchNorms have seen the same maps as the loss; where a GradScaler left out an
+            update, only if they are not finite.
         policy: 'stop' to end the run at the first such update, 'skip' to go on.
         scaled: Whether a GradScaler leaves out updates, which is usual until it has found its scale.
 
@@ -86,7 +87,10 @@ class UpdateGuard:
             self.skipped += 1
             self.in_a_row += 1
             self.must_stop = self.in_a_row >= (LIMIT if finite is None or self.policy == 'skip' else 1)
-            if self._kept:
+            # Where scaled gradients alone overflow, the statistics are those of finite maps.
+            if self._kept and (
+                finite is not None or non_finite({str(i): buffer for i, buffer in enumerate(self._buffers)})
+            ):
                 torch._foreach_copy_(self._buffers, self._kept)
             return False
         self.in_a_row = 0

@@ -55,7 +55,13 @@ def test_an_update_that_is_left_out_changes_neither_weights_nor_statistics_nor_t
     assert run.update() and run.update()
     before = run.state()
     assert not run.update(**fault)
-    assert_same(run.state(), before)
+    after = run.state()
+    if scaled and 'map_factor' not in fault:
+        # An overflow of scaled gradients says nothing against the statistics.
+        statistics = {name: after[0].pop(name) for name in list(after[0]) if name in dict(run.model.named_buffers())}
+        assert any(not torch.equal(value, before[0].pop(name)) for name, value in statistics.items())
+        before[0] = {name: before[0][name] for name in after[0]}
+    assert_same(after, before)
     assert run.guard.skipped == run.guard.in_a_row == 1 and not run.guard.must_stop
     assert run.update()
     assert run.guard.in_a_row == 0
