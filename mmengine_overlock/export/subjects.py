@@ -1,0 +1,296 @@
+"""What can be exported, each as a module from one image tensor to named outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, DefaultScope
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmengine_overlock.config import load_config, nodes
+from mmengine_overlock.deploy import build
+from overlock import ARCHS, MOGANET_ARCHS, MogaNet, OverLoCK
+from overlock.checkpoint import find_file, load
+from overlock.checkpoint.convert import read_classes
+from overlock.checkpoint.recognize import recognize
+from overlock.utils.errors import UserError
+
+# ImageNet's, in RGB.
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+_CLASSIFIERS = {
+    **{f'overlock_{name}': (OverLoCK, name) for name in ARCHS},
+    **{f'moganet_{name}': (MogaNet, name) for name in MOGANET_ARCHS},
+}
+
+
+@dataclass
+class Subject:
+    """A network to export.
+
+    Attributes:
+        kind: 'classifier', 'backbone', 'segmenter' or 'detector'.
+        module: From an image (B, 3, H, W) to a tuple of tensors; folded, in evaluation.
+        outputs: Their names.
+        least: The smallest height and width.
+        read: Reads an image file as input (1, 3, H, W) of the module.
+        reference: What the toolbox itself detects in such an input: boxes, scores, labels. Detectors have one.
+        info: What a program that runs the file has to know.
+    """
+
+    kind: str
+    module: nn.Module
+    outputs: tuple[str, ...]
+    least: int
+    read: Callable[[Path], Tensor]
+    reference: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def example(self, batch: int, height: int, width: int) -> Tensor:
+        """Return an image of random pixels that the module takes."""
+        pixels = torch.randint(0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(0))
+        if isinstance(self.module, Preprocessed):
+            return pixels.to(torch.uint8)
+        return _normalize(pixels, self.info['mean'], self.info['std'])
+
+
+class Preprocessed(nn.Module):
+    """A network behind its preprocessing: it takes RGB pixels, uint8.
+
+    Args:
+        network: Takes a normalized image; a padded one comes with its height and width before.
+        mean, std: Of each channel, in RGB.
+        divisor: The sides are padded to a multiple of this, at the right and the bottom; 1 for no padding.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], divisor: int) -> None:
+        super().__init__()
+        self.network, self.mean, self.std, self.divisor = network, tuple(mean), tuple(std), divisor
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Run the network on pixels (B, 3, H, W)."""
+        x = _normalize(image, self.mean, self.std)
+        if self.divisor == 1:
+            return self.network(x)
+        return self.network(_pad(x, self.divisor), *image.shape[2:])
+
+
+class Outputs(nn.Module):
+    """A module whose output is a tuple, of one tensor too."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Run the network on an image (B, 3, H, W)."""
+        outs = self.network(image)
+        return (outs,) if isinstance(outs, Tensor) else tuple(outs)
+
+
+class Segmenter(nn.Module):
+    """mmseg's EncoderDecoder as a module from an image to logits, or to the label of each pixel.
+
+    Args:
+        model: The segmenter, in evaluation.
+        label_map: Whether to return labels.
+    """
+
+    def __init__(self, model: BaseModel, label_map: bool = False) -> None:
+        super().__init__()
+        self.model, self.label_map = model, label_map
+        _upsample_by_factor(model)
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        """Segment an image (B, 3, H, W): logits (B, classes, H, W), or labels (B, H, W), int64."""
+        head = self.model.decode_head
+        logits = head(self.model.extract_feat(image))
+        logits = F.interpolate(logits, image.shape[2:], mode='bilinear', align_corners=head.align_corners)
+        return (logits.argmax(1) if self.label_map else logits,)
+
+
+def make_subject(
+    config: str | Path,
+    checkpoint: str | None,
+    *,
+    part: str = 'all',
+    preprocessing: bool = False,
+    label_map: bool = False,
+    cfg_options: dict[str, Any] | None = None,
+) -> Subject:
+    """Build what is to be exported; see `mmengine_overlock.export.export`."""
+    source = find_file(checkpoint) if checkpoint else None
+    torch.manual_seed(0)
+    if str(config) in _CLASSIFIERS:
+        if label_map or part != 'all' or cfg_options:
+            raise UserError(f'--part, --label-map and --cfg-options are for configurations; leave them out of {config}')
+        subject = _classifier(str(config), source)
+    else:
+        cfg = load_config(config, cfg_options)
+        if 'backbone' not in cfg.get('model', {}):
+            raise UserError(
+                f'{config} must be the configuration of a detector or segmenter, or one of the classifiers '
+                f'{", ".join(_CLASSIFIERS)}'
+            )
+        model = build(cfg, load(source) if source else None, str(checkpoint))
+        model.backbone.switch_to_deploy()
+        subject = _dense(cfg, model, part, label_map)
+        subject.info |= _classes(cfg, source)
+    if preprocessing:
+        info = subject.info
+        divisor = info['pad_size_divisor'] if subject.kind == 'detector' else 1
+        subject.module = Preprocessed(subject.module, info['mean'], info['std'], divisor)
+        info['input'] = 'RGB pixels, uint8, (B, 3, H, W)'
+    subject.module.eval()
+    return subject
+
+
+def _classifier(name: str, source: Path | None) -> Subject:
+    if source is None:
+        kind, arch = _CLASSIFIERS[name]
+        network = kind(arch)
+    else:
+        network = recognize(load(source), source.name).network
+        if not isinstance(network, _CLASSIFIERS[name][0]):
+            raise UserError(f'{source} holds a {type(network).__name__}, expected the classifier {name}')
+    module = Outputs(network.eval().switch_to_deploy())
+    subject = Subject('classifier', module, ('logits',), 33, lambda path: _read_square(path, subject), info=_info())
+    return subject
+
+
+def _info(mean: Sequence[float] = MEAN, std: Sequence[float] = STD, divisor: int = 1) -> dict[str, Any]:
+    return {
+        'input': 'RGB, (pixel - mean) / std, float32, (B, 3, H, W)',
+        'mean': list(mean),
+        'std': list(std),
+        'pad_size_divisor': divisor,
+    }
+
+
+def _dense(cfg: Config, model: BaseModel, part: str, label_map: bool) -> Subject:
+    """Return a detector, a segmenter, or the backbone of one."""
+    settings = cfg.model.get('data_preprocessor') or {}
+    divisor = settings.get('pad_size_divisor', 1)
+    info = _info(settings.get('mean', MEAN), settings.get('std', STD), divisor)
+    strides = max(model.backbone.out_indices)
+    if label_map and (part != 'all' or not hasattr(model, 'decode_head')):
+        raise UserError(f'--label-map is for segmenters, and {cfg.filename} with --part {part} is none; leave it out')
+    if part == 'backbone':
+        names = tuple(f'stride{2 ** (i + 2)}' for i in model.backbone.out_indices)
+        subject = Subject('backbone', Outputs(model.backbone), names, 2 ** (strides + 2) + 1, Path, info=info)
+    elif hasattr(model, 'decode_head'):
+        module = Segmenter(model, label_map)
+        subject = Subject('segmenter', module, ('labels' if label_map else 'logits',), 33, Path, info=info)
+    else:
+        subject = _detector(cfg, model, info)
+    subject.read = lambda path: _read_by_pipeline(path, cfg, subject)
+    return subject
+
+
+def _detector(cfg: Config, model: BaseModel, info: dict[str, Any]) -> Subject:
+    from mmengine_overlock.export.detectors import OneStage, TwoStage
+
+    names: tuple[str, ...] = ('boxes', 'scores', 'labels')
+    if type(model).__name__ in ('MaskRCNN', 'CascadeRCNN', 'FasterRCNN'):
+        module: nn.Module = TwoStage(model)
+        strides = [stride for stride, _ in model.rpn_head.prior_generator.strides]
+        if model.roi_head.with_mask:
+            names += ('masks',)
+            info['mask_threshold'] = model.roi_head.test_cfg.mask_thr_binary
+    elif type(model).__name__ == 'RetinaNet':
+        module = OneStage(model)
+        strides = [stride for stride, _ in model.bbox_head.prior_generator.strides]
+    else:
+        raise UserError(
+            f'{cfg.filename} has a {type(model).__name__}, expected Mask R-CNN, Faster R-CNN, Cascade R-CNN, RetinaNet '
+            'or a segmenter; export its backbone with --part backbone'
+        )
+    # A map of one pixel would be taken for a constant.
+    subject = Subject('detector', module, names, max(strides) + 1, Path, info=info)
+    subject.reference = lambda image: _detect(model, image, subject)
+    return subject
+
+
+@torch.no_grad()
+def _detect(model: BaseModel, image: Tensor, subject: Subject) -> tuple[Tensor, ...]:
+    """Return boxes (N, 4), scores and labels (N,) that mmdet's own code finds in one image."""
+    from mmdet.structures import DetDataSample
+
+    shape = tuple(image.shape[2:])
+    if isinstance(subject.module, Preprocessed):
+        image = _pad(_normalize(image, subject.info['mean'], subject.info['std']), subject.info['pad_size_divisor'])
+    sample = DetDataSample(
+        metainfo=dict(
+            img_shape=shape, ori_shape=shape, batch_input_shape=tuple(image.shape[2:]), scale_factor=(1.0, 1.0)
+        )
+    )
+    found = model.predict(image, [sample], rescale=False)[0].pred_instances
+    return found.bboxes, found.scores, found.labels
+
+
+def _normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    x = pixels.to(torch.float32)
+    return (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
+
+
+def _pad(x: Tensor, divisor: int) -> Tensor:
+    height, width = x.shape[2:]
+    return F.pad(x, (0, -width % divisor, 0, -height % divisor))
+
+
+def _as_input(pixels: Tensor, subject: Subject) -> Tensor:
+    """Return RGB pixels (3, H, W) as input of a module."""
+    if isinstance(subject.module, Preprocessed):
+        return pixels[None]
+    return _pad(_normalize(pixels[None], subject.info['mean'], subject.info['std']), subject.info['pad_size_divisor'])
+
+
+def _read_square(path: Path, subject: Subject) -> Tensor:
+    """Read an image as ImageNet's are: 224x224 out of the middle."""
+    with Image.open(path) as file:
+        image = file.convert('RGB')
+    scale = 256 / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - 224) // 2 for side in image.size)
+    pixels = np.array(image.crop((left, top, left + 224, top + 224)))
+    return _as_input(torch.from_numpy(pixels).permute(2, 0, 1), subject)
+
+
+def _read_by_pipeline(path: Path, cfg: Config, subject: Subject) -> Tensor:
+    """Read an image by the test pipeline of a configuration."""
+    pipeline = next(node['pipeline'] for node in nodes(cfg.test_dataloader) if 'pipeline' in node)
+    steps = [step for step in pipeline if 'Annotations' not in str(step['type'])]
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        pixels = Compose(steps)(dict(img_path=str(path), img_id=0))['inputs']
+    return _as_input(pixels.flip(0).contiguous(), subject)
+
+
+def _classes(cfg: Config, source: Path | None) -> dict[str, Any]:
+    """Return the names of the classes by the checkpoint, else by the data set of the configuration."""
+    dataset = next((node for node in nodes(cfg.get('test_dataloader')) if 'pipeline' in node), {})
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        kind = DATASETS.get(dataset.get('type', ''))
+    known = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+    if source is not None:
+        given = read_classes(source)
+        known |= copy.deepcopy(given.get('dataset_meta') or {name.lower(): value for name, value in given.items()})
+    return {name: list(known[name]) for name in ('classes', 'palette') if known.get(name)}
+
+
+def _upsample_by_factor(model: nn.Module) -> None:
+    """Put torch's upsampling in the place of mmseg's, in place: that computes sizes as numbers of Python."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child).__module__ == 'mmseg.models.utils.wrappers' and not child.size:
+                new = nn.Upsample(scale_factor=child.scale_factor, mode=child.mode, align_corners=child.align_corners)
+                setattr(parent, name, new)
