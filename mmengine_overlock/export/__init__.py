@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from mmengine_overlock.export.checks import (
-    Limits,
-    Report,
-    Run,
-    compare,
-    open_onnx,
-    open_openvino,
-    open_program,
-    require,
-)
+from mmengine_overlock.export.checks import Limits, compare, open_onnx, open_openvino, open_program, require
 from mmengine_overlock.export.graph import metadata, trace, write_onnx
 from mmengine_overlock.export.subjects import Subject, make_subject
 from overlock.utils.errors import UserError
@@ -87,7 +80,7 @@ def export(
     for path in _image_files(images):
         image = subject.read(path)
         if fixed and tuple(image.shape[2:]) != fixed:
-            image = torch.nn.functional.interpolate(image.float(), fixed, mode='bilinear').to(image.dtype)
+            image = F.interpolate(image.float(), fixed, mode='bilinear').to(image.dtype)
         inputs.append((path.name, image))
     files = [out, out.with_suffix('.bin')] if format == 'openvino' else [out]
     with drafted(*files) as drafts:
@@ -102,7 +95,7 @@ def export(
                 from mmengine_overlock.export.narrow import to_float16, to_int8
 
                 if fp16:
-                    to_float16(onnx)
+                    to_float16(onnx, subject.kind == 'detector')
                 if int8:
                     to_int8(onnx, [subject.read(path) for path in _image_files(int8, 32)])
             run, runtime = open_onnx(onnx), 'onnxruntime'
@@ -169,8 +162,6 @@ def _image_files(path: str | Path | None, most: int = 4) -> list[Path]:
 
 
 def _json(subject: Subject) -> str:
-    import json
-
     return json.dumps(metadata(subject), ensure_ascii=False)
 
 

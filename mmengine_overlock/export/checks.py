@@ -16,7 +16,7 @@ from overlock.utils.errors import UserError
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
-# Two boxes of one object: how much they overlap, and what rounding may do to the score.
+# Two boxes of one object: how much they overlap at least, and how far apart their scores may be.
 IOU, SCORE = 0.9, 1e-2
 
 
@@ -41,7 +41,7 @@ class Row:
         what: The size, or the size and the image.
         difference: The largest of all outputs, relative to the largest value of each; of detectors, of the boxes that
             are the same, in pixels.
-        same: How many detections or pixels are the same, and of how many; of other outputs None.
+        same: How many detections, labels or best classes are the same, and of how many; of maps None.
         exported_ms, pytorch_ms: Median times.
     """
 
@@ -53,9 +53,8 @@ class Row:
 
     def fits(self, kind: str, limits: Limits) -> bool:
         """Return whether the outputs agree."""
-        if self.same is not None:
-            return self.same[0] >= limits.share * self.same[1]
-        return self.difference <= limits.maps
+        share = self.same is None or self.same[0] >= limits.share * self.same[1]
+        return share and (kind == 'detector' or self.difference <= limits.maps)
 
 
 @dataclass
@@ -79,7 +78,9 @@ class Report:
             same = '' if row.same is None else f'{row.same[0]} of {row.same[1]}'
             lines.append([row.what, f'{row.difference:.1e}', same, f'{row.exported_ms:.0f}', f'{row.pytorch_ms:.0f}'])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return '\n'.join('  '.join(f'{cell:<{width}}' for cell, width in zip(line, widths)).rstrip() for line in lines)
+        return '\n'.join(
+            '  '.join(f'{cell:<{width}}' for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
 
 
 def open_onnx(path: Path) -> Run:
@@ -126,10 +127,11 @@ def compare(run: Run, runtime: str, subject: Subject, images: Sequence[tuple[str
         if subject.kind == 'detector':
             difference, same = _compare_batches(outs, expected, image, subject)
         elif expected[0].dtype == torch.int64:
-            equal = outs[0] == expected[0]
-            difference, same = float(not equal.all()), (int(equal.sum()), equal.numel())
+            difference, same = 0.0, _count_equal(outs[0], expected[0])
         else:
             difference, same = max(_relative(*pair) for pair in zip(outs, expected, strict=True)), None
+            if subject.kind != 'backbone':
+                same = _count_equal(outs[0].argmax(1), expected[0].argmax(1))
         report.rows.append(Row(rows, difference, same, exported_ms, pytorch_ms))
     return report
 
@@ -165,6 +167,10 @@ def _relative(out: Tensor, expected: Tensor) -> float:
         return float('inf')
     deviation = ((out - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
     return deviation if deviation == deviation else float('inf')
+
+
+def _count_equal(out: Tensor, expected: Tensor) -> tuple[int, int]:
+    return (int((out == expected).sum()) if out.shape == expected.shape else 0), expected.numel()
 
 
 def _compare_batches(

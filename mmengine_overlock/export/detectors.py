@@ -39,7 +39,7 @@ class Detector(nn.Module):
 
         Returns:
             boxes (B, N, 4), x1, y1, x2, y2 in pixels; scores (B, N), sorted, -1 where there are fewer than N objects;
-            labels (B, N), int64, from 0; and with a mask head masks (B, N, M, M), each the probabilities inside its box.
+            labels (B, N), int64, from 0; with a mask head masks (B, N, M, M), each the probabilities inside its box.
         """
         size = (height or image.shape[2], width or image.shape[3])
         limits = torch.stack([torch.scalar_tensor(side, dtype=image.dtype) for side in size[::-1]]).repeat(2)

@@ -278,8 +278,7 @@ def _read_by_pipeline(path: Path, cfg: Config, subject: Subject) -> Tensor:
 def _classes(cfg: Config, source: Path | None) -> dict[str, Any]:
     """Return the names of the classes by the checkpoint, else by the data set of the configuration."""
     dataset = next((node for node in nodes(cfg.get('test_dataloader')) if 'pipeline' in node), {})
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        kind = DATASETS.get(dataset.get('type', ''))
+    kind = DATASETS.get(f'{cfg.default_scope}.{dataset["type"]}') if 'type' in dataset else None
     known = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
     if source is not None:
         given = read_classes(source)
