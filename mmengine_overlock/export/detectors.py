@@ -26,6 +26,8 @@ class Detector(nn.Module):
         model: mmdet's detector, in evaluation.
     """
 
+    model: Any  # nn.Module does not tell the types of its children
+
     def __init__(self, model: BaseModel) -> None:
         super().__init__()
         self.model = model
@@ -120,7 +122,7 @@ class TwoStage(Detector):
 
 
 def _anchor_boxes(
-    head: nn.Module, feats: Sequence[Tensor], limits: Tensor, by_level: bool = False
+    head: Any, feats: Sequence[Tensor], limits: Tensor, by_level: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best boxes of each level of a head with anchors.
 
@@ -128,10 +130,11 @@ def _anchor_boxes(
         boxes (B, N, 4), their scores (B, N), and their classes (B, N), or with `by_level` their levels.
     """
     cfg, parts = head.test_cfg, []
-    for level, (classes, deltas) in enumerate(zip(*head(feats), strict=True)):
-        batch, height, width = classes.shape[0], *classes.shape[2:]
+    outs: Sequence[Sequence[Tensor]] = head(feats)
+    for level, (classes, deltas) in enumerate(zip(*outs, strict=True)):
+        batch, _, *size = classes.shape
         anchors = head.prior_generator.single_level_grid_priors(
-            (height, width), level, dtype=classes.dtype, device=classes.device
+            tuple(size), level, dtype=classes.dtype, device=classes.device
         )
         classes = classes.permute(0, 2, 3, 1).reshape(batch, -1, head.cls_out_channels)
         deltas = deltas.permute(0, 2, 3, 1).reshape(batch, -1, 4)
@@ -172,14 +175,16 @@ def _suppress(boxes: Tensor, scores: Tensor, kinds: Tensor, cfg: Any) -> Tensor:
     batch = torch.arange(boxes.shape[0], device=boxes.device).unsqueeze(1)
     sides = boxes[..., 2:] - boxes[..., :2]
     valid = (scores > cfg.get('score_thr', NONE)) & (sides > cfg.get('min_bbox_size', NONE)).all(-1)
-    index = valid.flatten().nonzero().squeeze(1)
     # As in mmcv, offsets keep boxes of several kinds apart.
     kinds = batch * (kinds.max() + 1) + kinds
     offsets = kinds.to(boxes.dtype) * (boxes.max() + 1)
-    candidates = (boxes + offsets.unsqueeze(2)).view(-1, 4).index_select(0, index)
-    kept = index.index_select(0, nms(candidates, scores.flatten().index_select(0, index), cfg.nms.iou_threshold))
-    flat = scores.flatten()
-    return torch.full_like(flat, NONE).index_put((kept,), flat.index_select(0, kept)).view_as(scores)
+    # Two boxes without a size are always kept: torchvision promises torch.export as many.
+    placed = F.pad((boxes + offsets.unsqueeze(2)).view(-1, 4), (0, 0, 0, 2))
+    flat = F.pad(scores.flatten(), (0, 2), value=NONE)
+    index = torch.cat([valid.flatten(), valid.new_ones(2)]).nonzero().squeeze(1)
+    kept = nms(placed.index_select(0, index), flat.index_select(0, index), cfg.nms.iou_threshold)
+    kept = index.index_select(0, kept)
+    return torch.full_like(flat, NONE).index_put((kept,), flat.index_select(0, kept))[:-2].view_as(scores)
 
 
 def _select(boxes: Tensor, scores: Tensor, count: int, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,14 +196,16 @@ def _select(boxes: Tensor, scores: Tensor, count: int, labels: Tensor) -> tuple[
     return boxes, scores, labels.gather(1, index) * found
 
 
-def _pool(extractor: nn.Module, feats: Sequence[Tensor], boxes: Tensor) -> Tensor:
+def _pool(extractor: Any, feats: Sequence[Tensor], boxes: Tensor) -> Tensor:
     """Return the features (B N, C, S, S) of boxes (B, N, 4), each from the level for its size."""
     batch = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype).view(-1, 1, 1)
     rois = torch.cat([batch.expand(-1, boxes.shape[1], 1), boxes], 2).view(-1, 5)
     levels = extractor.map_roi_levels(rois, extractor.num_inputs).unsqueeze(1)
-    pooled = []
+    pooled: Tensor | None = None
     for level, (feat, layer) in enumerate(zip(feats, extractor.roi_layers, strict=False)):
-        # A box of another level has no pixels here: it costs nothing and gives zeros.
+        # A box of another level costs nothing here: it has no pixels.
         own = torch.cat([rois[:, :1], rois[:, 1:] * (levels == level)], 1)
-        pooled.append(roi_align(feat, own, layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned))
-    return sum(pooled[1:], pooled[0])
+        found = roi_align(feat, own, layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned)
+        pooled = found if pooled is None else found.where((levels == level)[..., None, None], pooled)
+    assert pooled is not None
+    return pooled

@@ -39,7 +39,7 @@ class _Sizeless(TorchFunctionMode):
 
 
 # The name is a choice between two functions.
-_MAX_POOLS = (F.max_pool2d, F._max_pool2d)
+_MAX_POOLS = (F.max_pool2d, F._max_pool2d)  # type: ignore[attr-defined]
 
 
 def trace(subject: Subject, size: tuple[int, int] | None) -> torch.export.ExportedProgram:
@@ -111,6 +111,7 @@ def write_onnx(program: torch.export.ExportedProgram, subject: Subject, path: Pa
             output_names=subject.outputs,
             verbose=False,
         )
+        assert converted is not None
         model = converted.model
         shrink = (
             passes.IdentityEliminationPass(),

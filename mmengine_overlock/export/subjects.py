@@ -43,7 +43,7 @@ class Subject:
         module: From an image (B, 3, H, W) to a tuple of tensors; folded, in evaluation.
         outputs: Their names.
         least: The smallest height and width.
-        read: Reads an image file as input (1, 3, H, W) of the module.
+        pipeline: Reads an image file; None for ImageNet's way.
         reference: What the toolbox itself detects in such an input: boxes, scores, labels. Detectors have one.
         info: What a program that runs the file has to know.
     """
@@ -52,7 +52,7 @@ class Subject:
     module: nn.Module
     outputs: tuple[str, ...]
     least: int
-    read: Callable[[Path], Tensor]
+    pipeline: Compose | None = None
     reference: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -62,6 +62,25 @@ class Subject:
         if isinstance(self.module, Preprocessed):
             return pixels.to(torch.uint8)
         return _normalize(pixels, self.info['mean'], self.info['std'])
+
+    def read(self, path: Path) -> Tensor:
+        """Return an image file as the module takes it, (1, 3, H, W).
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        try:
+            Image.open(path).verify()
+        except (OSError, SyntaxError) as error:
+            raise UserError(f'the image {path} cannot be read ({error}); give another one') from error
+        if self.pipeline is None:
+            pixels = _read_square(path)
+        else:
+            # In BGR.
+            pixels = self.pipeline(dict(img_path=str(path), img_id=0))['inputs'].flip(0).contiguous()
+        if isinstance(self.module, Preprocessed):
+            return pixels[None]
+        return _pad(_normalize(pixels[None], self.info['mean'], self.info['std']), self.info['pad_size_divisor'])
 
 
 class Preprocessed(nn.Module):
@@ -164,8 +183,7 @@ def _classifier(name: str, source: Path | None) -> Subject:
         if not isinstance(network, _CLASSIFIERS[name][0]):
             raise UserError(f'{source} holds a {type(network).__name__}, expected the classifier {name}')
     module = Outputs(network.eval().switch_to_deploy())
-    subject = Subject('classifier', module, ('logits',), 33, lambda path: _read_square(path, subject), info=_info())
-    return subject
+    return Subject('classifier', module, ('logits',), 33, info=_info())
 
 
 def _info(mean: Sequence[float] = MEAN, std: Sequence[float] = STD, divisor: int = 1) -> dict[str, Any]:
@@ -187,13 +205,15 @@ def _dense(cfg: Config, model: BaseModel, part: str, label_map: bool) -> Subject
         raise UserError(f'--label-map is for segmenters, and {cfg.filename} with --part {part} is none; leave it out')
     if part == 'backbone':
         names = tuple(f'stride{2 ** (i + 2)}' for i in model.backbone.out_indices)
-        subject = Subject('backbone', Outputs(model.backbone), names, 2 ** (strides + 2) + 1, Path, info=info)
+        subject = Subject('backbone', Outputs(model.backbone), names, 2 ** (strides + 2) + 1, info=info)
     elif hasattr(model, 'decode_head'):
         module = Segmenter(model, label_map)
-        subject = Subject('segmenter', module, ('labels' if label_map else 'logits',), 33, Path, info=info)
+        subject = Subject('segmenter', module, ('labels' if label_map else 'logits',), 33, info=info)
     else:
         subject = _detector(cfg, model, info)
-    subject.read = lambda path: _read_by_pipeline(path, cfg, subject)
+    pipeline: list = next((node['pipeline'] for node in nodes(cfg.get('test_dataloader')) if 'pipeline' in node), [])
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        subject.pipeline = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
     return subject
 
 
@@ -216,7 +236,7 @@ def _detector(cfg: Config, model: BaseModel, info: dict[str, Any]) -> Subject:
             'or a segmenter; export its backbone with --part backbone'
         )
     # A map of one pixel would be taken for a constant.
-    subject = Subject('detector', module, names, max(strides) + 1, Path, info=info)
+    subject = Subject('detector', module, names, max(strides) + 1, info=info)
     subject.reference = lambda image: _detect(model, image, subject)
     return subject
 
@@ -248,31 +268,14 @@ def _pad(x: Tensor, divisor: int) -> Tensor:
     return F.pad(x, (0, -width % divisor, 0, -height % divisor))
 
 
-def _as_input(pixels: Tensor, subject: Subject) -> Tensor:
-    """Return RGB pixels (3, H, W) as input of a module."""
-    if isinstance(subject.module, Preprocessed):
-        return pixels[None]
-    return _pad(_normalize(pixels[None], subject.info['mean'], subject.info['std']), subject.info['pad_size_divisor'])
-
-
-def _read_square(path: Path, subject: Subject) -> Tensor:
-    """Read an image as ImageNet's are: 224x224 out of the middle."""
+def _read_square(path: Path) -> Tensor:
+    """Read an image as ImageNet's are, 224x224 out of the middle: RGB (3, 224, 224), uint8."""
     with Image.open(path) as file:
         image = file.convert('RGB')
     scale = 256 / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
     left, top = ((side - 224) // 2 for side in image.size)
-    pixels = np.array(image.crop((left, top, left + 224, top + 224)))
-    return _as_input(torch.from_numpy(pixels).permute(2, 0, 1), subject)
-
-
-def _read_by_pipeline(path: Path, cfg: Config, subject: Subject) -> Tensor:
-    """Read an image by the test pipeline of a configuration."""
-    pipeline = next(node['pipeline'] for node in nodes(cfg.test_dataloader) if 'pipeline' in node)
-    steps = [step for step in pipeline if 'Annotations' not in str(step['type'])]
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        pixels = Compose(steps)(dict(img_path=str(path), img_id=0))['inputs']
-    return _as_input(pixels.flip(0).contiguous(), subject)
+    return torch.from_numpy(np.array(image.crop((left, top, left + 224, top + 224)))).permute(2, 0, 1)
 
 
 def _classes(cfg: Config, source: Path | None) -> dict[str, Any]:
@@ -289,7 +292,8 @@ def _classes(cfg: Config, source: Path | None) -> dict[str, Any]:
 def _upsample_by_factor(model: nn.Module) -> None:
     """Put torch's upsampling in the place of mmseg's, in place: that computes sizes as numbers of Python."""
     for parent in model.modules():
+        child: Any
         for name, child in parent.named_children():
             if type(child).__module__ == 'mmseg.models.utils.wrappers' and not child.size:
-                new = nn.Upsample(scale_factor=child.scale_factor, mode=child.mode, align_corners=child.align_corners)
-                setattr(parent, name, new)
+                options: Any = dict(mode=child.mode, align_corners=child.align_corners)
+                setattr(parent, name, nn.Upsample(scale_factor=child.scale_factor, **options))
