@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmengine_overlock.export.graph import quiet
+from mmengine_overlock.export.quiet import quiet
 from mmengine_overlock.export.subjects import Subject
 from overlock.utils.errors import UserError
 

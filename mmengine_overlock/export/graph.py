@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from mmengine_overlock.export.quiet import quiet
 from mmengine_overlock.export.subjects import Subject
 from overlock.models.network import Network
 from overlock.ops.resize import adaptive_avg_pool2d
@@ -74,20 +73,6 @@ def _contiguous(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for network, memory_format in zip(networks, before, strict=True):
             network.memory_format = memory_format
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the remarks of tracing and conversion from the user."""
-    names = ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter('ignore')
-        for name in names:
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
-        yield
 
 
 def write_onnx(program: torch.export.ExportedProgram, subject: Subject, path: Path) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 from torch import Tensor
+
+from mmengine_overlock.export.quiet import quiet
 
 # What may compute in float16. Sums of squares over a map leave its range (GRN), and so do pixels of large images; boxes
 # need more digits: all else, and of a detector whatever coordinates pass through, stays in float32.
@@ -40,7 +40,7 @@ def to_int8(path: Path, images: Sequence[Tensor]) -> None:
 
     before = path.with_name(f'float.{path.name}')
     path.rename(before)
-    with _calm():
+    with quiet():
         quantize_static(
             before,
             path,
@@ -52,14 +52,3 @@ def to_int8(path: Path, images: Sequence[Tensor]) -> None:
             weight_type=QuantType.QInt8,
         )
     before.unlink()
-
-
-@contextlib.contextmanager
-def _calm() -> Iterator[None]:
-    """Keep the remarks of the quantization from the user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.deploy import build
+from mmengine_overlock.export.quiet import quiet
 from overlock import ARCHS, MOGANET_ARCHS, MogaNet, OverLoCK
 from overlock.checkpoint import find_file, load
 from overlock.checkpoint.convert import read_classes
@@ -161,7 +162,8 @@ def make_subject(
                 f'{config} must be the configuration of a detector or segmenter, or one of the classifiers '
                 f'{", ".join(_CLASSIFIERS)}'
             )
-        model = build(cfg, load(source) if source else None, str(checkpoint))
+        with quiet():
+            model = build(cfg, load(source) if source else None, str(checkpoint))
         model.backbone.switch_to_deploy()
         subject = _dense(cfg, model, part, label_map)
         subject.info |= _classes(cfg, source)

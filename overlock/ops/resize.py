@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def is_symbolic(*lengths: int) -> bool:
-    """Return whether a graph is being made in which one of these lengths is free."""
-    return any(isinstance(length, torch.SymInt) for length in lengths)
+from overlock.ops.tracing import is_free
 
 
 def enlarged_size(height: int, width: int, least: int) -> tuple[int, int]:
@@ -21,7 +18,7 @@ def enlarged_size(height: int, width: int, least: int) -> tuple[int, int]:
 
 def adaptive_avg_pool2d(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Average (B, C, H, W) over windows to (B, C, *size), as `torch.nn.functional.adaptive_avg_pool2d`."""
-    if not is_symbolic(*x.shape[2:], *size):
+    if not is_free(*x.shape[2:], *size):
         return F.adaptive_avg_pool2d(x, size)
     if size == (1, 1):
         return x.mean((2, 3), keepdim=True)
