@@ -9,10 +9,13 @@ from overlock.ops.tracing import is_free
 
 def enlarged_size(height: int, width: int, least: int) -> tuple[int, int]:
     """Return the size of a map whose shorter side grows to `least` where it is below, and the other in proportion."""
-    short = torch.sym_min(height, width)
-    target = torch.sym_max(short, least)
+    # torch.compile does not know the symbolic ones.
+    free = is_free(height, width)
+    lower, higher, whole = (torch.sym_min, torch.sym_max, torch.sym_int) if free else (min, max, int)
+    short = lower(height, width)
+    target = higher(short, least)
     # int(target / short * side), not side * target // short: floating-point rounding is part of the network.
-    rows, cols = (torch.sym_max(torch.sym_int(target / short * side), target) for side in (height, width))
+    rows, cols = (higher(whole(target / short * side), target) for side in (height, width))
     return rows, cols
 
 
