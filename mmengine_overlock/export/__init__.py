@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from mmengine_overlock.export.checks import Limits, compare, open_onnx, open_openvino, open_program, require
-from mmengine_overlock.export.graph import metadata, trace, write_onnx
+from mmengine_overlock.export.graph import metadata, to_openvino, trace, write_onnx
 from mmengine_overlock.export.subjects import Subject, make_subject
 from overlock.utils.errors import UserError
-from overlock.utils.files import drafted
+from overlock.utils.files import check_writable, drafted
 
 # The suffix of each format, and the packages that it needs beside torch.
 FORMATS = {
@@ -76,39 +75,58 @@ def export(
     if fixed and min(fixed) < subject.least:
         raise UserError(f'--size must be at least {subject.least}x{subject.least} for this model, got {size}')
     program = trace(subject, fixed)
-    inputs = [('', subject.example(*shape)) for shape in _sizes(subject, fixed)]
+    inputs = _inputs(subject, fixed, images)
+    with drafted(*_files(out, format)) as drafts:
+        if format == 'exported-program':
+            torch.export.save(program, drafts[0], extra_files={'info.json': json.dumps(metadata(subject))})
+            report = compare(open_program(drafts[0]), 'torch.export', subject, inputs)
+        else:
+            onnx = drafts[0].with_suffix('.onnx')
+            nodes = write_onnx(program, subject, onnx)
+            if fp16 or int8:
+                _narrow(onnx, subject, int8)
+            if format == 'openvino':
+                to_openvino(onnx, drafts[0])
+                report = compare(open_openvino(drafts[0]), 'OpenVINO', subject, inputs)
+            else:
+                report = compare(open_onnx(onnx), 'onnxruntime', subject, inputs)
+        if not int8:
+            require(report, subject, Limits(5e-2, 0.9) if fp16 else Limits(), out)
+        note = f'{sum(draft.stat().st_size for draft in drafts) / 2**20:.1f} MiB'
+    if format != 'exported-program':
+        note += f', {nodes} nodes'
+    weights = checkpoint or 'random weights: no checkpoint was given'
+    return f'{subject.kind} of {config}, {weights}\n{report}\nwrote {out}, {note}'
+
+
+def _files(out: Path, format: str) -> list[Path]:
+    return [out, out.with_suffix('.bin')] if format == 'openvino' else [out]
+
+
+def _inputs(
+    subject: Subject, fixed: tuple[int, int] | None, images: str | Path | None
+) -> list[tuple[str, torch.Tensor]]:
+    """Return named inputs to compare on: random pixels of two sizes, or of the fixed one, and images."""
+    least = subject.least
+    # The smallest maps, and a batch of another shape.
+    shapes = [(1, *fixed)] if fixed else [(1, least, least + 30), (3, max(224, least), max(320, least))]
+    inputs = [('', subject.example(*shape)) for shape in shapes]
     for path in _image_files(images):
         image = subject.read(path)
         if fixed and tuple(image.shape[2:]) != fixed:
             image = F.interpolate(image.float(), fixed, mode='bilinear').to(image.dtype)
         inputs.append((path.name, image))
-    files = [out, out.with_suffix('.bin')] if format == 'openvino' else [out]
-    with drafted(*files) as drafts:
-        note = ''
-        if format == 'exported-program':
-            torch.export.save(program, drafts[0], extra_files={'info.json': _json(subject)})
-            run, runtime = open_program(drafts[0]), 'torch.export'
-        else:
-            onnx = drafts[0].with_suffix('.onnx')
-            note = f', {write_onnx(program, subject, onnx)} nodes'
-            if fp16 or int8:
-                from mmengine_overlock.export.narrow import to_float16, to_int8
+    return inputs
 
-                if fp16:
-                    to_float16(onnx, subject.kind == 'detector')
-                if int8:
-                    to_int8(onnx, [subject.read(path) for path in _image_files(int8, 32)])
-            run, runtime = open_onnx(onnx), 'onnxruntime'
-            if format == 'openvino':
-                _to_openvino(onnx, drafts[0])
-                run, runtime = open_openvino(drafts[0]), 'OpenVINO'
-        report = compare(run, runtime, subject, inputs)
-        if not int8:
-            require(report, subject, Limits(5e-2, 0.9) if fp16 else Limits(), out)
-        megabytes = sum(draft.stat().st_size for draft in drafts) / 2**20
-    weights = str(checkpoint) if checkpoint else 'random weights: no checkpoint was given'
-    lines = [f'{subject.kind} of {config}, {weights}', str(report), f'wrote {out}, {megabytes:.1f} MiB{note}']
-    return '\n'.join(lines)
+
+def _narrow(onnx: Path, subject: Subject, int8: str | Path | None) -> None:
+    # Needs onnx.
+    from mmengine_overlock.export.narrow import to_float16, to_int8
+
+    if int8:
+        to_int8(onnx, [subject.read(path) for path in _image_files(int8, 32)])
+    else:
+        to_float16(onnx, subject.kind == 'detector')
 
 
 def _parse_size(size: str) -> tuple[int, int] | None:
@@ -142,13 +160,7 @@ def _check(format: str, out: Path, fp16: bool, int8: str | Path | None) -> None:
             f'--format {format} needs {", ".join(missing)}; install with `pip install {" ".join(missing)}`, or export '
             'with --format exported-program, which needs nothing beside torch'
         )
-
-
-def _sizes(subject: Subject, fixed: tuple[int, int] | None) -> Sequence[tuple[int, int, int]]:
-    """Return batch, height and width of the random images: the smallest map, and a batch of another shape."""
-    if fixed:
-        return [(1, *fixed)]
-    return [(1, subject.least, subject.least + 30), (3, max(224, subject.least), max(320, subject.least))]
+    check_writable(out)
 
 
 def _image_files(path: str | Path | None, most: int = 4) -> list[Path]:
@@ -159,13 +171,3 @@ def _image_files(path: str | Path | None, most: int = 4) -> list[Path]:
     if not found:
         raise UserError(f'{path} holds no images ({", ".join(_IMAGES)}); give an image file, or a folder of some')
     return found[:most]
-
-
-def _json(subject: Subject) -> str:
-    return json.dumps(metadata(subject), ensure_ascii=False)
-
-
-def _to_openvino(onnx: Path, out: Path) -> None:
-    import openvino
-
-    openvino.save_model(openvino.convert_model(onnx), out, compress_to_fp16=False)

@@ -120,6 +120,13 @@ def write_onnx(program: torch.export.ExportedProgram, subject: Subject, path: Pa
     return len(list(model.graph))
 
 
+def to_openvino(onnx: Path, out: Path) -> None:
+    """Write an ONNX file as OpenVINO's pair of files, .xml and .bin, in float32."""
+    import openvino
+
+    openvino.save_model(openvino.convert_model(onnx), out, compress_to_fp16=False)
+
+
 def metadata(subject: Subject) -> dict[str, Any]:
     """Return what a program that runs the file has to know."""
     return {'task': subject.kind, 'outputs': list(subject.outputs), **subject.info}

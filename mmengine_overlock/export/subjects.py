@@ -16,10 +16,10 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.deploy import build
+from mmengine_overlock.export.modules import Outputs, Preprocessed, Segmenter, normalize, pad
 from mmengine_overlock.export.quiet import quiet
 from overlock import ARCHS, MOGANET_ARCHS, MogaNet, OverLoCK
 from overlock.checkpoint import find_file, load
@@ -62,7 +62,7 @@ class Subject:
         pixels = torch.randint(0, 256, (batch, 3, height, width), generator=torch.Generator().manual_seed(0))
         if isinstance(self.module, Preprocessed):
             return pixels.to(torch.uint8)
-        return _normalize(pixels, self.info['mean'], self.info['std'])
+        return normalize(pixels, self.info['mean'], self.info['std'])
 
     def read(self, path: Path) -> Tensor:
         """Return an image file as the module takes it, (1, 3, H, W).
@@ -81,62 +81,7 @@ class Subject:
             pixels = self.pipeline(dict(img_path=str(path), img_id=0))['inputs'].flip(0).contiguous()
         if isinstance(self.module, Preprocessed):
             return pixels[None]
-        return _pad(_normalize(pixels[None], self.info['mean'], self.info['std']), self.info['pad_size_divisor'])
-
-
-class Preprocessed(nn.Module):
-    """A network behind its preprocessing: it takes RGB pixels, uint8.
-
-    Args:
-        network: Takes a normalized image; a padded one comes with its height and width before.
-        mean, std: Of each channel, in RGB.
-        divisor: The sides are padded to a multiple of this, at the right and the bottom; 1 for no padding.
-    """
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], divisor: int) -> None:
-        super().__init__()
-        self.network, self.mean, self.std, self.divisor = network, tuple(mean), tuple(std), divisor
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Run the network on pixels (B, 3, H, W)."""
-        x = _normalize(image, self.mean, self.std)
-        if self.divisor == 1:
-            return self.network(x)
-        return self.network(_pad(x, self.divisor), *image.shape[2:])
-
-
-class Outputs(nn.Module):
-    """A module whose output is a tuple, of one tensor too."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Run the network on an image (B, 3, H, W)."""
-        outs = self.network(image)
-        return (outs,) if isinstance(outs, Tensor) else tuple(outs)
-
-
-class Segmenter(nn.Module):
-    """mmseg's EncoderDecoder as a module from an image to logits, or to the label of each pixel.
-
-    Args:
-        model: The segmenter, in evaluation.
-        label_map: Whether to return labels.
-    """
-
-    def __init__(self, model: BaseModel, label_map: bool = False) -> None:
-        super().__init__()
-        self.model, self.label_map = model, label_map
-        _upsample_by_factor(model)
-
-    def forward(self, image: Tensor) -> tuple[Tensor]:
-        """Segment an image (B, 3, H, W): logits (B, classes, H, W), or labels (B, H, W), int64."""
-        head = self.model.decode_head
-        logits = head(self.model.extract_feat(image))
-        logits = F.interpolate(logits, image.shape[2:], mode='bilinear', align_corners=head.align_corners)
-        return (logits.argmax(1) if self.label_map else logits,)
+        return pad(normalize(pixels[None], self.info['mean'], self.info['std']), self.info['pad_size_divisor'])
 
 
 def make_subject(
@@ -250,7 +195,7 @@ def _detect(model: BaseModel, image: Tensor, subject: Subject) -> tuple[Tensor, 
 
     shape = tuple(image.shape[2:])
     if isinstance(subject.module, Preprocessed):
-        image = _pad(_normalize(image, subject.info['mean'], subject.info['std']), subject.info['pad_size_divisor'])
+        image = pad(normalize(image, subject.info['mean'], subject.info['std']), subject.info['pad_size_divisor'])
     sample = DetDataSample(
         metainfo=dict(
             img_shape=shape, ori_shape=shape, batch_input_shape=tuple(image.shape[2:]), scale_factor=(1.0, 1.0)
@@ -258,16 +203,6 @@ def _detect(model: BaseModel, image: Tensor, subject: Subject) -> tuple[Tensor, 
     )
     found = model.predict(image, [sample], rescale=False)[0].pred_instances
     return found.bboxes, found.scores, found.labels
-
-
-def _normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    x = pixels.to(torch.float32)
-    return (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
-
-
-def _pad(x: Tensor, divisor: int) -> Tensor:
-    height, width = x.shape[2:]
-    return F.pad(x, (0, -width % divisor, 0, -height % divisor))
 
 
 def _read_square(path: Path) -> Tensor:
@@ -289,13 +224,3 @@ def _classes(cfg: Config, source: Path | None) -> dict[str, Any]:
         given = read_classes(source)
         known |= copy.deepcopy(given.get('dataset_meta') or {name.lower(): value for name, value in given.items()})
     return {name: list(known[name]) for name in ('classes', 'palette') if known.get(name)}
-
-
-def _upsample_by_factor(model: nn.Module) -> None:
-    """Put torch's upsampling in the place of mmseg's, in place: that computes sizes as numbers of Python."""
-    for parent in model.modules():
-        child: Any
-        for name, child in parent.named_children():
-            if type(child).__module__ == 'mmseg.models.utils.wrappers' and not child.size:
-                options: Any = dict(mode=child.mode, align_corners=child.align_corners)
-                setattr(parent, name, nn.Upsample(scale_factor=child.scale_factor, **options))
