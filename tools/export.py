@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     option('--images', metavar='PATH', help='an image, or a folder of them, to compare on too')
     option('--preprocessing', action='store_true', help='take RGB pixels (uint8); normalize and pad inside')
     option('--label-map', action='store_true', help='segmenters: give labels instead of logits')
-    option('--fp16', action='store_true', help='ONNX: weights and maps in float16')
+    option('--fp16', action='store_true', help='ONNX, OpenVINO: store weights in float16')
     option('--int8', metavar='DIR', help='ONNX: convolutions in int8, calibrated on the images of a folder')
     add_cfg_options(parser)
     return parser

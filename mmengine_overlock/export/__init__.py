@@ -56,7 +56,7 @@ def export(
         images: An image file, or a folder of which the first four are compared; none for random pixels alone.
         preprocessing: Whether the file takes RGB pixels (uint8), and normalizes and pads them.
         label_map: Whether a segmenter gives the label of each pixel instead of logits.
-        fp16: Whether weights and maps are float16; inputs and outputs stay float32. For ONNX.
+        fp16: Whether weights are stored in float16, for ONNX and OpenVINO.
         int8: A folder of images to calibrate on; convolutions then compute in int8. For ONNX.
         cfg_options: Settings by dotted name, over those of the configuration.
 
@@ -126,7 +126,7 @@ def _narrow(onnx: Path, subject: Subject, int8: str | Path | None) -> None:
     if int8:
         to_int8(onnx, [subject.read(path) for path in _image_files(int8, 32)])
     else:
-        to_float16(onnx, subject.kind == 'detector')
+        to_float16(onnx)
 
 
 def _parse_size(size: str) -> tuple[int, int] | None:
@@ -150,8 +150,10 @@ def _check(format: str, out: Path, fp16: bool, int8: str | Path | None) -> None:
             'TensorRT builds its engines on the GPU that they run on; export --format onnx, and there run '
             'trtexec --onnx=FILE.onnx --saveEngine=FILE.engine'
         )
-    if (fp16 or int8) and format != 'onnx':
-        raise UserError(f'--fp16 and --int8 are for ONNX, got --format {format}; leave them out, or export onnx')
+    if (fp16 and format == 'exported-program') or (int8 and format != 'onnx'):
+        raise UserError(
+            f'--fp16 is for ONNX and OpenVINO and --int8 for ONNX, got --format {format}; leave it out, or export onnx'
+        )
     if fp16 and int8:
         raise UserError('--fp16 and --int8 exclude each other; give one of them')
     missing = [name for name in packages if importlib.util.find_spec(name) is None]

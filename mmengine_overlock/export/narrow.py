@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 from torch import Tensor
 
 from mmengine_overlock.export.quiet import quiet
 
-# What may compute in float16. Sums of squares over a map leave its range (GRN), and so do pixels of large images; boxes
-# need more digits: all else, and of a detector whatever coordinates pass through, stays in float32.
-_NARROW = {'Conv', 'ConvTranspose', 'Gemm', 'MatMul', 'Gelu', 'Relu'}
-_NARROW_DENSE = _NARROW | {'Add', 'Mul', 'Concat', 'Slice', 'Transpose', 'Reshape', 'Split', 'Unsqueeze', 'Squeeze'}
+# The second input of these is a weight, and nearly all of a file.
+_WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 
 
-def to_float16(path: Path, detector: bool) -> None:
-    """Make weights, and the maps that can be, float16; inputs and outputs keep their types."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
+def to_float16(path: Path) -> None:
+    """Store the weights of convolutions and matrix products in float16; runtimes widen them when they load the file."""
     model = onnx.load(path)
-    allowed = _NARROW if detector else _NARROW_DENSE
-    blocked = sorted({node.op_type for node in model.graph.node} - allowed)
-    onnx.save(convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked), path)
+    graph = model.graph
+    used = {node.input[1] for node in graph.node if node.op_type in _WEIGHTED}
+    casts = []
+    for weight in graph.initializer:
+        if weight.name in used and weight.data_type == onnx.TensorProto.FLOAT:
+            name, narrow = weight.name, f'{weight.name}.float16'
+            values = onnx.numpy_helper.to_array(weight).astype(np.float16)
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, narrow))
+            casts.append(onnx.helper.make_node('Cast', [narrow], [name], f'cast.{name}', to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, path)
 
 
 def to_int8(path: Path, images: Sequence[Tensor]) -> None:

@@ -12,10 +12,10 @@ import torch
 
 import mmengine_overlock.export as package
 from mmengine_overlock.export import export
-from overlock import OverLoCK
+from overlock import MogaNet, OverLoCK
 from overlock.utils.errors import UserError
 from tests.mmengine_overlock.export.conftest import CLASSES
-from tests.testing import TINY
+from tests.testing import MOGANET_TINY, TINY
 
 MISSING = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f'the extra `export` is not installed: no {", ".join(MISSING)}')
@@ -43,7 +43,10 @@ def nodes_of(text):
         (('--out', 'a.pth'), '--out takes a file name that ends in .onnx for onnx, got a.pth'),
         (('--out', 'a.onnx', '--size', '224'), "--size takes 'dynamic' or HEIGHTxWIDTH, as 800x1344, got 224"),
         (('--out', 'a.onnx', '--fp16', '--int8', '.'), '--fp16 and --int8 exclude each other'),
-        (('--out', 'a.pt2', '--format', 'exported-program', '--fp16'), '--fp16 and --int8 are for ONNX'),
+        (
+            ('--out', 'a.pt2', '--format', 'exported-program', '--fp16'),
+            '--fp16 is for ONNX and OpenVINO and --int8 for ONNX, got --format exp',
+        ),
         (('--out', 'a.onnx', '--label-map'), '--part, --label-map and --cfg-options are for configurations'),
     ],
 )
@@ -145,6 +148,20 @@ def test_exported_program_runs_with_torch_alone(tiny, tmp_path):
     )
     done = subprocess.run([sys.executable, '-c', code, out], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == '(2, 3) False', done.stderr
+
+
+@pytest.mark.slow
+@needs_onnx
+@pytest.mark.parametrize('format', ['onnx', 'openvino'])
+def test_moganet_is_exported_too(format, tmp_path):
+    if format == 'openvino' and importlib.util.find_spec('openvino') is None:
+        pytest.skip('openvino is not installed')
+    torch.save(MogaNet(MOGANET_TINY, num_classes=3).state_dict(), tmp_path / 'tiny.pth')
+    out = tmp_path / ('tiny.onnx' if format == 'onnx' else 'tiny.xml')
+    text = export('moganet_xt', str(tmp_path / 'tiny.pth'), out=out, format=format)
+    assert '224x320 x3' in text
+    written = ['tiny.onnx', 'tiny.pth'] if format == 'onnx' else ['tiny.bin', 'tiny.pth', 'tiny.xml']
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 
 @pytest.mark.slow
