@@ -21,6 +21,7 @@ from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.deploy import build
 from mmengine_overlock.export.modules import Outputs, Preprocessed, Segmenter, normalize, pad
 from mmengine_overlock.export.quiet import quiet
+from mmengine_overlock.predict import test_pipeline
 from overlock import ARCHS, MOGANET_ARCHS, MogaNet, OverLoCK
 from overlock.checkpoint import find_file, load
 from overlock.checkpoint.convert import read_classes
@@ -158,9 +159,8 @@ def _dense(cfg: Config, model: BaseModel, part: str, label_map: bool) -> Subject
         subject = Subject('segmenter', module, ('labels' if label_map else 'logits',), 33, info=info)
     else:
         subject = _detector(cfg, model, info)
-    pipeline: list = next((node['pipeline'] for node in nodes(cfg.get('test_dataloader')) if 'pipeline' in node), [])
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        subject.pipeline = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
+        subject.pipeline = Compose(test_pipeline(cfg))
     return subject
 
 
