@@ -1,4 +1,7 @@
-"""Trace a module for every size, and write it as an ONNX file."""
+"""Trace a module for every size, and write it as an ONNX file.
+
+By torch.export, whose programs are a format of their own: one graph, with symbols for the sizes, serves all formats.
+"""
 
 from __future__ import annotations
 
