@@ -72,14 +72,14 @@ def reparameterize(
         )
     with drafted(out, out.with_suffix('.py')) as (weights, configuration):
         picture = Path(image) if image else _draw(weights.parent / 'scene.png')
-        model = _build(cfg, load(source, ema), checkpoint)
+        model = build(cfg, load(source, ema), checkpoint)
         before = predict(model, cfg, picture)
         # Not by the file alone, which does not tell the eps of its norms.
         model.backbone.switch_to_deploy()
         write_weights(weights, dict(model.state_dict()), read_classes(source))
         deployed_config(cfg).dump(configuration)
         new = load_config(configuration)
-        same, account = compare(predict(_build(new, load(weights), out.name), new, picture), before)
+        same, account = compare(predict(build(new, load(weights), out.name), new, picture), before)
         if not same:
             raise UserError(
                 f'{out} was not written: on {picture.name} the deploy form predicts something else ({account}), '
@@ -109,14 +109,22 @@ def deployed_config(cfg: Config) -> Config:
     return cfg
 
 
-def _build(cfg: Config, tensors: Mapping[str, Tensor], source: str) -> BaseModel:
-    """Build the model of a configuration in evaluation, with all of its tensors from a state dict."""
+def build(cfg: Config, tensors: Mapping[str, Tensor] | None, source: str = '') -> BaseModel:
+    """Build the model of a configuration in evaluation, with all of its tensors from a state dict or random ones.
+
+    Raises:
+        UserError: The backbone is none of ours.
+        CheckpointError: The state dict, called `source`, is not of this model.
+    """
     model = build_model(cfg)
     if not isinstance(model.backbone, Network):
         raise UserError(
             f'{cfg.filename} has the backbone {cfg.model.backbone.type}, expected OverLoCK or MogaNet, '
             'which alone can be folded; give the configuration of a detector or segmenter with one of them'
         )
+    if tensors is None:
+        model.init_weights()
+        return model
     compare_weights(model, tensors, source).require('give the configuration that it was trained with')
     model.load_state_dict(tensors)
     return model

@@ -41,6 +41,11 @@ MAY_IMPORT = {
         'overlock.utils',
     ],
     'mmengine_overlock': ['overlock', 'cv2', 'filelock', 'mmengine', 'numpy', 'PIL', 'pycocotools', 'torch', 'tqdm'],
+    # mmdet's data sample, where a detector is exported; the packages of the extra `export`, where they are needed.
+    'mmengine_overlock.export': [
+        *['mmengine_overlock', 'overlock', 'mmdet', 'mmengine', 'numpy', 'PIL', 'torch', 'torchvision'],
+        *['onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'openvino'],
+    ],
     'mmdet_overlock': ['mmengine_overlock', 'mmdet'],
     'mmseg_overlock': ['mmengine_overlock', 'mmseg'],
     'imagenet_overlock': ['overlock', 'matplotlib', 'numpy', 'PIL', 'timm', 'torch', 'tqdm', 'yaml'],

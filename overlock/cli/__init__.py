@@ -20,6 +20,7 @@ COMMANDS = {
     'train': 'train a detector or segmenter',
     'test': 'evaluate a trained detector or segmenter',
     'predict': 'predict images, folders and videos',
+    'export': 'export to ONNX, torch.export or OpenVINO, compared with PyTorch',
     'convert': 'convert a weight file',
     'reparameterize': 'fold a trained detector or segmenter for deployment',
     'complexity': 'count parameters and multiply-adds',

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from overlock.layers import (
     GRN,
@@ -18,6 +17,7 @@ from overlock.layers import (
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_previous, switch_children
 from overlock.models.mixing import NUM_REGIONS, MixingBlock
 from overlock.models.network import Block
+from overlock.ops.resize import adaptive_avg_pool2d
 
 
 class StaticBlock(Block):
@@ -123,7 +123,7 @@ class DynamicBlock(MixingBlock):
 
     def project(self, x: Tensor, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query of the features, the key of the context, and the fused map as value."""
-        key = self.key(F.adaptive_avg_pool2d(x[:, self.channels :], NUM_REGIONS))
+        key = self.key(adaptive_avg_pool2d(x[:, self.channels :], (NUM_REGIONS, NUM_REGIONS)))
         return self.query(x[:, : self.channels]), key, fused
 
     def switch_to_deploy(self) -> None:

@@ -4,7 +4,6 @@ from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from overlock.layers import ConvNorm
 from overlock.layers.large_kernel import BRANCHES
@@ -13,6 +12,7 @@ from overlock.models.mixing import NUM_REGIONS, MixingBlock
 from overlock.models.names import CONTMIX_BLOCK, to_published
 from overlock.models.network import check_counts, check_rate, run_block
 from overlock.ops.contmix.dispatch import check_backend
+from overlock.ops.resize import adaptive_avg_pool2d
 
 
 class ContMixBlock(MixingBlock, Foldable):
@@ -111,7 +111,7 @@ class ContMixBlock(MixingBlock, Foldable):
 
     def project(self, x: Tensor, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query (B, dim / 2, H, W), key (B, dim / 2, 7, 7) and value (B, dim, H, W), all of the normed map."""
-        return self.query(x), self.key(F.adaptive_avg_pool2d(x, NUM_REGIONS)), self.value(x)
+        return self.query(x), self.key(adaptive_avg_pool2d(x, (NUM_REGIONS, NUM_REGIONS))), self.value(x)
 
     def switch_to_deploy(self) -> 'ContMixBlock':
         """Fold all linear steps for inference, in place and idempotently, and return self."""

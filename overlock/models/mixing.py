@@ -19,6 +19,8 @@ from overlock.layers import (
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next, fold_into_previous, switch_children
 from overlock.models.network import Block
 from overlock.ops import contmix
+from overlock.ops.resize import adaptive_avg_pool2d, enlarged_size
+from overlock.ops.tracing import is_free
 
 # Side of the grid of regions; the affinities to them make the kernels.
 NUM_REGIONS = 7
@@ -127,10 +129,9 @@ class MixingBlock(Block):
     def dynamic_conv(self, x: Tensor, fused: Tensor) -> Tensor:
         """Apply ContMix to maps (B, width, H, W) and (B, C, H, W), enlarged where they are smaller than the kernel."""
         height, width = x.shape[2:]
-        short, large = min(height, width), self.kernel_sizes[1]
-        if short < large:
-            # int(large / short * side), not side * large // short: floating-point rounding is part of the network.
-            size = [large if side == short else int(large / short * side) for side in (height, width)]
+        enlarge = is_free(height, width) or min(height, width) < self.kernel_sizes[1]
+        if enlarge:
+            size = enlarged_size(height, width, self.kernel_sizes[1])
             x, fused = (F.interpolate(t, size, mode='bilinear', align_corners=False) for t in (x, fused))
         query, key, value = self.project(x, fused)
         out = self.operator(
@@ -146,7 +147,7 @@ class MixingBlock(Block):
             scale=self.scale,
             backend=self.contmix_backend,
         )
-        return F.adaptive_avg_pool2d(out, (height, width)) if short < large else out
+        return adaptive_avg_pool2d(out, (height, width)) if enlarge else out
 
     def fold(self) -> None:
         """Fold all linear steps, in place and idempotently."""

@@ -101,9 +101,9 @@ class ChannelAggregationFFN(nn.Module):
         hidden = F.gelu(self.dwconv(self.fc1(x)))
         common = F.gelu(self.decompose(hidden))
         # All but `common` is linear: scaling the weights of fc2 saves three passes over the wide map.
-        weight, scale = self.fc2.weight, self.sigma.scale
-        out = F.conv2d(hidden, weight * (1 + scale), self.fc2.bias)
-        return out - F.conv2d(common, (weight * scale).sum(1, keepdim=True))
+        weight = self.fc2.weight
+        scaled = weight * self.sigma.scale
+        return F.conv2d(hidden, weight + scaled, self.fc2.bias) - F.conv2d(common, scaled.sum(1, keepdim=True))
 
 
 class MogaBlock(Block):

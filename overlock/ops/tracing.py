@@ -31,3 +31,8 @@ def is_exporting() -> bool:
 def is_eager() -> bool:
     """Return whether operations run as they are called, and no graph is made of them."""
     return not torch.compiler.is_compiling() and not is_exporting()
+
+
+def is_free(*lengths: int) -> bool:
+    """Return whether a graph is being made for use elsewhere in which one of these lengths is not a constant."""
+    return is_exporting() and any(isinstance(length, torch.SymInt) for length in lengths)

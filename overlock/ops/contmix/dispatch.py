@@ -8,7 +8,7 @@ from torch import Tensor
 
 from overlock.ops.contmix import cpp, eager, natten, reference, triton
 from overlock.ops.contmix.inputs import Inputs
-from overlock.ops.tracing import is_exporting
+from overlock.ops.tracing import is_exporting, is_free
 
 # Each has `run`, from the inputs to the mixed map. `why_unavailable` returns '' or why a backend cannot run on this
 # machine, but for `reference` and `eager`, which run everywhere.
@@ -115,7 +115,9 @@ def contmix(
         RuntimeError: If the backend asked for cannot run here, or not on these inputs.
     """
     inputs = Inputs(query, key, value, weight, bias, rpb_small, rpb_large, kernel_sizes, num_groups, scale)
-    inputs.check_shapes()
+    # Of a length that is not known there is nothing to check.
+    if not is_free(*value.shape[2:]):
+        inputs.check_shapes()
     check_backend(backend)
     name = choose(inputs) if backend == 'auto' else ALIASES.get(backend, backend)
     if reason := _why_unsupported(name, inputs):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overlock.ops.contmix import library
+from overlock.ops.contmix import banded, library
 from overlock.ops.contmix.inputs import Half, Inputs, Projected
 from overlock.ops.contmix.reference import offsets, windows
 from overlock.ops.tracing import is_exporting
@@ -21,7 +21,7 @@ DENSE_LIMIT = 1.5
 
 def run(inputs: Inputs) -> Tensor:
     """Return the mixed map, (B, C, H, W)."""
-    return plain(inputs.project()) if is_exporting() else _run(inputs)
+    return banded.run(inputs) if is_exporting() else _run(inputs)
 
 
 def forward(x: Projected) -> tuple[Tensor, Tensor]:
@@ -57,20 +57,6 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
 
 
 _run = library.register('eager', forward, backward)
-
-
-def plain(x: Projected) -> Tensor:
-    """Return the mixed map, computed out of place and for any height and width, as `torch.export` and ONNX need."""
-    outs = []
-    for half in x.halves():
-        weights = compute_logits(half).softmax(2).to(x.value.dtype)
-        rows, cols = (windows(length, half.size, x.value.device) for length in x.value.shape[2:])
-        out = torch.zeros_like(half.value)
-        for row, weight in zip(rows.unbind(1), weights.unflatten(2, (half.size, -1)).unbind(2), strict=True):
-            seen = half.value[:, :, :, row][..., cols]  # (B, G, d, H, W, K)
-            out = out + (seen * weight.movedim(2, -1).unsqueeze(2)).sum(-1)
-        outs.append(out.flatten(1, 2))
-    return torch.cat(outs, 1)
 
 
 def compute_logits(half: Half) -> Tensor:

@@ -1,0 +1,175 @@
+"""Export networks to formats that run without this project, and check each file before it takes its name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from mmengine_overlock.export.checks import Limits, compare, open_onnx, open_openvino, open_program, require
+from mmengine_overlock.export.graph import metadata, to_openvino, trace, write_onnx
+from mmengine_overlock.export.subjects import Subject, make_subject
+from overlock.utils.errors import UserError
+from overlock.utils.files import check_writable, drafted
+
+# The suffix of each format, and the packages that it needs beside torch.
+FORMATS = {
+    'onnx': ('.onnx', ('onnx', 'onnxscript', 'onnxruntime')),
+    'exported-program': ('.pt2', ()),
+    'openvino': ('.xml', ('onnx', 'onnxscript', 'onnxruntime', 'openvino')),
+    'tensorrt': ('.engine', ('tensorrt',)),
+}
+_IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
+
+
+def export(
+    config: str | Path,
+    checkpoint: str | None = None,
+    *,
+    format: str = 'onnx',
+    out: str | Path,
+    part: str = 'all',
+    size: str = 'dynamic',
+    images: str | Path | None = None,
+    preprocessing: bool = False,
+    label_map: bool = False,
+    fp16: bool = False,
+    int8: str | Path | None = None,
+    cfg_options: dict[str, Any] | None = None,
+) -> str:
+    """Export a classifier, detector, segmenter or backbone, in its deploy form.
+
+    The file takes its name only after a runtime of the format ran it at other sizes than the traced one, and on images,
+    and agreed with PyTorch.
+
+    Args:
+        config: The configuration that the model was trained with, or a classifier: `overlock_xt`, `moganet_t`, ...
+        checkpoint: Its weights: path, URL or published name; None for random ones.
+        format: 'onnx', 'exported-program' (a file of torch.export), 'openvino' or 'tensorrt'.
+        out: The file.
+        part: 'all' or 'backbone'.
+        size: 'dynamic' for every batch, height and width, or 'HxW' for one image of this size.
+        images: An image file, or a folder of which the first four are compared; none for random pixels alone.
+        preprocessing: Whether the file takes RGB pixels (uint8), and normalizes and pads them.
+        label_map: Whether a segmenter gives the label of each pixel instead of logits.
+        fp16: Whether weights are stored in float16, for ONNX and OpenVINO.
+        int8: A folder of images to calibrate on; convolutions then compute in int8. For ONNX.
+        cfg_options: Settings by dotted name, over those of the configuration.
+
+    Returns:
+        What was written, and the comparison.
+
+    Raises:
+        UserError, CheckpointError: What the user gave cannot be used; one sentence says why.
+        UserError: The exported network gives something else than PyTorch.
+    """
+    out, fixed = Path(out).expanduser(), _parse_size(size)
+    _check(format, out, fp16, int8)
+    subject = make_subject(
+        config, checkpoint, part=part, preprocessing=preprocessing, label_map=label_map, cfg_options=cfg_options
+    )
+    if fixed and min(fixed) < subject.least:
+        raise UserError(f'--size must be at least {subject.least}x{subject.least} for this model, got {size}')
+    program = trace(subject, fixed)
+    inputs = _inputs(subject, fixed, images)
+    with drafted(*_files(out, format)) as drafts:
+        if format == 'exported-program':
+            torch.export.save(program, drafts[0], extra_files={'info.json': json.dumps(metadata(subject))})
+            report = compare(open_program(drafts[0]), 'torch.export', subject, inputs)
+        else:
+            onnx = drafts[0].with_suffix('.onnx')
+            nodes = write_onnx(program, subject, onnx)
+            if fp16 or int8:
+                _narrow(onnx, subject, int8)
+            if format == 'openvino':
+                to_openvino(onnx, drafts[0])
+                report = compare(open_openvino(drafts[0]), 'OpenVINO', subject, inputs)
+            else:
+                report = compare(open_onnx(onnx), 'onnxruntime', subject, inputs)
+        if not int8:
+            require(report, subject, Limits(5e-2, 0.9) if fp16 else Limits(), out)
+        note = f'{sum(draft.stat().st_size for draft in drafts) / 2**20:.1f} MiB'
+    if format != 'exported-program':
+        note += f', {nodes} nodes'
+    weights = checkpoint or 'random weights: no checkpoint was given'
+    return f'{subject.kind} of {config}, {weights}\n{report}\nwrote {out}, {note}'
+
+
+def _files(out: Path, format: str) -> list[Path]:
+    return [out, out.with_suffix('.bin')] if format == 'openvino' else [out]
+
+
+def _inputs(
+    subject: Subject, fixed: tuple[int, int] | None, images: str | Path | None
+) -> list[tuple[str, torch.Tensor]]:
+    """Return named inputs to compare on: random pixels of two sizes, or of the fixed one, and images."""
+    least = subject.least
+    # The smallest maps, and a batch of another shape.
+    shapes = [(1, *fixed)] if fixed else [(1, least, least + 30), (3, max(224, least), max(320, least))]
+    inputs = [('', subject.example(*shape)) for shape in shapes]
+    for path in _image_files(images):
+        image = subject.read(path)
+        if fixed and tuple(image.shape[2:]) != fixed:
+            image = F.interpolate(image.float(), fixed, mode='bilinear').to(image.dtype)
+        inputs.append((path.name, image))
+    return inputs
+
+
+def _narrow(onnx: Path, subject: Subject, int8: str | Path | None) -> None:
+    # Needs onnx.
+    from mmengine_overlock.export.narrow import to_float16, to_int8
+
+    if int8:
+        to_int8(onnx, [subject.read(path) for path in _image_files(int8, 32)])
+    else:
+        to_float16(onnx)
+
+
+def _parse_size(size: str) -> tuple[int, int] | None:
+    if size == 'dynamic':
+        return None
+    height, _, width = size.partition('x')
+    if not (height.isdecimal() and width.isdecimal()):
+        raise UserError(f"--size takes 'dynamic' or HEIGHTxWIDTH, as 800x1344, got {size}")
+    return int(height), int(width)
+
+
+def _check(format: str, out: Path, fp16: bool, int8: str | Path | None) -> None:
+    """Check what does not need the model."""
+    if format not in FORMATS:
+        raise UserError(f'--format takes {", ".join(FORMATS)}, got {format}')
+    suffix, packages = FORMATS[format]
+    if out.suffix != suffix or out.is_dir():
+        raise UserError(f'--out takes a file name that ends in {suffix} for {format}, got {out}')
+    if format == 'tensorrt':
+        raise UserError(
+            'TensorRT builds its engines on the GPU that they run on; export --format onnx, and there run '
+            'trtexec --onnx=FILE.onnx --saveEngine=FILE.engine'
+        )
+    if (fp16 and format == 'exported-program') or (int8 and format != 'onnx'):
+        raise UserError(
+            f'--fp16 is for ONNX and OpenVINO and --int8 for ONNX, got --format {format}; leave it out, or export onnx'
+        )
+    if fp16 and int8:
+        raise UserError('--fp16 and --int8 exclude each other; give one of them')
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'--format {format} needs {", ".join(missing)}; install with `pip install {" ".join(missing)}`, or export '
+            'with --format exported-program, which needs nothing beside torch'
+        )
+    check_writable(out)
+
+
+def _image_files(path: str | Path | None, most: int = 4) -> list[Path]:
+    if path is None:
+        return []
+    path = Path(path)
+    found = [path] if path.is_file() else sorted(file for file in path.rglob('*') if file.suffix.lower() in _IMAGES)
+    if not found:
+        raise UserError(f'{path} holds no images ({", ".join(_IMAGES)}); give an image file, or a folder of some')
+    return found[:most]
