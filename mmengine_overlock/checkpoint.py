@@ -119,9 +119,9 @@ def find_resumable(work_dir: str | Path) -> Path | None:
         try:
             check_whole(path)
             content = read(path)
-            if not isinstance(content, Mapping) or not isinstance(content.get('state_dict'), Mapping):
+            if not isinstance(content, Mapping):
                 raise CheckpointError(f'{path} is no checkpoint of a training.')
-            if found := non_finite(content['state_dict']):
+            if found := non_finite(content.get('state_dict', {})):
                 raise CheckpointError(f'{path} holds {len(found)} tensors that are not finite (first {found[0]}).')
             return path
         except CheckpointError as error:

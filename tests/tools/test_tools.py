@@ -158,6 +158,7 @@ def test_slurm_trainings_are_submitted_with_one_task_for_each_gpu(tmp_path, star
     [
         (143, '', False, True),
         (143, '1', False, True),
+        (138, '2', False, True),
         (0, '', False, False),
         (2, '', False, False),
         (143, '', True, False),
@@ -169,10 +170,14 @@ def test_a_slurm_job_that_was_stopped_in_time_is_requeued_and_resumes(
     stub(tmp_path, 'srun', 'echo "$@"\n' + 'kill -TERM $PPID\n' * cancelled + f'exit {status}')
     stub(tmp_path, 'scontrol', 'echo scontrol "$@"')
     job = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', **{**SLURM, 'SLURM_JOB_ID': '7'}, SLURM_RESTART_COUNT=restarts)
+    # The second restart of this list came before the first checkpoint.
+    if restarts == '1':
+        (tmp_path / 'work').mkdir()
+        (tmp_path / 'work' / 'last_checkpoint').touch()
     # Slurm runs a copy of the script.
     job['OVERLOCK_TOOLS'] = '/there'
     code, out, err = ended(start_tool('slurm_train.sh', 'part', 'job', 'c.py', 'work', '--amp', **job))
-    resume = ' --resume' if restarts else ''
+    resume = ' --resume' if restarts == '1' else ''
     assert (code, err) == (0 if requeued else status, '')
     assert out == (
         '--cpus-per-task 5 --kill-on-bad-exit=1 --quotatype auto python3 -u /there/train.py c.py --work-dir work '
