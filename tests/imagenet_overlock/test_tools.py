@@ -89,7 +89,11 @@ def call_tool(monkeypatch):
         for name in ('imagenet_overlock', 'overlock'):
             monkeypatch.setattr(logging.getLogger(name), 'handlers', [])
         monkeypatch.setattr(sys, 'argv', [str(tool), *map(str, args)])
-        runpy.run_path(str(tool), run_name='__main__')
+        try:
+            runpy.run_path(str(tool), run_name='__main__')
+        except SystemExit as end:
+            if end.code:
+                raise
 
     return call
 
