@@ -23,7 +23,7 @@ class UpdateGuard:
         optimizer: Optimizer of the run.
         model: What it trains. Where the run goes on, buffers return to their values after the last update that was
             made, as the statistics of BatchNorms have seen the same maps as the loss; where a GradScaler left out an
-            update, only if they are not finite.
+            update, only if they or the loss are not finite.
         policy: 'stop' to end the run at the first such update, 'skip' to go on.
         scaled: Whether a GradScaler leaves out updates, which is usual until it has found its scale.
 
@@ -82,21 +82,22 @@ class UpdateGuard:
     def made(self) -> bool:
         """Return whether the last update was made; call it once after each."""
         finite, self._finite = self._finite, None
-        self._losses.clear()
-        if self.scaled if finite is None else not finite:
+        losses, self._losses = self._losses, []
+        left_out = self.scaled if finite is None else not finite
+        if left_out:
             self.skipped += 1
             self.in_a_row += 1
             self.must_stop = self.in_a_row >= (LIMIT if finite is None or self.policy == 'skip' else 1)
-            # Where scaled gradients alone overflow, the statistics are those of finite maps.
-            if self._kept and (
-                finite is not None or non_finite({str(i): buffer for i, buffer in enumerate(self._buffers)})
-            ):
-                torch._foreach_copy_(self._buffers, self._kept)
-            return False
-        self.in_a_row = 0
+        else:
+            self.in_a_row = 0
         if self._kept:
-            torch._foreach_copy_(self._kept, self._buffers)
-        return True
+            seen = {str(i): tensor for i, tensor in enumerate([*losses, *self._buffers])}
+            # Where scaled gradients alone overflow, the statistics are those of finite maps.
+            if left_out and (finite is not None or non_finite(seen)):
+                torch._foreach_copy_(self._buffers, self._kept)
+            else:
+                torch._foreach_copy_(self._kept, self._buffers)
+        return not left_out
 
 
 def non_finite(tensors: Mapping[str, Any]) -> list[str]:
