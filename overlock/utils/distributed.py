@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,6 +56,9 @@ def exit_on_user_error() -> Iterator[None]:
             raise
         if local_rank() == 0 or not mistake:
             sys.stderr.write(f'{sentence}\n')
+        else:
+            # torchrun ends the first process, which is to tell, as soon as another one has ended.
+            time.sleep(1)
         raise SystemExit(2) from error
     finally:
         logging.FileHandler.handleError = handle_error  # type: ignore[method-assign]
