@@ -27,10 +27,11 @@ from benchmarks.rounds import Worker, compute_truth, deviation, is_timed, is_wit
 from overlock import ARCHS, contmix, get_arch
 from overlock.models.mixing import NUM_REGIONS
 from overlock.ops import explain
+from overlock.ops.contmix.proof import LIMITS
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # Relative to the largest magnitude of the output, and to the norm of each gradient.
-TOLERANCES = {'fp32': 1e-5, 'bf16': 5e-2, 'fp16': 1e-2}
+TOLERANCES = {name: LIMITS[dtype] for name, dtype in DTYPES.items()}
 MODES = {'forward': {'train': False}, 'train': {'train': True}}
 # The authors' steps on natten's kernel or on an unfold; not backends of ours.
 PIPELINES = {'published': published.aggregate_natten, 'unfold': published.aggregate_unfold}
