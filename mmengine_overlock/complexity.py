@@ -17,12 +17,11 @@ import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmengine_overlock.config import load_config, nodes
+from mmengine_overlock.predict import build_model
 from overlock.models.mixing import MixingBlock
 from overlock.ops.contmix.complexity import OPERATORS, multiply_adds
 from overlock.ops.tracing import keep_operators
@@ -152,10 +151,9 @@ def count_config(
 
 
 def _build(cfg: Config) -> nn.Module:
-    settings = deepcopy(cfg.model)
-    settings.pop('auxiliary_head', None)
-    for node in nodes(settings.get('test_cfg')):
+    cfg = deepcopy(cfg)
+    cfg.model.pop('auxiliary_head', None)
+    for node in nodes(cfg.model.get('test_cfg')):
         # No box is dropped for its score or its overlap: what random weights find does not matter.
         node.update({name: value for name, value in (('score_thr', 0.0), ('iou_threshold', 1.0)) if name in node})
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return revert_sync_batchnorm(MODELS.build(settings))
+    return build_model(cfg)
