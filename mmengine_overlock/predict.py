@@ -17,9 +17,8 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from mmengine.model import BaseModel, revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 
-from mmengine_overlock.checkpoint import use_safe_files
 from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.embedded import embedded_config
 from overlock.checkpoint import WEIGHTS, find_file
@@ -142,7 +141,6 @@ class Predictor:
     ) -> None:
         from mmengine.runner import CheckpointLoader
 
-        use_safe_files()
         file = find_file(checkpoint)
         published = WEIGHTS.get(str(checkpoint))
         config = config or (published.config if published else None)
@@ -159,7 +157,7 @@ class Predictor:
             backbone.switch_to_deploy()
         self.model.to(self.device)
         meta = {key.lower(): value for key, value in (content.get('meta', {}).get('dataset_meta') or {}).items()}
-        meta = meta or _dataset_meta(self.cfg)
+        meta = meta or dataset_meta(self.cfg)
         self.classes, self.palette = tuple(meta.get('classes') or ()), meta.get('palette')
         with DefaultScope.overwrite_default_scope(self.scope):
             self.pipeline = Compose(test_pipeline(self.cfg, dict(type='LoadImageFromNDArray')))
@@ -206,11 +204,8 @@ def test_pipeline(cfg: Config, load: dict | None = None) -> list[dict]:
     return steps if load is None else [load, *steps[1:]]
 
 
-def _dataset_meta(cfg: Config) -> dict[str, Any]:
+def dataset_meta(cfg: Config) -> dict[str, Any]:
     """Return classes and palette of the data set that a configuration tests on, without its files."""
-    from mmengine.registry import DATASETS
-
-    dataset = next((node for node in nodes(cfg.test_dataloader) if 'pipeline' in node), {})
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        known = getattr(DATASETS.get(dataset.get('type', '')), 'METAINFO', {})
-    return {**known, **(dataset.get('metainfo') or {})}
+    dataset = next((node for node in nodes(cfg.get('test_dataloader')) if 'pipeline' in node), {})
+    kind = DATASETS.get(f'{cfg.default_scope}.{dataset["type"]}') if 'type' in dataset else None
+    return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}

@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmengine_overlock.amp import enable_amp
-from mmengine_overlock.checkpoint import find_resumable, use_safe_files
+from mmengine_overlock.checkpoint import find_resumable
 from mmengine_overlock.checkpoint_hook import LosslessCheckpointHook  # noqa: F401  (registered)
 from mmengine_overlock.config import (
     add_tensorboard,
@@ -192,7 +192,6 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
 
 def _build_runner(cfg: Config, *, strict: bool) -> Runner:
     name_samples()
-    use_safe_files()
     if get_device() == 'cpu':
         keep_freed_memory()
     prepare_launch(cfg)

@@ -13,15 +13,15 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DefaultScope
 from PIL import Image
 from torch import Tensor, nn
 
-from mmengine_overlock.config import load_config, nodes
+from mmengine_overlock.config import load_config
 from mmengine_overlock.deploy import build
 from mmengine_overlock.export.modules import Outputs, Preprocessed, Segmenter, normalize, pad
 from mmengine_overlock.export.quiet import quiet
-from mmengine_overlock.predict import test_pipeline
+from mmengine_overlock.predict import dataset_meta, test_pipeline
 from overlock import ARCHS, MOGANET_ARCHS, MogaNet, OverLoCK
 from overlock.checkpoint import find_file, load
 from overlock.checkpoint.convert import read_classes
@@ -217,9 +217,7 @@ def _read_square(path: Path) -> Tensor:
 
 def _classes(cfg: Config, source: Path | None) -> dict[str, Any]:
     """Return the names of the classes by the checkpoint, else by the data set of the configuration."""
-    dataset = next((node for node in nodes(cfg.get('test_dataloader')) if 'pipeline' in node), {})
-    kind = DATASETS.get(f'{cfg.default_scope}.{dataset["type"]}') if 'type' in dataset else None
-    known = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+    known = dataset_meta(cfg)
     if source is not None:
         given = read_classes(source)
         known |= copy.deepcopy(given.get('dataset_meta') or {name.lower(): value for name, value in given.items()})
