@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from timm.utils.distributed import init_distributed_device_so, is_distributed_en
 from torch import Tensor, distributed
 
 from overlock import keep_freed_memory
-from overlock.utils.distributed import check_gpus
+from overlock.utils.distributed import check_gpus, leave_group
 from overlock.utils.errors import UserError
 
 T = TypeVar('T')
@@ -93,22 +92,14 @@ def join_world(device: str | None = None) -> Iterator[World]:
         torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
-    several = is_distributed_env()
-    if several and 'MASTER_ADDR' not in os.environ:
+    if is_distributed_env() and 'MASTER_ADDR' not in os.environ:
         raise UserError(
             'A run of several processes needs MASTER_ADDR and MASTER_PORT in the environment; start it '
             'with torchrun, or set them.'
         )
     joined = init_distributed_device_so(device)
     yield World(torch.device(joined['device']), joined['global_rank'], joined['world_size'])
-    if several:
-        # At exit, a process whose peers are gone already can abort.
-        distributed.barrier()
-        if kind == 'cpu':
-            # Gloo's threads need the interpreter's lock to free the last tensors, and `destroy_process_group` waits for
-            # them while it holds that lock: seen as a deadlock on busy machines.
-            time.sleep(1)
-        distributed.destroy_process_group()
+    leave_group()
 
 
 def is_first_process() -> bool:

@@ -92,13 +92,6 @@ def prepare_launch(cfg: Config) -> None:
         cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel', find_unused_parameters=find_unused)
 
 
-def finish_launch() -> None:
-    """Leave the process group together: a process that exits after its peers can abort."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
-
-
 @MODEL_WRAPPERS.register_module()
 class CPUDistributedDataParallel(MMDistributedDataParallel):
     """MMDistributedDataParallel for CPUs, where SyncBN needs a class of its own; arguments are the same."""

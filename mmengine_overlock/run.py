@@ -29,7 +29,7 @@ from mmengine_overlock.config import (
 from mmengine_overlock.data import check_data
 from mmengine_overlock.data.samples import name_samples
 from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
-from mmengine_overlock.launch import agreed, finish_launch, is_first, prepare_launch
+from mmengine_overlock.launch import agreed, is_first, prepare_launch
 from mmengine_overlock.nan import FiniteCheckpointHook, NonFiniteHook
 from mmengine_overlock.resume import make_resumable
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
@@ -37,6 +37,7 @@ from mmengine_overlock.stop import StopHook, shield_workers
 from mmengine_overlock.work_dir import owned
 from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
+from overlock.utils.distributed import leave_group
 
 
 def train(
@@ -110,7 +111,7 @@ def train(
             compile_backbones(runner.model)
         with stop.listening():
             runner.train()
-        finish_launch()
+        leave_group()
         return runner
 
 
@@ -167,7 +168,7 @@ def test(
     if compile:
         compile_backbones(runner.model)
     scores = runner.test()
-    finish_launch()
+    leave_group()
     return scores
 
 

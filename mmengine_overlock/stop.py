@@ -18,7 +18,7 @@ from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 
-from mmengine_overlock.launch import finish_launch
+from overlock.utils.distributed import leave_group
 
 # Slurm sends SIGUSR1 where it is asked to, before it ends a job. Exit codes are those of a shell.
 _STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
@@ -96,7 +96,7 @@ class StopHook(Hook):
                 'command with --resume.'
             )
         runner.visualizer.close()
-        finish_launch()
+        leave_group()
         raise SystemExit(self._status)
 
 

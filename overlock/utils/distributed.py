@@ -1,4 +1,4 @@
-"""Distributed runs: the rank of this process, a GPU for each process, and errors in one sentence each."""
+"""Distributed runs: rank, a GPU for each process, the end of a run, and errors in one sentence each."""
 
 import logging
 import os
@@ -35,6 +35,21 @@ def check_gpus() -> None:
             f'There are {processes} processes on this machine, but each sees {torch.cuda.device_count()} '
             'GPUs; start at most one process for each GPU.'
         )
+
+
+def leave_group() -> None:
+    """Leave the default process group, if there is one, together with all other processes."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    # At exit, a process whose peers are gone already can abort.
+    distributed.barrier()
+    if distributed.get_backend() == 'gloo':
+        # Gloo's threads need the interpreter's lock to free the last tensors. `destroy_process_group` holds that lock
+        # while it waits for them (a deadlock), and an interpreter that ends takes it away (an abort).
+        time.sleep(1)
+    distributed.destroy_process_group()
 
 
 @contextmanager
