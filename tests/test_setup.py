@@ -117,7 +117,7 @@ def test_package_requires_no_torch_and_no_extra_brings_mmcv():
     parser = configparser.ConfigParser()
     parser.read(ROOT / 'setup.cfg')
     extras = parser['options.extras_require']
-    assert set(extras) == {'det', 'seg', 'timm', 'imagenet', 'natten', 'export', 'dev'}
+    assert set(extras) == {'det', 'seg', 'timm', 'imagenet', 'natten', 'predict', 'export', 'dev'}
     assert parser['options']['install_requires'] == ''
     assert not [line for text in extras.values() for line in text.split() if line.startswith(('torch', 'mmcv'))]
 
