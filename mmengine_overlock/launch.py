@@ -33,6 +33,11 @@ def is_first(launcher: str) -> bool:
     return launcher == 'none' or os.environ.get(_VARIABLES[launcher][0]) == '0'
 
 
+def processes(launcher: str) -> int:
+    """Return the number of processes of a run."""
+    return 1 if launcher == 'none' else int(os.environ[_VARIABLES[launcher][1]])
+
+
 @contextmanager
 def agreed(launcher: str) -> Iterator[None]:
     """Run what a process does before its group forms; where one of them fails, all of them end.

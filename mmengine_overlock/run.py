@@ -31,6 +31,7 @@ from mmengine_overlock.data.samples import name_samples
 from mmengine_overlock.hooks import BroadcastBuffersHook, WholeModelHook
 from mmengine_overlock.launch import agreed, is_first, prepare_launch
 from mmengine_overlock.nan import FiniteCheckpointHook, NonFiniteHook
+from mmengine_overlock.own_data import find_folder, fit_training, use_own_data
 from mmengine_overlock.resume import make_resumable
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from mmengine_overlock.stop import StopHook, shield_workers
@@ -50,6 +51,8 @@ def train(
     compile: bool = False,
     tensorboard: bool = False,
     data_root: str | Path | None = None,
+    coco: str | Path | None = None,
+    masks: str | Path | None = None,
     check: bool = True,
     weights: str | None = None,
     on_nan: str = 'stop',
@@ -67,6 +70,9 @@ def train(
         compile: Compile the blocks of the backbone with torch.compile.
         tensorboard: Write scalars for TensorBoard too.
         data_root: Folder of the data, instead of the configuration's.
+        coco: Folder of a data set of one's own in COCO's format, see `find_coco`; the heads get its classes, and the
+            learning rate is scaled with the total batch size unless `cfg_options` set it.
+        masks: Likewise a folder of images and label maps, see `find_masks`.
         check: Check the data before the run.
         weights: Weights of the backbone to start from, instead of the configuration's.
         on_nan: 'stop' the run where a loss or a gradient is not finite, or 'skip' the update.
@@ -87,6 +93,9 @@ def train(
                 stack.enter_context(owned(cfg.work_dir))
             if data_root is not None:
                 set_data_root(cfg, data_root)
+            if folder := find_folder(coco, masks, check):
+                use_own_data(cfg, folder, cfg_options)
+                fit_training(cfg, folder, cfg_options)
             if weights is not None:
                 set_weights(cfg, weights)
             if amp:
@@ -127,6 +136,8 @@ def test(
     amp: bool = False,
     compile: bool = False,
     data_root: str | Path | None = None,
+    coco: str | Path | None = None,
+    masks: str | Path | None = None,
     check: bool = True,
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
@@ -141,7 +152,7 @@ def test(
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
         amp: Run the backbone in bfloat16.
-        work_dir, compile, data_root, check, cfg_options, launcher: See `train`.
+        work_dir, compile, data_root, coco, masks, check, cfg_options, launcher: See `train`.
 
     Returns:
         The metrics by name.
@@ -154,6 +165,8 @@ def test(
         cfg.load_from, cfg.resume = _local(checkpoint), False
         if data_root is not None:
             set_data_root(cfg, data_root)
+        if folder := find_folder(coco, masks, check):
+            use_own_data(cfg, folder, cfg_options)
         if tta:
             use_tta(cfg)
         if show_dir is not None or show:

@@ -40,10 +40,14 @@ def find_coco(root: str | Path) -> DataFolder:
             if split != 'test':
                 raise UserError(f'{error}; expected an annotation file of boxes or masks in COCO format.') from error
             continue
-        parts[split] = Part(_image_folder(path, contents[split], split, folders), path)
+        labeled = {str(item.get('image_id')) for item in contents[split]['annotations'] if isinstance(item, dict)}
+        parts[split] = Part(_image_folder(path, contents[split], split, folders), path, len(labeled))
     remarks: list[str] = []
     classes = _classes(files, contents, remarks)
-    return DataFolder('coco', root, parts, classes, _have_masks(contents, remarks), remarks=tuple(remarks))
+    names = [[category.get('name') for category in content['categories']] for content in contents.values()]
+    ordered = all([name for name in some if name in classes] == list(classes) for some in names)
+    masks = _have_masks(contents, remarks)
+    return DataFolder('coco', root, parts, classes, masks, ordered=ordered, remarks=tuple(remarks))
 
 
 def _annotation_files(root: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmengine_overlock.data.files import read_maps, scan
@@ -13,7 +14,7 @@ from overlock.utils.errors import UserError
 
 EXPECTED = 'images/train, images/val, masks/train, masks/val, or train/images, train/masks, val/images, val/masks'
 _IMAGES = ('image', 'images', 'img', 'img_dir', 'imgs')
-_MAPS = ('ann_dir', 'annotation', 'annotations', 'gt', 'label', 'labels', 'mask', 'masks')
+_MAPS = ('ann_dir', 'annotation', 'annotations', 'gt', 'label', 'label_maps', 'labels', 'mask', 'masks')
 _SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 NAME_FILES = ('classes.txt', 'labels.txt', 'names.txt', 'classes.json', 'labels.json', 'objectInfo150.txt')
 _SAMPLE = 20
@@ -33,6 +34,9 @@ def find_masks(root: str | Path) -> DataFolder:
     root = existing(root)
     parts = _parts(root)
     suffixes = {split: _suffixes(part) for split, part in parts.items()}
+    for split, part in parts.items():
+        images = sum(name.endswith(suffixes[split][0]) for name in scan(part.images))
+        parts[split] = replace(part, count=images)
     if len(set(suffixes.values())) > 1:
         theirs = '; '.join(f'{split} {" and ".join(pair)}' for split, pair in suffixes.items())
         raise UserError(f'{root} has files of other suffixes in each split ({theirs}), expected the same in all.')
@@ -45,7 +49,12 @@ def find_masks(root: str | Path) -> DataFolder:
     if unlabeled:
         remarks.append('Value 0 of the label maps is ignored: the names of the classes start at value 1.')
     classes = tuple(names[value] for value in sorted(names))
-    return DataFolder('masks', root, parts, classes, True, suffixes['train'], unlabeled, tuple(remarks))
+    if len(classes) < 2:
+        raise UserError(
+            f'The label maps of {root} have one class ({listed(classes)}), expected two or more; give what is none of '
+            'the others, the background, a value and a name of its own.'
+        )
+    return DataFolder('masks', root, parts, classes, True, suffixes['train'], unlabeled, remarks=tuple(remarks))
 
 
 def _parts(root: Path) -> dict[str, Part]:
@@ -145,7 +154,7 @@ def _names_by_value(parts: Mapping[str, Part], suffix: str) -> dict[int, str]:
         seen.update(value for file in maps.values() for value in file.values)
     values = sorted(seen - {IGNORED})
     # Gray levels, such as 0, 128 and 200, would make a hundred classes that do not exist.
-    if len(values) < 2 - (IGNORED not in seen) or 8 * len(values) <= values[-1]:
+    if len(values) < 2 or 8 * len(values) <= values[-1]:
         raise UserError(_strange_values(sorted(seen)))
     return {value: f'class {value}' for value in range(values[-1] + 1)}
 

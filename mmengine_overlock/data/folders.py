@@ -24,10 +24,12 @@ class Part:
     Attributes:
         images: Folder of the images.
         labels: Annotation file in COCO's format, or folder of the label maps.
+        count: Number of images with labels.
     """
 
     images: Path
     labels: Path
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class DataFolder:
         masks: Whether there are masks to train and to test on.
         suffixes: Of images and label maps, by which their names differ; for 'masks' alone.
         reduce_zero_label: Whether value 0 of the label maps means unlabeled, and value 1 the first class.
+        ordered: Whether all annotation files have the classes in their order, as mmdet needs them; else the check of
+            the data sorts them in a copy.
         remarks: What was decided on the way, in sentences for the user.
     """
 
@@ -52,6 +56,7 @@ class DataFolder:
     masks: bool = True
     suffixes: tuple[str, str] = ('.jpg', '.png')
     reduce_zero_label: bool = False
+    ordered: bool = True
     remarks: tuple[str, ...] = ()
 
     @property
@@ -111,7 +116,7 @@ def subfolders(root: Path, depth: int = _DEPTH) -> list[Path]:
     return found
 
 
-def listed(paths: Sequence[object], root: Path | None = None) -> str:
-    """Return the first few of some paths, relative to a root, or of other things."""
+def listed(paths: Sequence[object], root: Path | None = None, most: int = 4) -> str:
+    """Return the first of some paths, relative to a root, or of other things."""
     names = [os.path.relpath(str(path), root) if root else str(path) for path in paths]
-    return ', '.join(names[:4]) + ', ...' * (len(names) > 4)
+    return ', '.join(names[:most]) + ', ...' * (len(names) > most)

@@ -30,7 +30,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing share."""
     option = parser.add_argument
     option('--work-dir', metavar='DIR', help='folder for logs and checkpoints (default: work_dirs/<name of config>)')
-    option('--data-root', metavar='DIR', help='folder of the data, for every data set and evaluator')
+    data = parser.add_mutually_exclusive_group().add_argument
+    data('--data-root', metavar='DIR', help='folder of the data, for every data set and evaluator')
+    data(
+        '--coco', metavar='DIR', help='folder of your own data in COCO format; its classes replace the configured ones'
+    )
+    data('--masks', metavar='DIR', help='folder of your own images and label maps, likewise')
     option('--no-check', dest='check', action='store_false', help='start without a check of the data')
     option('--compile', action='store_true', help='compile the backbone with torch.compile')
     add_cfg_options(parser)

@@ -15,6 +15,7 @@ from overlock.utils.errors import UserError
 from tests.mmengine_overlock.data_sets import annotation, write_image, write_map
 
 NAMES = {7: '猫 cat', 3: 'Hund', 900: 'پرنده'}
+UNLABELED = ('image_info_test2017', 'image_info_test-dev2017')
 REAL = os.environ.get('OVERLOCK_DATA')
 
 
@@ -49,7 +50,7 @@ def write(root, files, image_folders, **more):
         (['annotations/train.json', 'annotations/val.json'], ['images/train', 'images/val'], 0),
         (['annotations_train.json', 'annotations_validation.json'], ['images'], 'images'),
         (
-            ['annotations/instances_train.json', 'annotations/captions_train.json', 'annotations/instances_val.json'],
+            [f'annotations/{name}.json' for name in ('instances_train', 'captions_train', *UNLABELED, 'instances_val')],
             ['train', 'val', 'backup'],
             0,
         ),
@@ -61,7 +62,7 @@ def test_coco_layouts_are_found_by_where_the_images_exist(tmp_path, files, folde
     assert images == ([expected] * 2 if expected else folders[:2])
     assert [str(part.labels.relative_to(tmp_path)) for part in found.parts.values()] == [files[0], files[-1]]
     assert found.classes == ('Hund', '猫 cat', 'پرنده')
-    assert found.masks and not found.remarks
+    assert found.masks and not found.ordered and not found.remarks and found.parts['train'].count == 3
 
 
 def test_file_names_with_folders_and_labels_of_a_test_split_are_found(tmp_path):
@@ -135,6 +136,7 @@ def test_label_maps_are_found_and_named_by_value(tmp_path, folders, splits, endi
     found = find_masks(write_masks(tmp_path, folders, splits, ending=ending))
     for part, split in zip(found.parts.values(), splits, strict=True):
         assert (part.images, part.labels) == tuple(tmp_path / folder.format(split) for folder in folders)
+    assert [part.count for part in found.parts.values()] == [2, 2]
     assert found.suffixes == ('.jpg', ending) and not found.reduce_zero_label
     assert found.classes == ('class 0', 'class 1', 'class 2', 'class 3')
     assert found.remarks[0].startswith('Classes are named by value')
@@ -168,6 +170,7 @@ def test_names_of_classes_come_from_a_file_by_value(tmp_path, file, text, zero):
         (lambda root: write_masks(root, values=(0, 128, 200)), 'are 0, 128, 200, which are no classes'),
         (lambda root: write_masks(root, values=(255,)), 'are 255, which'),
         (lambda root: (root / 'classes.txt').write_text('a\na'), "name 'a' twice"),
+        (lambda root: (root / 'classes.txt').write_text('a'), r'have one class \(a\), expected two or more'),
         (lambda root: (root / 'classes.txt').write_text(''), 'names the values none'),
         (lambda root: (root / 'classes.json').write_text('{"0": "a", "2": "b"}'), 'names the values 0, 2'),
         (lambda root: (root / 'classes.json').write_text('{"a": 0}'), 'cannot be read'),

@@ -81,11 +81,23 @@ def test_every_option_reaches_its_function(toy, run_tool, monkeypatch):
     assert run_tool('train', 'c.py', *common, *launch, *train) == (0, '', '')
     assert run_tool('test', 'c.py', 'c.pth', *common, *launch, *test) == (0, '', '')
     both = dict(config='c.py', work_dir='w', data_root='d', check=False, compile=True, amp=True)
+    both |= dict(coco=None, masks=None)
     both['cfg_options'] = {'a.b': 1, 'c': ['x', 'y']}
     assert calls == [
         dict(both, launcher='slurm', resume='auto', auto_scale_lr=True, tensorboard=True, weights='f', on_nan='skip'),
         dict(both, launcher='slurm', checkpoint='c.pth', out='o.pkl', show_dir='s', show=True, tta=True),
     ]
+
+
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_a_run_has_one_folder_of_data(toy, run_tool, monkeypatch, tool):
+    calls = []
+    monkeypatch.setattr(f'mmengine_overlock.run.{tool}', lambda config, **options: calls.append(options))
+    given = [toy, *(['c.pth'] if tool == 'test' else [])]
+    assert run_tool(tool, *given, '--coco', 'a')[0] == run_tool(tool, *given, '--masks', 'b')[0] == 0
+    assert [(call['coco'], call['masks']) for call in calls] == [('a', None), (None, 'b')]
+    code, _, err = run_tool(tool, *given, '--coco', 'a', '--masks', 'b')
+    assert code == 2 and 'not allowed with argument --coco' in err
 
 
 @pytest.mark.slow
