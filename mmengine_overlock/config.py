@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
+from mmengine_overlock.options import check_options
 from overlock.checkpoint import find_file
 from overlock.utils.configs import find_config
 from overlock.utils.errors import UserError
@@ -44,6 +45,7 @@ def load_config(
         ) from error
     except (SyntaxError, TypeError, KeyError) as error:
         raise UserError(f'{path} cannot be read as a configuration: {error}') from error
+    check_options(cfg, options or {})
     try:
         cfg.merge_from_dict(options or {})
     except (KeyError, TypeError, AssertionError) as error:
