@@ -137,15 +137,6 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def add_tensorboard(cfg: Config) -> None:
-    """Write the scalars for TensorBoard too, into `<work_dir>/<time>/vis_data`."""
-    visualizer = cfg.get('visualizer') or dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
-    backends = as_list(visualizer.get('vis_backends'))
-    if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
-        visualizer['vis_backends'] = [*backends, dict(type='TensorboardVisBackend')]
-    cfg.visualizer = visualizer
-
-
 def use_tta(cfg: Config) -> None:
     """Test with the views of `tta_pipeline`, merged by `tta_model`.
 
