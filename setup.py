@@ -16,7 +16,9 @@ class BuildWithConfigs(build_py):
             folder = Path(self.build_lib, 'overlock/.mim')
             for name in ('configs', 'tools'):
                 copytree(name, folder / name, dirs_exist_ok=True, ignore=ignore_patterns('__pycache__'))
-            copyfile('model-index.yml', folder / 'model-index.yml')
+            (folder / 'docs').mkdir(exist_ok=True)
+            for name in ('model-index.yml', 'docs/complexity.json'):
+                copyfile(name, folder / name)
 
 
 setup(cmdclass={'build_py': BuildWithConfigs})

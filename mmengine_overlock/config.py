@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
+from mmengine_overlock.options import check_options
 from overlock.checkpoint import find_file
 from overlock.utils.configs import find_config
 from overlock.utils.errors import UserError
@@ -44,6 +45,7 @@ def load_config(
         ) from error
     except (SyntaxError, TypeError, KeyError) as error:
         raise UserError(f'{path} cannot be read as a configuration: {error}') from error
+    check_options(cfg, options or {})
     try:
         cfg.merge_from_dict(options or {})
     except (KeyError, TypeError, AssertionError) as error:
@@ -133,15 +135,6 @@ def enable_auto_scale_lr(cfg: Config) -> None:
             '`auto_scale_lr = dict(base_batch_size=16)` to the configuration, with its own number.'
         )
     cfg.auto_scale_lr.enable = True
-
-
-def add_tensorboard(cfg: Config) -> None:
-    """Write the scalars for TensorBoard too, into `<work_dir>/<time>/vis_data`."""
-    visualizer = cfg.get('visualizer') or dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
-    backends = as_list(visualizer.get('vis_backends'))
-    if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
-        visualizer['vis_backends'] = [*backends, dict(type='TensorboardVisBackend')]
-    cfg.visualizer = visualizer
 
 
 def use_tta(cfg: Config) -> None:

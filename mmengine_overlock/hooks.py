@@ -1,11 +1,11 @@
-"""Hooks: equal statistics in distributed validation, tests of boxes alone, whole checkpoints."""
+"""Hooks: equal statistics in distributed validation, tests of boxes alone, whole checkpoints, early stopping."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mmengine.dist import broadcast
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -53,3 +53,28 @@ class WholeModelHook(Hook):
         compare_weights(model, state_dict, str(runner._load_from)).require(
             'give the configuration that it was trained with'
         )
+
+
+@HOOKS.register_module()
+class EarlyStopHook(EarlyStoppingHook):
+    """mmengine's EarlyStoppingHook, except that a resumed run goes on counting, and any better score counts.
+
+    Args:
+        monitor, rule, patience: See mmengine.
+    """
+
+    # Before the checkpoint hook: the best checkpoint holds the count.
+    priority = 'LOW'
+
+    def __init__(self, monitor: str, rule: str | None = None, patience: int = 5) -> None:
+        # Scores have three or four digits; the same one again is no better.
+        super().__init__(monitor, rule, min_delta=1e-5, patience=patience)
+
+    def before_train(self, runner: Runner) -> None:
+        state = runner.message_hub.runtime_info.get('early_stop')
+        if state:
+            self.best_score, self.wait_count = state
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
+        super().after_val_epoch(runner, metrics)
+        runner.message_hub.update_info('early_stop', [float(self.best_score), self.wait_count])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_rank
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Dataset
@@ -109,7 +109,7 @@ class ResumeHook(Hook):
         """Take the position within the epoch.
 
         Raises:
-            CheckpointError: The file holds weights only.
+            CheckpointError: The file holds weights only, or an average of them that this run would not go on with.
         """
         if not runner._resume:
             return
@@ -118,6 +118,11 @@ class ResumeHook(Hook):
             raise CheckpointError(
                 f'{runner._load_from} holds no {" and no ".join(missing)}, and no run can go on from it; resume from '
                 'another checkpoint, or start from its weights with --cfg-options load_from=FILE.'
+            )
+        if 'ema_state_dict' in checkpoint and not any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            raise CheckpointError(
+                f'{runner._load_from} was saved with a running average of the weights; resume with --ema, or with the '
+                'EMAHook of its configuration.'
             )
         self._done, self._length = checkpoint['meta'].get('epoch_batches', (0, 0))
 

@@ -17,7 +17,6 @@ from mmengine_overlock.amp import enable_amp
 from mmengine_overlock.checkpoint import find_resumable
 from mmengine_overlock.checkpoint_hook import LosslessCheckpointHook  # noqa: F401  (registered)
 from mmengine_overlock.config import (
-    add_tensorboard,
     draw_predictions,
     enable_auto_scale_lr,
     load_config,
@@ -35,6 +34,7 @@ from mmengine_overlock.own_data import find_folder, fit_training, use_own_data
 from mmengine_overlock.resume import make_resumable
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
 from mmengine_overlock.stop import StopHook, shield_workers
+from mmengine_overlock.training_options import add_backend, average_weights, stop_early
 from mmengine_overlock.work_dir import owned
 from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
@@ -50,6 +50,10 @@ def train(
     auto_scale_lr: bool = False,
     compile: bool = False,
     tensorboard: bool = False,
+    wandb: bool = False,
+    mlflow: bool = False,
+    ema: bool = False,
+    early_stop: int | None = None,
     data_root: str | Path | None = None,
     coco: str | Path | None = None,
     masks: str | Path | None = None,
@@ -68,7 +72,9 @@ def train(
         amp: Train in bfloat16 where the device has it, else in float16.
         auto_scale_lr: Scale the learning rate with the total batch size.
         compile: Compile the blocks of the backbone with torch.compile.
-        tensorboard: Write scalars for TensorBoard too.
+        tensorboard, wandb, mlflow: Log to TensorBoard, Weights & Biases or MLflow too.
+        ema: Keep a running average of the weights, which is validated and saved, see `average_weights`.
+        early_stop: End after so many validations in a row without a better score.
         data_root: Folder of the data, instead of the configuration's.
         coco: Folder of a data set of one's own in COCO's format, see `find_coco`; the heads get its classes, and the
             learning rate is scaled with the total batch size unless `cfg_options` set it.
@@ -102,8 +108,13 @@ def train(
                 enable_amp(cfg)
             if auto_scale_lr:
                 enable_auto_scale_lr(cfg)
-            if tensorboard:
-                add_tensorboard(cfg)
+            for name, wanted in (('tensorboard', tensorboard), ('wandb', wandb), ('mlflow', mlflow)):
+                if wanted:
+                    add_backend(cfg, name)
+            if ema:
+                average_weights(cfg)
+            if early_stop is not None:
+                stop_early(cfg, early_stop)
             _set_resume(cfg, resume)
             if check:
                 check_data(cfg, 'train', 'val')

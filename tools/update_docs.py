@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(ROOT))
 
-from mmengine_overlock.complexity import count, count_config
+from mmengine_overlock.complexity import Complexity, count, count_config
 from overlock import ARCHS, MogaNet, OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import WEIGHTS, Weights
+from overlock.utils.configs import config_names, model_of
 
 _RESULTS = {
     'classification': ('Image Classification', 'ImageNet-1K', {'top1': 'Top 1 Accuracy'}),
@@ -76,24 +77,32 @@ def parameters(arch: str, form: str = 'training', network: str = 'OverLoCK') -> 
 def complexity() -> dict[str, dict[str, Any]]:
     """Return the costs of the models by name: those in docs/complexity.json, and others counted now."""
     recorded = json.loads(COMPLEXITY.read_text(encoding='utf-8')) if COMPLEXITY.is_file() else {}
-    models = {model_name(weights): weights for weights in WEIGHTS.values()}
-    return {model: recorded.get(model) or count_weights(weights) for model, weights in models.items()}
+    counts = {model_name(weights): partial(count_weights, weights) for weights in WEIGHTS.values()}
+    counts |= {model_of(name): partial(count_file, path) for name, path in config_names().items()}
+    return {model: recorded.get(model) or count() for model, count in counts.items()}
 
 
 def model_name(weights: Weights) -> str:
-    """Return a name of the model that a file is for; the schedule that it was trained by makes no difference."""
+    """Return a name of the model that a file is for."""
     if weights.config:
-        return weights.config.rpartition('_')[0]
+        return model_of(weights.config)
     return f'{weights.network}-{weights.arch.upper()}, {weights.form} form, {weights.size}x{weights.size}'
 
 
 def count_weights(weights: Weights) -> dict[str, Any]:
     """Count a detector or segmenter with folded backbone, or a classifier in the form of its file, one head."""
     if weights.config:
-        counted = count_config(ROOT / f'configs/{weights.config}.py')
-    else:
-        network = _NETWORKS[weights.network](weights.arch).to_form(weights.form)
-        counted = count(network, torch.zeros(1, 3, weights.size, weights.size))
+        return count_file(ROOT / f'configs/{weights.config}.py')
+    network = _NETWORKS[weights.network](weights.arch).to_form(weights.form)
+    return _as_dict(count(network, torch.zeros(1, 3, weights.size, weights.size)))
+
+
+def count_file(path: Path) -> dict[str, Any]:
+    """Count the detector or segmenter of a configuration, with folded backbone."""
+    return _as_dict(count_config(path))
+
+
+def _as_dict(counted: Complexity) -> dict[str, Any]:
     return dict(
         size=list(counted.size),
         parameters=counted.parameters[''],

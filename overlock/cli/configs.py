@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from overlock.utils.configs import CONFIGS, ROOT, config_names, find_config
+from overlock.utils.configs import CONFIGS, ROOT, config_names, find_config, model_of
 from overlock.utils.errors import UserError
 
 _TASKS = {
@@ -36,7 +37,7 @@ def run(name: str | None, copy: str | None) -> None:
 
 
 def table() -> str:
-    """Return a line for each configuration; parameters and results are those of model-index.yml."""
+    """Return a line for each configuration: parameters of docs/complexity.json, results of model-index.yml."""
     try:
         import yaml
     except ImportError as error:
@@ -44,13 +45,14 @@ def table() -> str:
 
     index = yaml.safe_load((ROOT / 'model-index.yml').read_text(encoding='utf-8'))
     known = {Path(model['Config']).stem: model for model in index['Models'] if 'Config' in model}
+    counts = json.loads((ROOT / 'docs/complexity.json').read_text(encoding='utf-8'))
     rows = [('configuration', 'task', 'parameters', 'reported')]
     for name in config_names():
         model = known.get(name, {})
-        count = model.get('Metadata', {}).get('Parameters')
         results = [f'{key} {value}' for result in model.get('Results', []) for key, value in result['Metrics'].items()]
         task = next((task for prefix, task in _TASKS.items() if name.startswith(prefix)), '')
-        rows.append((name, task, f'{count / 1e6:.1f} M' if count else '-', ', '.join(results) or '-'))
+        parameters = f'{counts[model_of(name)]["parameters"] / 1e6:.1f} M'
+        rows.append((name, task, parameters, ', '.join(results) or '-'))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return '\n'.join(
         '  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -18,7 +18,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option('--amp', action='store_true', help='train in bfloat16 where the device has it, else in float16')
     option('--auto-scale-lr', action='store_true', help='scale the learning rate with the total batch size')
     option('--weights', metavar='FILE', help='start the backbone from these weights: a path, URL or published name')
-    option('--tensorboard', action='store_true', help='write scalars for TensorBoard too')
+    ema = 'keep a running average of the weights (momentum 0.0002, more at first), validate it and save it'
+    option('--ema', action='store_true', help=ema)
+    early = 'end after N validations in a row without a better score'
+    option('--early-stop', type=int, metavar='N', help=early)
+    for name in ('TensorBoard', 'wandb', 'MLflow'):
+        option(f'--{name.lower()}', action='store_true', help=f'log to {name} too')
     on_nan = 'stop, or skip the update, where a loss or a gradient is not finite (default: stop)'
     option('--on-nan', choices=['stop', 'skip'], default='stop', help=on_nan)
 

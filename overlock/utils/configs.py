@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from overlock.utils.errors import UserError
@@ -17,6 +18,11 @@ def config_names() -> dict[str, Path]:
     """Return the files of the configurations by their names, without those that others inherit from."""
     files = [*CONFIGS.glob('*.py'), *CONFIGS.glob('demo/*.py')]
     return {path.stem: path for path in sorted(files)}
+
+
+def model_of(name: str) -> str:
+    """Return the model that a configuration trains, by its name without the schedule."""
+    return re.sub(r'_\d+[xk]$', '', name)
 
 
 def find_config(config: str | Path) -> Path:

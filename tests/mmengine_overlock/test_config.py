@@ -4,7 +4,6 @@ import pytest
 from mmengine.config import Config
 
 from mmengine_overlock.config import (
-    add_tensorboard,
     draw_predictions,
     enable_auto_scale_lr,
     load_config,
@@ -96,16 +95,6 @@ def test_auto_scale_lr_needs_the_batch_size_of_the_learning_rate():
     cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
     enable_auto_scale_lr(cfg)
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=16)
-
-
-@pytest.mark.parametrize(
-    'visualizer', [None, dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])]
-)
-def test_tensorboard_is_added_once_beside_the_other_backends(visualizer):
-    cfg = Config(dict(visualizer=visualizer))
-    add_tensorboard(cfg)
-    add_tensorboard(cfg)
-    assert [backend.type for backend in cfg.visualizer.vis_backends] == ['LocalVisBackend', 'TensorboardVisBackend']
 
 
 def test_tta_needs_a_model_and_a_pipeline():

@@ -2,6 +2,7 @@
 
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +71,31 @@ def _log_once(message: str) -> None:
     _logger.info(message)
 
 
-# torch.compile cannot trace file access and logging, and treats the results of these as constants. This is what
-# torch.compiler.assume_constant_result does; a call of it would import torch._dynamo, and with it triton.
-_why_not._dynamo_marked_constant = _log_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _is_right(name: str, device: torch.device, dtype: torch.dtype, backward: bool, shape: dict[str, Any]) -> bool:
+    # It is built on `contmix`.
+    from overlock.ops.contmix.proof import is_right
+
+    return is_right(name, device, dtype, backward, **shape)
+
+
+def _proved(name: str, inputs: Inputs) -> str:
+    """Return the name of a backend if it is right here, else 'eager'."""
+    if name == 'eager':
+        return name
+    backward = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in inputs[:7]])
+    shape: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        # Triton compiles for each of these: the proof takes the kernels that are needed anyway.
+        depth, rows = inputs.query.shape[1] // inputs.num_groups, max(inputs.kernel_sizes) + 1
+        shape = dict(batch=1, depth=depth, kernel_sizes=inputs.kernel_sizes, size=(rows, max(rows, 18)))
+    return name if _is_right(name, inputs.value.device, inputs.value.dtype, backward, shape) else 'eager'
+
+
+# torch.compile cannot trace file access, logging and threads, and treats the results of these as constants. This is
+# what torch.compiler.assume_constant_result does; a call of it would import torch._dynamo, and with it triton.
+_untraced: list[Any] = [_why_not, _log_once, _is_right]
+for _function in _untraced:
+    _function._dynamo_marked_constant = True
 
 
 def contmix(
@@ -105,7 +128,8 @@ def contmix(
         kernel_sizes: (k, K), odd.
         num_groups: G.
         scale: Factor on the affinities.
-        backend: 'auto', 'reference', 'eager', 'cpp', 'triton' or 'natten'.
+        backend: 'auto', 'reference', 'eager', 'cpp', 'triton' or 'natten'. 'auto' takes a fused backend only where a
+            small call of it, once a process, device and dtype, agrees with the reference.
 
     Returns:
         (B, C, H, W), in the dtype of `value`.
@@ -119,7 +143,7 @@ def contmix(
     if not is_free(*value.shape[2:]):
         inputs.check_shapes()
     check_backend(backend)
-    name = choose(inputs) if backend == 'auto' else ALIASES.get(backend, backend)
+    name = _proved(choose(inputs), inputs) if backend == 'auto' else ALIASES.get(backend, backend)
     if reason := _why_unsupported(name, inputs):
         raise RuntimeError(f'contmix backend {backend!r} was asked for but cannot take these inputs: {reason}')
     return BACKENDS[name].run(inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Any
 
 import torch
@@ -10,7 +12,11 @@ from torch import Tensor
 from overlock.ops.contmix.dispatch import contmix
 
 # Largest deviations, relative to the largest magnitude of the output and of each gradient.
-LIMITS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+_logger = logging.getLogger(__name__)
+_proofs: dict[tuple[Any, ...], bool] = {}
+_lock = threading.Lock()
 
 
 def make_inputs(
@@ -26,13 +32,13 @@ def make_inputs(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Return random tensors and the other arguments of `contmix`; `depth` is d, the channels of a group of the query.
 
-    Query, key and value have the dtype, the parameters float32.
+    Query, key and value have the dtype, the parameters at least float32.
     """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         x = torch.randn(shape, generator=generator)
-        return x.to(device, dtype if len(shape) == 4 else torch.float32)
+        return x.to(device, dtype if len(shape) == 4 else torch.promote_types(dtype, torch.float32))
 
     half, taps = groups * depth, sum(kernel**2 for kernel in kernel_sizes)
     tensors = [
@@ -46,27 +52,89 @@ def make_inputs(
     return tensors, dict(kernel_sizes=kernel_sizes, num_groups=groups, scale=depth**-0.5)
 
 
-def deviation(backend: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> float:
+def deviation(
+    backend: str, device: str | torch.device, dtype: torch.dtype = torch.float32, *, backward: bool = True, **shape: Any
+) -> float:
     """Return the largest deviation of a backend's output and gradients, each relative to its largest magnitude.
 
     The small call takes every kind of pixel: inside, at borders, in corners, and where a block of threads ends.
 
+    Args:
+        backend: Its name.
+        device: Where it runs; the reference runs on the CPU.
+        dtype: Of query, key and value.
+        backward: Whether to compare the gradients too.
+        **shape: See `make_inputs`.
+
     Raises:
         RuntimeError: The backend cannot run here, or not on this device and dtype.
     """
-    tensors, options = make_inputs(device, dtype)
-    found = _run(backend, tensors, options)
-    exact = _run('reference', [tensor.double().cpu() for tensor in tensors], options)
+    tensors, options = make_inputs(device, dtype, **shape)
+    found = _run(backend, tensors, options, backward)
+    exact = _run('reference', [tensor.double().cpu() for tensor in tensors], options, backward)
     deviations = [(a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True)]
     # torch's maximum of a NaN is NaN, which is below no limit.
     return float(torch.stack(deviations).max())
 
 
-def _run(backend: str, tensors: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
-    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+def _run(backend: str, tensors: list[Tensor], options: dict[str, Any], backward: bool) -> list[Tensor]:
+    tensors = [tensor.detach().requires_grad_(backward) for tensor in tensors]
     narrow = tensors[0].dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(tensors[0].device.type, tensors[0].dtype, enabled=narrow):
         out = contmix(*tensors, **options, backend=backend)
+    if not backward:
+        return [out]
     # Neither a sum nor a mean, whose gradients are the same at each pixel.
     grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
     return [out.detach(), *torch.autograd.grad(out, tensors, grad.to(out))]
+
+
+def is_right(backend: str, device: torch.device, dtype: torch.dtype, backward: bool, **shape: Any) -> bool:
+    """Return whether a backend is within `LIMITS` of the reference: by a call of it, once a process for these four.
+
+    What is wrong is told by a warning. In a backward pass and while a CUDA graph is captured nothing can be proved: the
+    answer is then True, and the next call proves it.
+
+    Args:
+        backend, device, dtype, backward, **shape: See `deviation`.
+    """
+    proof = (backend, device, dtype, backward)
+    if proof in _proofs:
+        return _proofs[proof]
+    # Before the lock: what proves may need the thread that waits here.
+    busy = torch._C._current_graph_task_id() != -1
+    if busy or device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+        return True
+    with _lock:
+        if proof not in _proofs:
+            _proofs[proof] = _prove(*proof, **shape)
+        return _proofs[proof]
+
+
+def _prove(backend: str, device: torch.device, dtype: torch.dtype, backward: bool, **shape: Any) -> bool:
+    found: list[float | Exception] = []
+
+    def call() -> None:
+        try:
+            found.append(deviation(backend, device, dtype, backward=backward, **shape))
+        # A compiler of kernels fails in many ways.
+        except Exception as error:
+            found.append(error)
+
+    # Modes of torch are a thread's own: here nothing is traced, faked, autocast or without gradients.
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    (result,) = found
+    if isinstance(result, float) and result <= LIMITS[dtype]:
+        return True
+    what = (
+        f'fails ({result})'
+        if isinstance(result, Exception)
+        else f'deviates from the reference by {result:.1e}, at most {LIMITS[dtype]:.0e} is right'
+    )
+    _logger.warning(
+        'The ContMix backend %s %s on %s in %s: the slower eager one runs instead; `overlock doctor` tells more.',
+        *(backend, what, device, str(dtype).removeprefix('torch.')),
+    )
+    return False

@@ -13,13 +13,49 @@ def test_a_machine_of_the_tests_is_ready(capsys):
     out = capsys.readouterr().out
     assert f'torch {torch.__version__}' in out and out.endswith('\nready\n')
     assert 'eager on cpu, float32: right' in out
+    assert 'mmcv 2.' in out and 'cpu: nms and roi_align right' in out
 
 
 def test_a_wrong_backend_is_found_and_told(monkeypatch, capsys):
     monkeypatch.setattr(eager, 'run', lambda inputs, run=eager.run: run(inputs) * 1.001)
     assert main(['doctor', '--quick']) == 1
     out = capsys.readouterr().out
-    assert 'eager on cpu, float32: WRONG' in out and "set contmix_backend='eager' in the backbone" in out
+    assert 'eager on cpu, float32: WRONG, deviates from the reference by 1.0e-03' in out
+    assert 'at most 1e-05 is right; reinstall torch, and report this output' in out
+
+
+def test_a_backend_that_fails_is_told_and_the_rest_goes_on(monkeypatch, capsys):
+    def fail(inputs):
+        raise OSError('no compiler\nat all')
+
+    monkeypatch.setattr(cpp, 'run', fail)
+    monkeypatch.setattr(cpp, 'why_unavailable', lambda: '')
+    assert main(['doctor', '--quick']) == 1
+    out = capsys.readouterr().out
+    assert 'cpp on cpu, float32: WRONG, fails with OSError: no compiler\n' in out and 'folders' in out
+    assert '`auto` takes eager instead' in out
+
+
+def test_a_fused_backend_that_is_slower_than_eager_is_told(monkeypatch):
+    monkeypatch.setattr(cpp, 'run', eager.run)
+    monkeypatch.setattr(cpp, 'why_unavailable', lambda: '')
+    monkeypatch.setattr(doctor, 'times', lambda backend, *_: {'xt': (2.0, 3.0) if backend == 'cpp' else (1.0, 1.0)})
+    remedies = []
+    lines = list(doctor.backends(remedies, quick=False))
+    assert any('xt: 2.00 ms, with gradients 3.00 ms' in line for line in lines)
+    assert any(remedy.startswith('cpp on cpu, float32 is slower than eager here') for remedy in remedies)
+
+
+def test_a_gpu_that_torch_cannot_use_and_wrong_operators_of_mmcv_get_remedies(monkeypatch, tmp_path):
+    (tmp_path / 'nvidia-smi').write_text('#!/bin/sh\necho 570.1\n')
+    (tmp_path / 'nvidia-smi').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr('mmcv.ops.roi_align', lambda *_: torch.zeros(1))
+    remedies = []
+    assert [*doctor.devices(remedies)][-1] == 'GPU: none that torch can use, driver 570.1'
+    assert remedies[0].startswith('there is a GPU with driver 570.1, and torch')
+    assert 'cpu: nms and roi_align WRONG' in [*doctor.mmcv_operators(remedies)] and 'are wrong on cpu' in remedies[1]
 
 
 @pytest.mark.parametrize('what', ['output', 'nan'])
@@ -45,5 +81,5 @@ def test_other_versions_and_folders_get_remedies(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(bool(cpp.why_unavailable()), reason='the C++ operators are not compiled')
 def test_times_are_those_of_both_variants():
-    text = doctor.times('cpp', 'cpu', torch.float32)
-    assert text.count('; ') == 2 and 's: ' in text and 'with gradients' in text
+    found = doctor.times('cpp', 'cpu', torch.float32)
+    assert found.keys() == {'xt', 's'} and all(0 < alone < both for alone, both in found.values())
