@@ -112,29 +112,27 @@ def is_right(backend: str, device: torch.device, dtype: torch.dtype, backward: b
 
 
 def _prove(backend: str, device: torch.device, dtype: torch.dtype, backward: bool, **shape: Any) -> bool:
-    found: list[float | Exception] = []
+    told: list[str] = []
 
     def call() -> None:
         try:
-            found.append(deviation(backend, device, dtype, backward=backward, **shape))
+            found, limit = deviation(backend, device, dtype, backward=backward, **shape), LIMITS[dtype]
+            if not found <= limit:
+                # TF32, where it is allowed, makes the matrix product that all of them share coarser.
+                limit = max(limit, 4 * deviation('eager', device, dtype, backward=backward, **shape))
+            wrong = f'deviates from the reference by {found:.1e}, at most {limit:.0e} is right'
+            told.append('' if found <= limit else wrong)
         # A compiler of kernels fails in many ways.
         except Exception as error:
-            found.append(error)
+            told.append(f'fails ({error})')
 
     # Modes of torch are a thread's own: here nothing is traced, faked, autocast or without gradients.
     thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    (result,) = found
-    if isinstance(result, float) and result <= LIMITS[dtype]:
-        return True
-    what = (
-        f'fails ({result})'
-        if isinstance(result, Exception)
-        else f'deviates from the reference by {result:.1e}, at most {LIMITS[dtype]:.0e} is right'
-    )
-    _logger.warning(
-        'The ContMix backend %s %s on %s in %s: the slower eager one runs instead; `overlock doctor` tells more.',
-        *(backend, what, device, str(dtype).removeprefix('torch.')),
-    )
-    return False
+    if told[0]:
+        _logger.warning(
+            'The ContMix backend %s on %s in %s %s: the slower eager one runs instead; `overlock doctor` tells more.',
+            *(backend, device, str(dtype).removeprefix('torch.'), told[0]),
+        )
+    return not told[0]

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from overlock.ops import contmix, explain
 from overlock.ops.contmix import cpp, proof
 from overlock.ops.contmix.dispatch import BACKENDS
-from overlock.ops.contmix.proof import make_inputs
+from overlock.ops.contmix.inputs import Inputs
+from overlock.ops.contmix.proof import LIMITS, deviation, make_inputs
 
 pytestmark = pytest.mark.skipif(explain()['cpp'] != 'available', reason='cpp: ' + explain()['cpp'])
 
@@ -75,10 +76,8 @@ def test_a_wrong_backend_is_told_once_and_eager_runs(wrong, ran, caplog):
         call()
     assert ran == ['eager', 'eager'] and torch.equal(out, call(backend='eager'))
     (record,) = caplog.records
-    assert record.getMessage().startswith('The ContMix backend cpp ')
-    assert record.getMessage().endswith(
-        'on cpu in float32: the slower eager one runs instead; `overlock doctor` tells more.'
-    )
+    assert record.getMessage().startswith('The ContMix backend cpp on cpu in float32 ')
+    assert record.getMessage().endswith(': the slower eager one runs instead; `overlock doctor` tells more.')
 
 
 @pytest.mark.parametrize('wrong', ['gradient'], indirect=True)
@@ -89,13 +88,25 @@ def test_inference_needs_no_gradients_to_be_right(wrong, ran):
     assert ran == ['cpp', 'cpp']
 
 
+def test_a_coarser_matrix_product_makes_no_backend_wrong(ran, monkeypatch):
+    def project(inputs, project=Inputs.project):
+        x = project(inputs)
+        return x._replace(kernel=x.kernel.to(torch.bfloat16).to(x.kernel.dtype))
+
+    monkeypatch.setattr(Inputs, 'project', project)
+    assert deviation('cpp', 'cpu') > LIMITS[torch.float32]
+    ran.clear()
+    call()
+    assert ran == ['cpp']
+
+
 @pytest.mark.parametrize('wrong', ['output'], indirect=True)
 def test_a_backend_asked_for_by_name_is_not_checked(wrong, ran):
     call(backend='cpp')
     assert ran == ['cpp'] and not proof._proofs
 
 
-@pytest.mark.parametrize('dtype', proof.LIMITS, ids=str)
+@pytest.mark.parametrize('dtype', LIMITS, ids=str)
 def test_the_right_one_is_proved_once_for_each_dtype_in_milliseconds(dtype, ran, monkeypatch):
     calls = []
     monkeypatch.setattr(proof, 'deviation', lambda *a, f=proof.deviation, **k: calls.append(a) or f(*a, **k))
