@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 # On a CPU, oneDNN's weight gradient takes K^2 passes; from this kernel size on one correlation by FFT is faster:
 # 7 times at 17x17 on a 64x64 map, 7 times at 13x13 on 16x16 (one AVX-512 core, float32).
 FFT_MIN_KERNEL = 11
+
+# Channels of a vector of the C++ operators.
+LANES = 16
 
 # Implicit matrix products on CUDA, from a package that comes with RepLKNet (its fork of CUTLASS) and has to be compiled
 # by hand: the package, whether the user asks for it, its autograd functions, and the smallest kernel it is used for,
@@ -97,6 +101,24 @@ class _FFTWeightGradient(torch.autograd.Function):
         return grad_x, weight_gradient(x, grad, weight.shape[-1], ctx.dilation).to(weight.dtype), None
 
 
+def why_not_compiled() -> str:
+    """Return '' if the C++ operators are compiled for this machine, else what to do."""
+    from overlock.ops import build  # here, so that `python -m overlock.ops.build` is not imported before it runs
+
+    return build.load()
+
+
+def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a map (B, C, H, W) as the C++ operators take it: (B, H, W, C), contiguous."""
+    return x.permute(0, 2, 3, 1).to(dtype).contiguous()
+
+
+def pack_taps(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return kernels (C, 1, k, k) as the C++ operators take them: (taps of all, C), zeros up to a multiple of LANES."""
+    taps = torch.cat([weight.flatten(1) for weight in weights], 1).to(dtype)
+    return F.pad(taps, (0, 0, 0, -len(taps) % LANES)).T.contiguous()
+
+
 # An operator, because torch.compile would decompose the complex arithmetic into slower code.
 @torch.library.custom_op('overlock::depthwise_weight_gradient', mutates_args=())
 def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) -> Tensor:
@@ -115,6 +137,9 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) ->
     if not x.numel():
         # MKL has no transform of nothing.
         return x.new_zeros((x.shape[1], 1, kernel_size, kernel_size), dtype=wide)
+    if x.device.type == 'cpu' and not why_not_compiled():
+        taps = torch.ops.overlock_cpu.depthwise_correlate(pixels(x, wide), pixels(grad, wide), kernel_size, dilation)
+        return taps.sum(0)[:, : x.shape[1]].T.contiguous().view(-1, 1, kernel_size, kernel_size)
     reach = kernel_size // 2 * dilation
     # Zeros of at least the reach behind each axis keep the ends from meeting.
     size = [length + reach for length in x.shape[2:]]
