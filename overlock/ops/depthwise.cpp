@@ -1,177 +1,44 @@
-// Depthwise convolutions on CPUs for training: the statistics and gradients of parallel branches, with no branch's map
-// kept, and the gradient of a kernel.
-//
-// A unit of work is 16 channels of one sample. Their map is copied into a plane of vectors with zeros around it, so that
-// a row of outputs is a sum of shifted rows. depthwise.py packs the maps as (B, H, W, C) and the taps of all branches,
-// one after another and row by row, as (T, D), D the channels padded with zeros to a multiple of 16.
-// Vector types are GCC's and Clang's; where the machine's vectors are shorter, the compiler splits them.
+// Statistics and gradients of parallel depthwise convolutions on CPUs, with no map of a branch kept. depthwise.py and
+// dilated.py pack maps as (B, H, W, C) and the taps of all branches, one after another, as plane.h says.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <tuple>
-#include <vector>
+
+#include "plane.h"
 
 namespace {
 
-using at::Tensor;
-using Index = std::int64_t;
-
-constexpr int LANES = 16;  // channels of a vector
-constexpr int TILE = 8;    // neighboring outputs, or taps, whose sums are in registers together
-
-template <typename T>
-struct VectorType {
-  typedef T type __attribute__((vector_size(LANES * sizeof(T))));
-};
-template <typename T>
-using Vector = typename VectorType<T>::type;
-
-template <typename T>
-inline Vector<T> load(const T* from) {
-  Vector<T> vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-
-template <typename T>
-inline void store(T* to, const Vector<T>& vector) {
-  std::memcpy(to, &vector, sizeof(vector));
-}
-
-// A map of 16 channels in its frame of zeros. Rows are padded to whole tiles.
-struct Plane {
-  Index height, width, reach;
-  Index tiled() const { return (width + TILE - 1) / TILE * TILE; }
-  Index stride() const { return (tiled() + 2 * reach) * LANES; }
-  Index size() const { return (height + 2 * reach) * stride(); }
-  Index row(Index r) const { return (r + reach) * stride() + reach * LANES; }
-};
-
-// Where the taps of a branch lie in the packed taps, and how far from the output's pixel they look in a plane.
-struct Branch {
-  Index first;
-  std::vector<Index> offsets;
-};
-
-std::vector<Branch> make_branches(at::IntArrayRef sizes, at::IntArrayRef dilations, const Plane& plane) {
-  std::vector<Branch> branches;
-  Index first = 0;
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    Branch branch = {first, {}};
-    const Index half = sizes[i] / 2;
-    for (Index a = -half; a <= half; ++a)
-      for (Index b = -half; b <= half; ++b)
-        branch.offsets.push_back(dilations[i] * (a * plane.stride() + b * LANES));
-    first += sizes[i] * sizes[i];
-    branches.push_back(branch);
-  }
-  return branches;
-}
-
-// Copies 16 channels, or the `count` that are left, of a map (H, W, C) to rows of vectors.
-template <typename T>
-void pack(const T* from, Index height, Index width, Index channels, Index count, T* to, Index stride) {
-  for (Index r = 0; r < height; ++r)
-    for (Index p = 0; p < width; ++p) {
-      const T* pixel = from + (r * width + p) * channels;
-      T* vector = to + r * stride + p * LANES;
-      std::copy_n(pixel, count, vector);
-      std::fill(vector + count, vector + LANES, T(0));
-    }
-}
-
-// One row of outputs, a whole number of tiles: the sum over taps of weight times shifted input. `SIGN` is -1 for the
-// transposed convolution. With `ADD` the sum is added to `out`.
-template <typename T, int SIGN, bool ADD>
-void convolve_row(const T* center, const Branch& branch, const T* taps, Index lanes, Index tiled, T* out) {
-  const Index count = branch.offsets.size();
-  for (Index p = 0; p < tiled * LANES; p += TILE * LANES) {
-    Vector<T> sums[TILE];
-    for (int i = 0; i < TILE; ++i) sums[i] = ADD ? load(out + p + i * LANES) : Vector<T>{};
-    for (Index t = 0; t < count; ++t) {
-      const Vector<T> weight = load(taps + (branch.first + t) * lanes);
-      const T* from = center + p + SIGN * branch.offsets[t];
-#pragma GCC unroll 8
-      for (int i = 0; i < TILE; ++i) sums[i] += weight * load(from + i * LANES);
-    }
-    for (int i = 0; i < TILE; ++i) store(out + p + i * LANES, sums[i]);
-  }
-}
-
-// Adds the products of a row of gradients with shifted rows of inputs to the sums of N taps.
-template <typename T, int N>
-void correlate_taps(const T* center, const Index* offsets, const T* grad, Index width, T* sums, Index lanes) {
-  Vector<T> totals[N];
-  for (int i = 0; i < N; ++i) totals[i] = load(sums + i * lanes);
-  for (Index p = 0; p < width * LANES; p += LANES) {
-    const Vector<T> slope = load(grad + p);
-#pragma GCC unroll 9
-    for (int i = 0; i < N; ++i) totals[i] += slope * load(center + offsets[i] + p);
-  }
-  for (int i = 0; i < N; ++i) store(sums + i * lanes, totals[i]);
-}
-
-// The same for all taps of a branch: odd squares are 8 m + 1.
-template <typename T>
-void correlate_row(const T* center, const Branch& branch, const T* grad, Index width, T* sums, Index lanes) {
-  const Index count = branch.offsets.size();
-  const Index* offsets = branch.offsets.data();
-  sums += branch.first * lanes;
-  Index t = 0;
-  for (; t + TILE + 1 < count; t += TILE)
-    correlate_taps<T, TILE>(center, offsets + t, grad, width, sums + t * lanes, lanes);
-  if (count - t == TILE + 1)
-    correlate_taps<T, TILE + 1>(center, offsets + t, grad, width, sums + t * lanes, lanes);
-  else
-    correlate_taps<T, 1>(center, offsets + t, grad, width, sums + t * lanes, lanes);
-}
+using namespace overlock;
 
 // Mean and sum of squared deviations of 16 channels, extended row after row (Chan et al., 1983).
 struct Moments {
-  Vector<double> mean = {}, squares = {};
+  Channels<double> mean = {}, squares = {};
   double count = 0;
 
   template <typename T>
   void add_row(const T* row, Index width) {
-    const Vector<T> center = sum(row, width, [](const Vector<T>& v) { return v; }) / static_cast<T>(width);
-    const Vector<T> spread = sum(row, width, [&](const Vector<T>& v) { return (v - center) * (v - center); });
+    const Channels<T> center = sum(row, width, [](const Channels<T>& v) { return v; }) / static_cast<T>(width);
+    const Channels<T> spread = sum(row, width, [&](const Channels<T>& v) { return (v - center) * (v - center); });
     const double total = count + width;
-    const auto step = __builtin_convertvector(center, Vector<double>) - mean;
+    const auto step = __builtin_convertvector(center, Channels<double>) - mean;
     mean += step * (width / total);
-    squares += __builtin_convertvector(spread, Vector<double>) + step * step * (count * width / total);
+    squares += __builtin_convertvector(spread, Channels<double>) + step * step * (count * width / total);
     count = total;
   }
 
  private:
   // Four sums, as each addition waits for the one before.
   template <typename T, typename F>
-  static Vector<T> sum(const T* row, Index width, const F& of) {
-    Vector<T> sums[4] = {};
+  static Channels<T> sum(const T* row, Index width, const F& of) {
+    Channels<T> sums[4] = {};
     Index p = 0;
     for (; p + 4 <= width; p += 4)
-      for (int i = 0; i < 4; ++i) sums[i] += of(load(row + (p + i) * LANES));
-    for (; p < width; ++p) sums[0] += of(load(row + p * LANES));
+      for (int i = 0; i < 4; ++i) sums[i] += of(load<Channels<T>>(row + (p + i) * LANES));
+    for (; p < width; ++p) sums[0] += of(load<Channels<T>>(row + p * LANES));
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 };
-
-// Calls `work(unit's sample, first channel, number of channels, scratch)` for every 16 channels of every sample.
-template <typename T, typename F>
-void for_each_unit(const Tensor& x, Index scratch_size, const F& work) {
-  const Index channels = x.size(3), blocks = (channels + LANES - 1) / LANES;
-  at::parallel_for(0, x.size(0) * blocks, 1, [&](Index begin, Index end) {
-    Tensor scratch = at::zeros({scratch_size}, x.options());
-    for (Index unit = begin; unit < end; ++unit) {
-      const Index first = unit % blocks * LANES;
-      work(unit / blocks, first, std::min<Index>(LANES, channels - first), scratch.mutable_data_ptr<T>());
-    }
-  });
-}
 
 Plane checked_plane(const Tensor& x, const Tensor& taps, at::IntArrayRef sizes, at::IntArrayRef dilations) {
   TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "x must be contiguous, (B, H, W, C)");
@@ -280,16 +147,16 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, const T
           std::fill_n(sums, summed, scalar_t(0));
           for (Index i = 0; i < count; ++i) {
             const Index column = i * lanes + first;
-            const auto a = load(by_grad.const_data_ptr<scalar_t>() + column);
-            const auto b = load(by_map.const_data_ptr<scalar_t>() + column);
-            const auto c = load(shift.const_data_ptr<scalar_t>() + column);
+            const auto a = load<Channels<scalar_t>>(by_grad.const_data_ptr<scalar_t>() + column);
+            const auto b = load<Channels<scalar_t>>(by_map.const_data_ptr<scalar_t>() + column);
+            const auto c = load<Channels<scalar_t>>(shift.const_data_ptr<scalar_t>() + column);
             for (Index r = 0; r < plane.height; ++r) {
               scalar_t* const row = branch_slopes + plane.row(r);
               convolve_row<scalar_t, 1, false>(input + plane.row(r), branches[i], weights + first, lanes, plane.tiled(),
                                                row);
               for (Index p = 0; p < plane.width * LANES; p += LANES)
-                store(row + p, Vector<scalar_t>(a * load(output_slopes + r * plane.width * LANES + p) +
-                                                b * load(row + p) + c));
+                store(row + p, Channels<scalar_t>(a * load<Channels<scalar_t>>(output_slopes + r * plane.width * LANES + p) +
+                                                b * load<Channels<scalar_t>>(row + p) + c));
               std::fill(row + plane.width * LANES, row + plane.tiled() * LANES, scalar_t(0));
               correlate_row(input + plane.row(r), branches[i], row, plane.width,
                             taps_to + sample * taps.size(0) * lanes + first, lanes);

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# On a CPU, oneDNN's weight gradient takes K^2 passes; from this kernel size on one correlation by FFT is faster:
-# 7 times at 17x17 on a 64x64 map, 7 times at 13x13 on 16x16 (one AVX-512 core, float32).
+# On a CPU, oneDNN's weight gradient takes K^2 passes. From these kernel sizes on ours is faster (one AVX-512 core,
+# float32): in C++ 5 to 7 times for 5x5 and 7x7 on 56x56 maps, not for 3x3; by FFT 7 times for 17x17 on 64x64.
+CPP_MIN_KERNEL = 5
 FFT_MIN_KERNEL = 11
 
 # Channels of a vector of the C++ operators.
@@ -50,8 +51,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     is_wrong = dilation > 1 and dtype in (torch.bfloat16, torch.float16)
     is_trained = torch.is_grad_enabled() and weight.requires_grad
     fits_igemm = IGEMM_ASKED and dtype in IGEMM_FUNCTIONS and dilation == 1 and kernel_size >= IGEMM_MIN_KERNEL
-    if device == 'cpu' and is_trained and (is_wrong or kernel_size >= FFT_MIN_KERNEL):
-        y = _FFTWeightGradient.apply(x.to(dtype), weight.to(dtype), dilation)
+    if device == 'cpu' and is_trained and (is_wrong or kernel_size >= _min_kernel()):
+        y = _OwnWeightGradient.apply(x.to(dtype), weight.to(dtype), dilation)
     elif device == 'cuda' and fits_igemm:
         function = getattr(_igemm(), IGEMM_FUNCTIONS[dtype])
         y = function.apply(x.to(dtype).contiguous(), weight.to(dtype).contiguous())
@@ -65,6 +66,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def _min_kernel() -> int:
+    return FFT_MIN_KERNEL if why_not_compiled() else CPP_MIN_KERNEL
 
 
 @cache
@@ -84,8 +89,8 @@ def _conv(x: Tensor, weight: Tensor, dilation: int, bias: Tensor | None = None) 
     )
 
 
-class _FFTWeightGradient(torch.autograd.Function):
-    """The convolution, with one circular correlation of the padded maps as its weight gradient."""
+class _OwnWeightGradient(torch.autograd.Function):
+    """The convolution with our own weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
@@ -106,6 +111,10 @@ def why_not_compiled() -> str:
     from overlock.ops import build  # here, so that `python -m overlock.ops.build` is not imported before it runs
 
     return build.load()
+
+
+# A constant for torch.compile, which cannot trace file access.
+why_not_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,7 +150,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) ->
         taps = torch.ops.overlock_cpu.depthwise_correlate(pixels(x, wide), pixels(grad, wide), kernel_size, dilation)
         return taps.sum(0)[:, : x.shape[1]].T.contiguous().view(-1, 1, kernel_size, kernel_size)
     reach = kernel_size // 2 * dilation
-    # Zeros of at least the reach behind each axis keep the ends from meeting.
+    # One circular correlation. Zeros of at least the reach behind each axis keep the ends from meeting.
     size = [length + reach for length in x.shape[2:]]
     # Inside an operator a compiled graph ignores the lazy conj().
     spectrum = torch.fft.rfft2(x.to(wide), s=size) * torch.conj_physical(torch.fft.rfft2(grad.to(wide), s=size))
