@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 
 from overlock.layers.fold import BatchNorm
 
@@ -17,6 +16,9 @@ class CPUSyncBatchNorm(BatchNorm):
         """Map (B, C, ...) to the same shape; in training, normalize by the statistics of all processes."""
         if not (self.training and distributed.is_initialized()):
             return super().forward(x)
+        # Its import brings modules that only a distributed run needs.
+        from torch.distributed.nn.functional import all_reduce
+
         axes = [0, *range(2, x.ndim)]
         shape = (1, -1, *[1] * (x.ndim - 2))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
