@@ -1,11 +1,14 @@
 """The large depthwise kernel with parallel dilated branches (UniRepLKNet's dilated re-parameterized block)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from overlock.layers.conv import ConvNorm
 from overlock.layers.fold import BatchNorm, bn_affine, fuse, set_conv
+from overlock.layers.sync_norm import CPUSyncBatchNorm, sum_over_processes, track
+from overlock.ops import dilated
 from overlock.ops.depthwise import depthwise_conv2d
+from overlock.ops.tracing import is_eager
 
 # (kernel size, dilation) of the branches beside a large kernel.
 BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -42,9 +45,40 @@ class DilatedReparamConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
+        if self._fuses(x):
+            return self._fused(x)
         y = self.bn(depthwise_conv2d(x, self.conv.weight, self.conv.bias))
         for branch in self.branches.values():
             y = y + branch.bn(depthwise_conv2d(x, branch.conv.weight, dilation=branch.conv.dilation[0]))
+        return y
+
+    def _norms(self) -> list[nn.BatchNorm2d]:
+        return [self.bn, *(branch.bn for branch in self.branches.values())]  # type: ignore[list-item]
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Return whether one operator computes this step: all BatchNorms normalize by the batch, in the same way."""
+        first, *others = self._norms()
+        if type(first) not in (nn.BatchNorm2d, CPUSyncBatchNorm) or not (first.training and first.affine):
+            return False
+        kinds = {(type(norm), norm.training, norm.affine, norm.eps) for norm in (first, *others)}
+        return len(kinds) == 1 and is_eager() and x.numel() > x.shape[1] and not dilated.why_unsupported(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        norms = self._norms()
+        convs = [self.conv, *(branch.conv for branch in self.branches.values())]
+        synced = isinstance(self.bn, CPUSyncBatchNorm) and distributed.is_initialized()
+        y, moments = dilated.dilated_norm(
+            x,
+            [conv.weight for conv in convs],
+            [conv.dilation[0] for conv in convs],
+            [norm.weight for norm in norms],
+            [norm.bias for norm in norms],
+            norms[0].eps,
+            sum_over_processes if synced else None,
+        )
+        unbiased = moments.variance * (moments.count / (moments.count - 1))
+        for norm, mean, variance in zip(norms, moments.mean, unbiased, strict=True):
+            track(norm, mean, variance)
         return y
 
     @torch.no_grad()

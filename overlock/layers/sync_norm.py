@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 
 from overlock.layers.fold import BatchNorm
 
@@ -17,6 +16,9 @@ class CPUSyncBatchNorm(BatchNorm):
         """Map (B, C, ...) to the same shape; in training, normalize by the statistics of all processes."""
         if not (self.training and distributed.is_initialized()):
             return super().forward(x)
+        # Its import brings modules that only a distributed run needs.
+        from torch.distributed.nn.functional import all_reduce
+
         axes = [0, *range(2, x.ndim)]
         shape = (1, -1, *[1] * (x.ndim - 2))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -28,21 +30,31 @@ class CPUSyncBatchNorm(BatchNorm):
         y = centered * (squares / count + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        if self.track_running_stats:
-            self._track(mean.detach(), squares.detach() / (count - 1))
+        track(self, mean.detach(), squares.detach() / (count - 1))
         return y.to(x.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None and self.running_var is not None
-        self.num_batches_tracked += 1
-        rate = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Take maps of any number of axes."""
+
+
+@torch.no_grad()
+def track(bn: BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Bring the running statistics of a BatchNorm nearer to those of a batch, both (C,); the variance is unbiased."""
+    if not bn.track_running_stats:
+        return
+    assert bn.num_batches_tracked is not None
+    assert bn.running_mean is not None and bn.running_var is not None
+    bn.num_batches_tracked += 1
+    rate = 1 / bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), rate)
+    bn.running_var.lerp_(variance.to(bn.running_var.dtype), rate)
+
+
+def sum_over_processes(t: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes of a run; it has no gradient."""
+    total = t.clone()
+    distributed.all_reduce(total)
+    return total
 
 
 def synchronize_on_cpus(model: nn.Module) -> None:

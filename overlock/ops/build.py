@@ -17,6 +17,7 @@ from overlock.utils.files import keep_hash, kept_hash, sha256_of
 
 NAME = 'overlock_cpu'
 SOURCES = sorted(Path(__file__).parent.rglob('*.cpp'))
+HEADERS = sorted(Path(__file__).parent.rglob('*.h'))
 # -Wno-psabi: vectors are passed between inlined functions only, so their calling convention does not matter.
 FLAGS = ['-O3', '-fopenmp', '-Wno-psabi']
 # By PyTorch's name for the processor; what -march=native makes may not run on an older machine that shares the folder.
@@ -37,7 +38,7 @@ def library_path() -> Path:
     folder = os.environ.get('OVERLOCK_CACHE') or Path(
         os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'overlock'
     )
-    content = b''.join(path.read_bytes() for path in SOURCES) + repr(compiler_flags()).encode()
+    content = b''.join(path.read_bytes() for path in SOURCES + HEADERS) + repr(compiler_flags()).encode()
     build = (
         f'torch{torch.__version__}',
         sys.implementation.cache_tag,

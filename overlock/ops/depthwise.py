@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# On a CPU, oneDNN's weight gradient takes K^2 passes; from this kernel size on one correlation by FFT is faster:
-# 7 times at 17x17 on a 64x64 map, 7 times at 13x13 on 16x16 (one AVX-512 core, float32).
+# On a CPU, oneDNN's weight gradient takes K^2 passes. From these kernel sizes on ours is faster (one AVX-512 core,
+# float32): in C++ 5 to 7 times for 5x5 and 7x7 on 56x56 maps, not for 3x3; by FFT 7 times for 17x17 on 64x64.
+CPP_MIN_KERNEL = 5
 FFT_MIN_KERNEL = 11
+
+# Channels of a vector of the C++ operators.
+LANES = 16
 
 # Implicit matrix products on CUDA, from a package that comes with RepLKNet (its fork of CUTLASS) and has to be compiled
 # by hand: the package, whether the user asks for it, its autograd functions, and the smallest kernel it is used for,
@@ -46,8 +51,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     is_wrong = dilation > 1 and dtype in (torch.bfloat16, torch.float16)
     is_trained = torch.is_grad_enabled() and weight.requires_grad
     fits_igemm = IGEMM_ASKED and dtype in IGEMM_FUNCTIONS and dilation == 1 and kernel_size >= IGEMM_MIN_KERNEL
-    if device == 'cpu' and is_trained and (is_wrong or kernel_size >= FFT_MIN_KERNEL):
-        y = _FFTWeightGradient.apply(x.to(dtype), weight.to(dtype), dilation)
+    if device == 'cpu' and is_trained and (is_wrong or kernel_size >= _min_kernel()):
+        y = _OwnWeightGradient.apply(x.to(dtype), weight.to(dtype), dilation)
     elif device == 'cuda' and fits_igemm:
         function = getattr(_igemm(), IGEMM_FUNCTIONS[dtype])
         y = function.apply(x.to(dtype).contiguous(), weight.to(dtype).contiguous())
@@ -61,6 +66,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def _min_kernel() -> int:
+    return FFT_MIN_KERNEL if why_not_compiled() else CPP_MIN_KERNEL
 
 
 @cache
@@ -80,8 +89,8 @@ def _conv(x: Tensor, weight: Tensor, dilation: int, bias: Tensor | None = None) 
     )
 
 
-class _FFTWeightGradient(torch.autograd.Function):
-    """The convolution, with one circular correlation of the padded maps as its weight gradient."""
+class _OwnWeightGradient(torch.autograd.Function):
+    """The convolution with our own weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
@@ -95,6 +104,28 @@ class _FFTWeightGradient(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = _conv(grad, weight.flip(2, 3), ctx.dilation) if ctx.needs_input_grad[0] else None
         return grad_x, weight_gradient(x, grad, weight.shape[-1], ctx.dilation).to(weight.dtype), None
+
+
+def why_not_compiled() -> str:
+    """Return '' if the C++ operators are compiled for this machine, else what to do."""
+    from overlock.ops import build  # here, so that `python -m overlock.ops.build` is not imported before it runs
+
+    return build.load()
+
+
+# A constant for torch.compile, which cannot trace file access.
+why_not_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a map (B, C, H, W) as the C++ operators take it: (B, H, W, C), contiguous."""
+    return x.permute(0, 2, 3, 1).to(dtype).contiguous()
+
+
+def pack_taps(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return kernels (C, 1, k, k) as the C++ operators take them: (taps of all, C), zeros up to a multiple of LANES."""
+    taps = torch.cat([weight.flatten(1) for weight in weights], 1).to(dtype)
+    return F.pad(taps, (0, 0, 0, -len(taps) % LANES)).T.contiguous()
 
 
 # An operator, because torch.compile would decompose the complex arithmetic into slower code.
@@ -115,8 +146,11 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) ->
     if not x.numel():
         # MKL has no transform of nothing.
         return x.new_zeros((x.shape[1], 1, kernel_size, kernel_size), dtype=wide)
+    if x.device.type == 'cpu' and not why_not_compiled():
+        taps = torch.ops.overlock_cpu.depthwise_correlate(pixels(x, wide), pixels(grad, wide), kernel_size, dilation)
+        return taps.sum(0)[:, : x.shape[1]].T.contiguous().view(-1, 1, kernel_size, kernel_size)
     reach = kernel_size // 2 * dilation
-    # Zeros of at least the reach behind each axis keep the ends from meeting.
+    # One circular correlation. Zeros of at least the reach behind each axis keep the ends from meeting.
     size = [length + reach for length in x.shape[2:]]
     # Inside an operator a compiled graph ignores the lazy conj().
     spectrum = torch.fft.rfft2(x.to(wide), s=size) * torch.conj_physical(torch.fft.rfft2(grad.to(wide), s=size))

@@ -3,6 +3,7 @@
 import torch
 from torch import distributed, multiprocessing, nn
 
+from overlock.layers import DilatedReparamConv
 from overlock.layers.sync_norm import CPUSyncBatchNorm, synchronize_on_cpus
 
 # Shares of different sizes.
@@ -11,7 +12,8 @@ SHARES = (slice(0, 3), slice(3, 5))
 
 def _network():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3, momentum=None, affine=False))
+    last = nn.BatchNorm2d(3, momentum=None, affine=False)
+    network = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1), DilatedReparamConv(3, 5), last)
     nn.init.normal_(network[0].weight)
     return network.double(), torch.randn(5, 4, 6, 7, dtype=torch.float64) * 3 + 1
 

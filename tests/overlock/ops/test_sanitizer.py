@@ -16,7 +16,9 @@ SCRIPT = """
 import ctypes, sys
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
+import overlock.ops.dilated
 from overlock.ops import build
 
 torch.ops.load_library(sys.argv[1])
@@ -38,7 +40,19 @@ def run(case, drawn):
     check_mix(case, *drawn, ['cpp'])
     done.append(case)
 
+@given(st.tuples(*[st.integers(1, n) for n in (3, 40, 20, 20)]), st.sampled_from([torch.float32, torch.float64]))
+@fuzz({count})
+def run_depthwise(size, dtype):
+    x, grad = (torch.randn(size, dtype=dtype) for _ in range(2))
+    weights = [torch.randn(size[1], 1, k, k, dtype=dtype) for k in (7, 3, 3)]
+    operators, dilations = torch.ops.overlock, [1, 2, 3]
+    operators.dilated_moments(x, weights, dilations)
+    operators.dilated_backward(x, grad, weights, dilations, torch.randn(3, 3, size[1]))
+    operators.depthwise_weight_gradient(x, grad, 5, 2)
+    done.append(size)
+
 run()
+run_depthwise()
 print(len(done))
 """
 
@@ -70,4 +84,4 @@ def test_cpp_operators_stay_inside_their_tensors(tmp_path):
         cwd=ROOT,
     )
     assert result.returncode == 0, result.stderr[-5000:]
-    assert int(result.stdout) >= 150
+    assert int(result.stdout) >= 300

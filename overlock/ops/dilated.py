@@ -1,0 +1,198 @@
+"""The sum of parallel depthwise convolutions, each with the BatchNorm of a training step, as one operator.
+
+The branches are z_i = w_i * x, each normalized by its mean m_i and variance v_i over batch and pixels:
+
+    y = sum_i g_i (z_i - m_i) / s_i + b_i,  s_i = sqrt(v_i + eps).
+
+Once the moments are known, this is one convolution with the kernel sum_i g_i / s_i w_i, the taps of dilated kernels set
+apart. So the forward pass computes the branches for their moments alone. The gradient of branch i is
+
+    dz_i = g_i / s_i (dy - mean(dy) - (z_i - m_i) / s_i mean(dy (z_i - m_i) / s_i)),
+
+and the backward pass computes the branches again, 16 channels of a sample at a time: no map is kept but x. The sums of
+dy z_i come from the correlation of dy with x at the taps of the largest kernel, which holds those of all branches.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from overlock.ops.depthwise import pack_taps, pixels, weight_gradient, why_not_compiled
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Moments(NamedTuple):
+    """Means and biased variances of the branches, (branches, C), float64, and the count of values of each, (1,)."""
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+
+def dilated_norm(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    gains: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    eps: float,
+    reduce: Reduce | None = None,
+) -> tuple[Tensor, Moments]:
+    """Sum parallel depthwise convolutions, each normalized over batch and pixels.
+
+    Args:
+        x: (B, C, H, W), any float dtype, see `why_unsupported`.
+        weights, dilations: Of the branches, see `merge_kernels`.
+        gains: Scale (C,) of each BatchNorm.
+        shifts: Shift (C,) of each.
+        eps: Added to the variances.
+        reduce: Returns the sum of a tensor over all processes; for BatchNorms that are synchronized.
+
+    Returns:
+        The sum (B, C, H, W), and the moments, which have no gradient.
+    """
+    y, *moments = _DilatedNorm.apply(x, tuple(dilations), eps, reduce, *weights, *gains, *shifts)
+    return y, Moments(*moments)
+
+
+def why_unsupported(x: Tensor) -> str:
+    """Return '' if the operator takes this map, else the reason why not."""
+    if x.device.type != 'cpu' or not x.numel():
+        return 'it takes maps on the CPU that are not empty'
+    return why_not_compiled()
+
+
+def merge_kernels(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor]) -> Tensor:
+    """Return the kernel (C, 1, K, K) of a sum of scaled depthwise convolutions.
+
+    Args:
+        weights: (C, 1, k, k) of each branch, k odd; the first has the size K, which holds the taps of all others.
+        dilations: Distance of the taps of each branch; 1 for the first.
+        scales: (C,) of each branch.
+    """
+    merged = weights[0] * scales[0].view(-1, 1, 1, 1)
+    for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
+        spread = _spread(weight * scale.view(-1, 1, 1, 1), dilation)
+        merged = merged + F.pad(spread, ((merged.shape[-1] - spread.shape[-1]) // 2,) * 4)
+    return merged
+
+
+def _spread(weight: Tensor, dilation: int) -> Tensor:
+    """Return a kernel with zeros between its taps."""
+    if dilation == 1:
+        return weight
+    size = (weight.shape[-1] - 1) * dilation + 1
+    spread = weight.new_zeros((*weight.shape[:2], size, size))
+    spread[..., ::dilation, ::dilation] = weight
+    return spread
+
+
+def _taps_of(merged: Tensor, size: int, dilation: int) -> Tensor:
+    """Return the taps (C, 1, k, k) of a branch out of those of the largest kernel (C, 1, K, K)."""
+    margin = merged.shape[-1] // 2 - size // 2 * dilation
+    return merged[..., margin : merged.shape[-1] - margin : dilation, margin : merged.shape[-1] - margin : dilation]
+
+
+class _DilatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dilations: tuple[int, ...], eps: float, reduce: Reduce | None, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        branches = len(dilations)
+        weights, gains, shifts = (parameters[i : i + branches] for i in range(0, 3 * branches, branches))
+        # Of every sample: merged in float64, in which the difference of squares is safe.
+        means, squares = _moments(x, weights, dilations)
+        count = means.new_full((1,), x.shape[2] * x.shape[3])
+        sums = torch.stack([means * count, squares + means.square() * count]).sum(1)
+        total = torch.cat([sums.flatten(), count * len(x)])
+        total = total if reduce is None else reduce(total)
+        count = total[-1:]
+        mean, square = (total[:-1] / count).view_as(sums)
+        variance = (square - mean.square()).clamp_(min=0)
+        inverse = (variance + eps).rsqrt()
+        gain = torch.stack(gains)
+        scales = gain.double() * inverse
+        kernel = merge_kernels([weight.double() for weight in weights], dilations, list(scales))
+        bias = (torch.stack(shifts).double() - scales * mean).sum(0)
+        y = F.conv2d(x, kernel.to(x.dtype), bias.to(x.dtype), padding=kernel.shape[-1] // 2, groups=len(kernel))
+        ctx.save_for_backward(x, mean, inverse, count, gain, *weights)
+        ctx.dilations, ctx.reduce = dilations, reduce
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y, mean, variance, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, inverse, count, gain, *weights = ctx.saved_tensors
+        taps = weight_gradient(x, grad, weights[0].shape[-1], 1).double()
+        products = [
+            (_taps_of(taps, weight.shape[-1], dilation) * weight).sum((1, 2, 3))
+            for weight, dilation in zip(weights, ctx.dilations, strict=True)
+        ]
+        grad_shift = grad.sum((0, 2, 3), dtype=torch.float64)
+        grad_gain = (torch.stack(products) - mean * grad_shift) * inverse
+        total = torch.stack([grad_shift, *grad_gain])
+        average = (total if ctx.reduce is None else ctx.reduce(total)) / count
+        by_grad = gain.double() * inverse
+        by_map = -by_grad * inverse * average[1:]
+        constant = -by_grad * average[0] - by_map * mean
+        coefficients = torch.stack([by_grad, by_map, constant])
+        grad_x, grad_taps = _backward(x, grad, weights, ctx.dilations, coefficients)
+        counts = [weight.shape[-1] ** 2 for weight in weights]
+        grad_weights = [
+            part.view_as(weight).to(weight.dtype)
+            for part, weight in zip(grad_taps.split(counts, 1), weights, strict=True)
+        ]
+        grad_shifts = [grad_shift.to(gain.dtype)] * len(weights)
+        return (grad_x, None, None, None, *grad_weights, *grad_gain.to(gain.dtype), *grad_shifts)
+
+
+@torch.library.custom_op('overlock::dilated_moments', mutates_args=())
+def _moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return mean and sum of squared deviations, (B, branches, C), float64, of each branch and sample."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sizes = [weight.shape[-1] for weight in weights]
+    moments = torch.ops.overlock_cpu.depthwise_moments(pixels(x, wide), pack_taps(weights, wide), sizes, dilations)
+    mean, squares = (t[..., : x.shape[1]].contiguous() for t in moments)
+    return mean, squares
+
+
+@_moments.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor]:
+    moments = x.new_empty((len(x), len(weights), x.shape[1]), dtype=torch.float64)
+    return moments, torch.empty_like(moments)
+
+
+@torch.library.custom_op('overlock::dilated_backward', mutates_args=())
+def _backward(
+    x: Tensor, grad: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the taps of all branches, (C, taps).
+
+    Args:
+        x, weights, dilations: See `dilated_norm`.
+        grad: (B, C, H, W).
+        coefficients: (3, branches, C): the gradient of branch z_i is c_0i dy + c_1i z_i + c_2i.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sizes = [weight.shape[-1] for weight in weights]
+    taps = pack_taps(weights, wide)
+    packed = F.pad(coefficients.to(wide), (0, taps.shape[1] - x.shape[1])).contiguous()
+    grad_x, grad_taps = torch.ops.overlock_cpu.depthwise_backward(
+        pixels(x, wide), pixels(grad, wide), taps, sizes, dilations, *packed
+    )
+    return grad_x.permute(0, 3, 1, 2).to(x.dtype), grad_taps.sum(0)[:, : x.shape[1]].T.contiguous()
+
+
+@_backward.register_fake
+def _(
+    x: Tensor, grad: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    taps = sum(weight.shape[-1] ** 2 for weight in weights)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return grad_x, x.new_empty((x.shape[1], taps), dtype=wide)

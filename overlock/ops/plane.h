@@ -1,0 +1,128 @@
+// Depthwise convolutions of 16 channels of one sample, which is a unit of work.
+//
+// Their map is copied into a plane of vectors with zeros around it, so that a row of outputs is a sum of shifted rows.
+// Maps come as (B, H, W, C), taps as (T, D), row by row, D the channels padded with zeros to a multiple of 16.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "vector.h"
+
+namespace overlock {
+
+using at::Tensor;
+using Index = std::int64_t;
+
+constexpr int LANES = 16;  // channels of a vector
+constexpr int TILE = 8;    // neighboring outputs, or taps, whose sums are in registers together
+
+template <typename T>
+using Channels = Vector<T, LANES>;
+
+// A map of 16 channels in its frame of zeros. Rows are padded to whole tiles.
+struct Plane {
+  Index height, width, reach;
+  Index tiled() const { return (width + TILE - 1) / TILE * TILE; }
+  Index stride() const { return (tiled() + 2 * reach) * LANES; }
+  Index size() const { return (height + 2 * reach) * stride(); }
+  Index row(Index r) const { return (r + reach) * stride() + reach * LANES; }
+};
+
+// Where the taps of a branch lie in the packed taps, and how far from the output's pixel they look in a plane.
+struct Branch {
+  Index first;
+  std::vector<Index> offsets;
+};
+
+inline std::vector<Branch> make_branches(at::IntArrayRef sizes, at::IntArrayRef dilations, const Plane& plane) {
+  std::vector<Branch> branches;
+  Index first = 0;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    Branch branch = {first, {}};
+    const Index half = sizes[i] / 2;
+    for (Index a = -half; a <= half; ++a)
+      for (Index b = -half; b <= half; ++b)
+        branch.offsets.push_back(dilations[i] * (a * plane.stride() + b * LANES));
+    first += sizes[i] * sizes[i];
+    branches.push_back(branch);
+  }
+  return branches;
+}
+
+// Copies 16 channels, or the `count` that are left, of a map (H, W, C) to rows of vectors.
+template <typename T>
+void pack(const T* from, Index height, Index width, Index channels, Index count, T* to, Index stride) {
+  for (Index r = 0; r < height; ++r)
+    for (Index p = 0; p < width; ++p) {
+      const T* pixel = from + (r * width + p) * channels;
+      T* vector = to + r * stride + p * LANES;
+      std::copy_n(pixel, count, vector);
+      std::fill(vector + count, vector + LANES, T(0));
+    }
+}
+
+// One row of outputs, a whole number of tiles: the sum over taps of weight times shifted input. `SIGN` is -1 for the
+// transposed convolution. With `ADD` the sum is added to `out`.
+template <typename T, int SIGN, bool ADD>
+void convolve_row(const T* center, const Branch& branch, const T* taps, Index lanes, Index tiled, T* out) {
+  const Index count = branch.offsets.size();
+  for (Index p = 0; p < tiled * LANES; p += TILE * LANES) {
+    Channels<T> sums[TILE];
+    for (int i = 0; i < TILE; ++i) sums[i] = ADD ? load<Channels<T>>(out + p + i * LANES) : Channels<T>{};
+    for (Index t = 0; t < count; ++t) {
+      const Channels<T> weight = load<Channels<T>>(taps + (branch.first + t) * lanes);
+      const T* from = center + p + SIGN * branch.offsets[t];
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE; ++i) sums[i] += weight * load<Channels<T>>(from + i * LANES);
+    }
+    for (int i = 0; i < TILE; ++i) store(out + p + i * LANES, sums[i]);
+  }
+}
+
+// Adds the products of a row of gradients with shifted rows of inputs to the sums of N taps.
+template <typename T, int N>
+void correlate_taps(const T* center, const Index* offsets, const T* grad, Index width, T* sums, Index lanes) {
+  Channels<T> totals[N];
+  for (int i = 0; i < N; ++i) totals[i] = load<Channels<T>>(sums + i * lanes);
+  for (Index p = 0; p < width * LANES; p += LANES) {
+    const Channels<T> slope = load<Channels<T>>(grad + p);
+#pragma GCC unroll 9
+    for (int i = 0; i < N; ++i) totals[i] += slope * load<Channels<T>>(center + offsets[i] + p);
+  }
+  for (int i = 0; i < N; ++i) store(sums + i * lanes, totals[i]);
+}
+
+// The same for all taps of a branch: odd squares are 8 m + 1.
+template <typename T>
+void correlate_row(const T* center, const Branch& branch, const T* grad, Index width, T* sums, Index lanes) {
+  const Index count = branch.offsets.size();
+  const Index* offsets = branch.offsets.data();
+  sums += branch.first * lanes;
+  Index t = 0;
+  for (; t + TILE + 1 < count; t += TILE)
+    correlate_taps<T, TILE>(center, offsets + t, grad, width, sums + t * lanes, lanes);
+  if (count - t == TILE + 1)
+    correlate_taps<T, TILE + 1>(center, offsets + t, grad, width, sums + t * lanes, lanes);
+  else
+    correlate_taps<T, 1>(center, offsets + t, grad, width, sums + t * lanes, lanes);
+}
+
+// Calls `work(unit's sample, first channel, number of channels, scratch)` for every 16 channels of every sample.
+template <typename T, typename F>
+void for_each_unit(const Tensor& x, Index scratch_size, const F& work) {
+  const Index channels = x.size(3), blocks = (channels + LANES - 1) / LANES;
+  at::parallel_for(0, x.size(0) * blocks, 1, [&](Index begin, Index end) {
+    Tensor scratch = at::zeros({scratch_size}, x.options());
+    for (Index unit = begin; unit < end; ++unit) {
+      const Index first = unit % blocks * LANES;
+      work(unit / blocks, first, std::min<Index>(LANES, channels - first), scratch.mutable_data_ptr<T>());
+    }
+  });
+}
+
+}  // namespace overlock

@@ -1,0 +1,171 @@
+"""The dilated branches as one operator equal their convolutions and BatchNorms one by one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from overlock.layers import DilatedReparamConv
+from overlock.layers.large_kernel import BRANCHES
+from overlock.ops import dilated
+from overlock.ops.depthwise import weight_gradient
+from tests.testing import TOLERANCES, assert_relative, randomise
+
+pytestmark = pytest.mark.skipif(bool(dilated.why_not_compiled()), reason='cpp: ' + dilated.why_not_compiled())
+
+
+def training_step(layer, x, grad, fused, monkeypatch):
+    """Return the output, the gradients of input and parameters, and the buffers after a step."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with monkeypatch.context() as patch:
+        if not fused:
+            patch.setattr(DilatedReparamConv, '_fuses', lambda layer, x: False)
+        y = layer(x)
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], grad.to(y.dtype))
+    return [y.detach(), *gradients, *(buffer.clone() for buffer in layer.buffers())]
+
+
+def pair(kernel_size, channels, dtype, **norm):
+    """Return two equal layers with random parameters."""
+    layers = []
+    for _ in range(2):
+        layer = randomise(DilatedReparamConv(channels, kernel_size)).to(dtype).train()
+        for bn in layer.modules():
+            if isinstance(bn, nn.BatchNorm2d):
+                vars(bn).update(norm)
+        layers.append(layer)
+    layers[1].load_state_dict(layers[0].state_dict())
+    return layers
+
+
+def maps(*size, dtype=torch.float64, memory_format=torch.channels_last):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, generator=generator, dtype=torch.float64) + 0.5)
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize('kernel_size', sorted(BRANCHES))
+@pytest.mark.parametrize('size', [(2, 20, 21, 12), (1, 16, 8, 33), (3, 5, 1, 2), (2, 33, 3, 1)], ids=str)
+def test_output_gradients_and_statistics_equal_those_of_the_branches(kernel_size, size, monkeypatch):
+    one, other = pair(kernel_size, size[1], torch.float64)
+    x, grad = maps(*size)
+    ours = training_step(one, x, grad, True, monkeypatch)
+    for actual, expected in zip(ours, training_step(other, x, grad, False, monkeypatch), strict=True):
+        assert_relative(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_narrow_maps_are_as_near_to_float64_as_the_branches_are(dtype, memory_format, monkeypatch):
+    one, other = pair(13, 24, torch.float64)
+    x, grad = maps(2, 24, 30, 41, dtype=dtype, memory_format=memory_format)
+    exact = training_step(other, x.double(), grad.double(), False, monkeypatch)
+    for layer in (one, other):
+        layer.load_state_dict(pair(13, 24, torch.float64)[0].state_dict())
+    one, other = one.to(dtype), other.to(dtype)
+    y, *gradients = training_step(one, x, grad, True, monkeypatch)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
+    for actual, expected in zip([y, *gradients], exact, strict=True):
+        assert_relative(actual.double(), expected.double(), TOLERANCES[dtype])
+
+
+def test_gradients_are_those_of_finite_differences():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(3, 1, size, size, dtype=torch.float64, requires_grad=True) for size in (5, 3, 3)]
+    gains, shifts = ([torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3)] for _ in range(2))
+
+    def function(x, *parameters):
+        return dilated.dilated_norm(x, parameters[:3], (1, 1, 2), parameters[3:6], parameters[6:], 1e-3)[0]
+
+    assert torch.autograd.gradcheck(function, (x, *weights, *gains, *shifts))
+
+
+def test_operators_keep_the_rules_of_torch_library():
+    x, grad = (torch.randn(2, 3, 9, 8, dtype=torch.float64) for _ in range(2))
+    weights = [torch.randn(3, 1, size, size, dtype=torch.float64) for size in (5, 3)]
+    operators = torch.ops.overlock
+    torch.library.opcheck(operators.dilated_moments.default, (x, weights, [1, 2]))
+    coefficients = torch.randn(3, 2, 3, dtype=torch.float64)
+    torch.library.opcheck(operators.dilated_backward.default, (x, grad, weights, [1, 2], coefficients))
+
+
+def test_no_map_is_kept_but_the_input():
+    layer, (x, _) = DilatedReparamConv(32, 17), maps(2, 32, 48, 48, dtype=torch.float32)
+    kept = {}
+
+    def keep(t):
+        kept[t.data_ptr()] = t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(x.requires_grad_())
+    assert sum(size for size in kept.values() if size >= x.nbytes) == x.nbytes
+    assert sum(kept.values()) < 1.2 * x.nbytes
+
+
+def test_means_far_from_zero_cost_no_digits_of_the_variance(monkeypatch):
+    one, other = pair(5, 16, torch.float32)
+    x, grad = (t.float() for t in maps(2, 16, 40, 40))
+    x = x * 1e-2 + 10
+    ours = training_step(one, x, grad, True, monkeypatch)
+    theirs = training_step(other, x, grad, False, monkeypatch)
+    exact = training_step(pair(5, 16, torch.float64)[0], x.double(), grad.double(), False, monkeypatch)
+    for actual, composed, truth in zip(ours, theirs, exact, strict=True):
+        scale = truth.abs().max()
+        assert (actual - truth).abs().max() <= 4 * (composed - truth).abs().max() + 1e-6 * scale
+
+
+@pytest.mark.parametrize(
+    'norm', [dict(momentum=None), dict(momentum=0.0), dict(track_running_stats=False), dict(eps=0.5)], ids=str
+)
+def test_statistics_follow_the_settings_of_the_norms(norm, monkeypatch):
+    one, other = pair(7, 4, torch.float64, **norm)
+    x, grad = maps(2, 4, 9, 9)
+    for _ in range(2):
+        ours = training_step(one, x, grad, True, monkeypatch)
+        for actual, expected in zip(ours, training_step(other, x, grad, False, monkeypatch), strict=True):
+            assert_relative(actual, expected, 1e-10)
+
+
+def test_norms_that_differ_run_one_by_one(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError('fused')
+
+    monkeypatch.setattr(dilated, 'dilated_norm', fail)
+    x = torch.randn(2, 4, 9, 9)
+    for name, value in (('training', False), ('eps', 1.0), ('affine', False)):
+        layer = DilatedReparamConv(4, 7).train()
+        setattr(layer.branches['k3_d2'].bn, name, value)
+        layer(x)
+    DilatedReparamConv(4, 7).eval()(x)
+    with pytest.raises(AssertionError, match='fused'):
+        DilatedReparamConv(4, 7).train()(x)
+
+
+def test_one_value_a_channel_is_refused_as_pytorch_refuses_it():
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        DilatedReparamConv(4, 7).train()(torch.randn(1, 4, 1, 1))
+
+
+def test_merged_kernel_is_the_sum_of_the_branches():
+    weights = [torch.randn(3, 1, size, size, dtype=torch.float64) for size in (7, 3, 3, 5)]
+    scales, dilations = torch.randn(4, 3, dtype=torch.float64), (1, 2, 3, 1)
+    x = torch.randn(2, 3, 11, 9, dtype=torch.float64)
+    expected = sum(
+        scale.view(-1, 1, 1) * F.conv2d(x, w, padding=w.shape[-1] // 2 * d, dilation=d, groups=3)
+        for w, d, scale in zip(weights, dilations, scales, strict=True)
+    )
+    merged = dilated.merge_kernels(weights, dilations, list(scales))
+    assert_relative(F.conv2d(x, merged, padding=3, groups=3), expected, 1e-12)
+
+
+@pytest.mark.parametrize(('kernel_size', 'dilation'), [(3, 1), (5, 2), (7, 3), (13, 1)])
+def test_weight_gradients_in_cpp_equal_those_by_fourier_transform(kernel_size, dilation, monkeypatch):
+    x, grad = maps(2, 21, 17, 10)
+    compiled = weight_gradient(x, grad, kernel_size, dilation)
+    monkeypatch.setattr('overlock.ops.depthwise.why_not_compiled', lambda: 'not compiled')
+    assert_relative(compiled, weight_gradient(x, grad, kernel_size, dilation), 1e-12)
