@@ -171,7 +171,7 @@ def trained(drawn, tmp_path_factory):
         drawn,
         folder,
     )
-    return folder / 'last.pth', rows[0]
+    return folder / 'last.pth', rows[-1]
 
 
 @pytest.mark.parametrize('ema', [False, True])
