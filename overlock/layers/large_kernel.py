@@ -76,7 +76,7 @@ class DilatedReparamConv(nn.Module):
             norms[0].eps,
             sum_over_processes if synced else None,
         )
-        unbiased = moments.variance * (moments.count / (moments.count - 1))
+        unbiased = moments.variance * (moments.size / (moments.size - 1))
         for norm, mean, variance in zip(norms, moments.mean, unbiased, strict=True):
             track(norm, mean, variance)
         return y

@@ -26,11 +26,11 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Moments(NamedTuple):
-    """Means and biased variances of the branches, (branches, C), float64, and the count of values of each, (1,)."""
+    """Means and biased variances of the branches, (branches, C), float64, and how many values each had, (1,)."""
 
     mean: Tensor
     variance: Tensor
-    count: Tensor
+    size: Tensor
 
 
 def dilated_norm(
