@@ -1,56 +1,27 @@
 """Predictions from a checkpoint, which carries its configuration, into files."""
 
 import json
+import re
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from PIL import Image
 
 from mmengine_overlock.embedded import embedded_config
-from mmengine_overlock.predict import Pictures, Predictor, build_model
+from mmengine_overlock.predict import Pictures, Predictor
+from mmengine_overlock.predict.answers import Answers
 from overlock.utils.errors import UserError
-from tests.mmengine_overlock.test_deploy import CLASSES, CONFIGS
-from tests.testing import randomise
-
-
-@pytest.fixture(scope='module')
-def checkpoints(tmp_path_factory):
-    """Checkpoints of a small detector and segmenter, as mmengine's runner writes them."""
-    folder = tmp_path_factory.mktemp('checkpoints')
-    found = {}
-    for name, text in CONFIGS.items():
-        (folder / f'{name}.py').write_text(text)
-        cfg = Config.fromfile(folder / f'{name}.py')
-        torch.manual_seed(0)
-        model = build_model(cfg)
-        randomise(model.backbone)
-        classes = CLASSES['classes'] if name == 'segmenter' else tuple(f'class {i}' for i in range(80))
-        meta = dict(cfg=cfg.pretty_text, dataset_meta=dict(classes=classes))
-        found[name] = folder / f'{name}.pth'
-        torch.save(dict(state_dict=model.state_dict(), meta=meta), found[name])
-    return found
-
-
-@pytest.fixture
-def images(tmp_path):
-    """Two images, one of them with another name than ASCII has, and a broken one."""
-    folder = tmp_path / 'images'
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / 'a.png')
-    Image.fromarray(pixels[::-1]).save(folder / 'überholt 木.jpg')
-    (folder / 'broken.jpg').write_bytes(b'no image')
-    return folder
 
 
 def test_a_detector_writes_coco_results_and_pictures(checkpoints, images, tmp_path, run_tool):
     options = ('--checkpoint', checkpoints['detector'], '--out', tmp_path / 'out', '--score', '0', '--batch', 2)
     code, out, err = run_tool('predict', images, *options)
     assert code == 1, err
-    assert out.startswith('2 images predicted') and out.endswith(f'not readable:\n  {images}/broken.jpg\n')
+    assert out.startswith('2 images predicted') and out.endswith(
+        f'not readable:\n  {images}/broken.jpg: is not an image\n'
+    )
     results = json.loads((tmp_path / 'out/predictions.json').read_text())
     assert {result['file_name'] for result in results} == {str(images / 'a.png'), str(images / 'überholt 木.jpg')}
     first = results[0]
@@ -81,20 +52,81 @@ def test_images_of_one_name_get_files_of_their_own(checkpoints, images, tmp_path
     assert not (tmp_path / 'out/pictures').exists()
 
 
-def test_a_video_becomes_a_video(checkpoints, tmp_path, run_tool):
-    path = tmp_path / 'video.avi'
+def write_video(path, frames):
     video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*'MJPG'), 10, (64, 48))
-    for shade in (0, 100, 200):
+    for shade in range(frames):
         video.write(np.full((48, 64, 3), shade, np.uint8))
     video.release()
-    assert (
-        run_tool('predict', path, '--checkpoint', checkpoints['detector'], '--out', tmp_path / 'out', '--score', 0)[0]
-        == 0
-    )
+
+
+def test_a_video_becomes_a_video(checkpoints, tmp_path, run_tool):
+    write_video(tmp_path / 'video.avi', 3)
+    options = ('--checkpoint', checkpoints['detector'], '--out', tmp_path / 'out', '--score', 0)
+    assert run_tool('predict', tmp_path / 'video.avi', *options)[0] == 0
     drawn = cv2.VideoCapture(str(tmp_path / 'out/pictures/video.mp4'))
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
     frames = {result['frame'] for result in json.loads((tmp_path / 'out/predictions.json').read_text())}
     assert frames == {0, 1, 2}
+
+
+def test_unreadable_files_are_named_with_the_reason_and_the_others_predicted(images, checkpoints, tmp_path, run_tool):
+    whole = (images / 'überholt 木.jpg').read_bytes()
+    (images / 'cut.jpg').write_bytes(whole[: len(whole) // 2])
+    (images / 'empty.png').touch()
+    (images / 'noise.mp4').write_bytes(bytes(range(256)) * 9)
+    write_video(images / 'cut.avi', 40)
+    video = (images / 'cut.avi').read_bytes()
+    (images / 'cut.avi').write_bytes(video[: len(video) // 2])
+    options = ('--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out', '--no-pictures')
+    code, out, _ = run_tool('predict', images, *options)
+    assert code == 1
+    reasons = dict(line.strip().rsplit(': ', 1) for line in out.splitlines()[2:])
+    reasons = {name.rpartition('/')[2]: why for name, why in reasons.items()}
+    assert reasons.pop('cut.jpg').startswith('cannot be read (')
+    assert reasons.pop('cut.avi').startswith('ends after ')
+    assert reasons == {'broken.jpg': 'is not an image', 'empty.png': 'is empty', 'noise.mp4': 'is no video'}
+    assert {'a.png', 'überholt 木.png', 'cut'} == {path.name for path in (tmp_path / 'out/labels').iterdir()}
+
+
+def test_files_of_an_earlier_run_stay(images, checkpoints, tmp_path, run_tool):
+    options = (images / 'a.png', '--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out', '--no-pictures')
+    assert run_tool('predict', *options)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('*')}
+    code, _, error = run_tool('predict', *options)
+    assert code == 2 and error.endswith(
+        f'{tmp_path}/out holds labels.json and labels of an earlier run; give another folder, or delete them.\n'
+    )
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('*')} == before
+
+
+def test_what_was_found_before_a_break_is_written(checkpoints, images, tmp_path):
+    predictor = Predictor(checkpoints['detector'], device='cpu')
+    with pytest.raises(KeyboardInterrupt), Answers(tmp_path / 'out', predictor, draw=False) as answers:
+        for found in predictor.predict(images / 'a.png'):
+            answers.add(*found)
+            raise KeyboardInterrupt
+    assert len(json.loads((tmp_path / 'out/predictions.json').read_text())) == 20
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (('--checkpoint', 'a.pth', '--model', 'a.onnx'), 'argument --model: not allowed with argument --checkpoint'),
+        ((), 'one of the arguments --checkpoint --model is required'),
+        (('--model', 'a.onnx'), 'The model a.onnx does not exist; give a file that `overlock export` wrote.'),
+        (
+            ('--model', 'a.onnx', '--config', 'upernet_overlock_s_160k'),
+            'a.onnx carries all .*; leave the configuration',
+        ),
+        (('--checkpoint', 'a.pth', '--tile', '8'), 'Tiles must have sides of at least 64 pixels, got 8.'),
+        (('--checkpoint', 'a.pth', '--batch', '0'), 'The batch must be at least 1 image, got 0.'),
+    ],
+)
+def test_a_mistake_is_one_sentence(options, said, images, tmp_path, monkeypatch, run_tool):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run_tool('predict', images, '--out', 'out', *options)
+    assert code == 2 and re.search(said, error) and 'Traceback' not in error
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize(
