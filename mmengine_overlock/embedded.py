@@ -15,7 +15,7 @@ from overlock.utils.configs import CONFIGS
 from overlock.utils.errors import UserError
 
 # What makes a prediction. Everything else in a configuration, the training above all, is left alone.
-_PARTS = ('default_scope', 'model', 'test_dataloader', 'visualizer')
+_PARTS = ('default_scope', 'model', 'test_dataloader')
 # Importing these registers the backbones.
 _PLUGINS = {'mmdet': 'mmdet_overlock', 'mmseg': 'mmseg_overlock'}
 

@@ -112,7 +112,8 @@ def test_import_of_the_network_is_silent_and_brings_only_torch():
     # torch may import triton by itself, and filelock when it is asked for.
     code = (
         'import warnings; warnings.simplefilter("error"); import sys, torch; before = set(sys.modules); '
-        'import overlock; overlock.OverLoCK, overlock.predict; print(*{name.partition(".")[0] for name in set(sys.modules) - before})'
+        'import overlock; overlock.OverLoCK, overlock.predict; '
+        'print(*{name.partition(".")[0] for name in set(sys.modules) - before})'
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, '')

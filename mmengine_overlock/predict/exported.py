@@ -147,6 +147,9 @@ class ResizeInside(Resize):
 class Detector(BaseModel):
     """An exported detector with the interface of mmdet's.
 
+    A file that does not pad by itself takes padding for a part of the image, and may place boxes in it before they are
+    clipped here; one exported with `--preprocessing` detects what mmdet does.
+
     Args:
         session: The file.
     """

@@ -132,4 +132,5 @@ class Predictor:
 
 def _scales(step: Any) -> bool:
     """Return whether a transform brings images to a size for the network."""
-    return isinstance(step, dict) and str(step['type']).rpartition('.')[2] in ('Resize', 'ResizeShortestEdge')
+    kind = step['type'] if isinstance(step, dict) else type(step).__name__
+    return str(kind).rpartition('.')[2] in ('Resize', 'ResizeInside', 'ResizeShortestEdge')

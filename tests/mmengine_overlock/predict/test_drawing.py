@@ -68,3 +68,10 @@ def test_a_legend_of_many_classes_fits_the_width(count):
     labels = np.arange(64 * 96).reshape(64, 96) % count
     drawn = Drawing([f'a class of number {i}' for i in range(count)], None)(blots(64, 96), segmented(labels))
     assert drawn.shape[1] == 96 and drawn.shape[0] > 64
+
+
+def test_frames_of_a_video_have_one_size_for_any_number_of_classes():
+    drawing = Drawing([f'a class of number {i}' for i in range(9)], None)
+    few, many = (np.arange(64 * 96).reshape(64, 96) % count for count in (1, 9))
+    sizes = {drawing(blots(64, 96), segmented(labels), rows=2).shape for labels in (few, many)}
+    assert len(sizes) == 1

@@ -62,6 +62,9 @@ def test_a_segmenter_gives_labels_at_the_size_of_the_image(pixels, size, tile, t
     )
     image = np.zeros((90, 130, 3), np.uint8)
     image[:, :70, 0], image[:, 70:, 1], image[60:, 70:, 2] = 250, 250, 255
+    if tile:
+        # Stripes of a pixel: windows see the image in its own resolution.
+        image[::2, :20] = 0, 255, 0
     if tile and isinstance(size[0], int) and min(size) < tile:
         with pytest.raises(UserError, match='tiles can have at most 48 pixels a side, got 64'):
             Predictor(path, device='cpu', tile=tile)
@@ -72,7 +75,7 @@ def test_a_segmenter_gives_labels_at_the_size_of_the_image(pixels, size, tile, t
         labels = sample.pred_sem_seg.data[0].numpy()
         assert labels.shape == (90, 130)
         # Blue comes first in the image; borders are smooth.
-        assert (labels == image[..., ::-1].argmax(-1)).mean() > 0.97
+        assert (labels == image[..., ::-1].argmax(-1)).mean() > (0.9999 if tile else 0.97)
 
 
 @pytest.mark.parametrize('size', [('height', 'width'), (60, 80)])

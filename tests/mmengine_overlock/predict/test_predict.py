@@ -59,14 +59,18 @@ def write_video(path, frames):
     video.release()
 
 
-def test_a_video_becomes_a_video(checkpoints, tmp_path, run_tool):
+@pytest.mark.parametrize('kind', ['detector', 'segmenter'])
+def test_a_video_becomes_a_video(kind, checkpoints, tmp_path, run_tool):
     write_video(tmp_path / 'video.avi', 3)
-    options = ('--checkpoint', checkpoints['detector'], '--out', tmp_path / 'out', '--score', 0)
+    options = ('--checkpoint', checkpoints[kind], '--out', tmp_path / 'out', '--score', 0, '--batch', 2)
     assert run_tool('predict', tmp_path / 'video.avi', *options)[0] == 0
     drawn = cv2.VideoCapture(str(tmp_path / 'out/pictures/video.mp4'))
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
-    frames = {result['frame'] for result in json.loads((tmp_path / 'out/predictions.json').read_text())}
-    assert frames == {0, 1, 2}
+    if kind == 'detector':
+        frames = {result['frame'] for result in json.loads((tmp_path / 'out/predictions.json').read_text())}
+        assert frames == {0, 1, 2}
+    else:
+        assert len([*(tmp_path / 'out/labels/video').glob('00000?.png')]) == 3
 
 
 def test_unreadable_files_are_named_with_the_reason_and_the_others_predicted(images, checkpoints, tmp_path, run_tool):
@@ -156,6 +160,14 @@ def test_a_configuration_in_a_checkpoint_is_never_run(checkpoints, tmp_path, mon
 def _saved(content, path):
     torch.save(content, path)
     return path
+
+
+def test_what_a_run_was_logged_with_does_not_matter(checkpoints):
+    content = torch.load(checkpoints['detector'], weights_only=True)
+    content['meta']['cfg'] += (
+        "\nvisualizer = dict(type='Visualizer', vis_backends=[dict(type='TensorboardVisBackend')])"
+    )
+    assert embedded_config(content, 'a.pth').default_scope == 'mmdet'
 
 
 def test_a_checkpoint_without_a_configuration_says_so():
