@@ -67,9 +67,9 @@ class Session:
         if not path.is_file():
             raise UserError(f'The model {path} does not exist; give a file that `overlock export` wrote.')
         cuda, present = 'CUDAExecutionProvider', onnxruntime.get_available_providers()
-        if device is not None and torch.device(device).type != 'cpu' and cuda not in present:
-            raise UserError(f'onnxruntime has no {device} here ({", ".join(present)}); give --device cpu.')
-        on_cpu = cuda not in present or (device is not None and torch.device(device).type == 'cpu')
+        on_cpu = cuda not in present if device is None else str(device).startswith('cpu')
+        if not on_cpu and cuda not in present:
+            raise UserError(f'onnxruntime has no device {device} here, only {", ".join(present)}; give cpu.')
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

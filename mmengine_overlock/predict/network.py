@@ -57,7 +57,13 @@ def open_checkpoint(
     backbone: Any = getattr(model, 'backbone', None)
     if deploy and hasattr(backbone, 'switch_to_deploy'):
         backbone.switch_to_deploy()
-    model.to(torch.device(device or get_device()))
+    try:
+        model.to(torch.device(device or get_device()))
+    # Of a name that is none, and of CUDA where there is none.
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f'The device {device} cannot be used here ({str(error).splitlines()[0]}); give cpu, or leave it out.'
+        ) from error
     meta = {key.lower(): value for key, value in (content.get('meta', {}).get('dataset_meta') or {}).items()}
     meta = meta or dataset_meta(cfg)
     pipeline = test_pipeline(cfg, dict(type='LoadImageFromNDArray'))

@@ -101,7 +101,11 @@ def _files(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    found = sorted(path.iterdir()) if path.is_dir() else [Path(file) for file in sorted(glob.glob(str(path)))]
+    found = (
+        sorted(path.iterdir())
+        if path.is_dir()
+        else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+    )
     found = [file for file in found if file.suffix.lower() in _IMAGES + _VIDEOS and file.is_file()]
     if not found:
         kinds = ', '.join(_IMAGES + _VIDEOS)

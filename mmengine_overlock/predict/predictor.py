@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class Predictor:
             network = open_exported(Path(model), device, tile)
         else:
             network = open_checkpoint(model, config, device, deploy)
+        if tile and network.scope == 'mmdet' and find_spec('sahi') is None:
+            raise UserError('Tiles need sahi; install it with `pip install sahi`, or predict whole images.')
         self.model: Any = network.model
         self.scope, self.classes, self.palette = network.scope, network.classes, network.palette
         self.score, self.tile, self.batch = score, tile, batch

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from mmengine.structures import InstanceData
 
-from overlock.utils.errors import UserError
-
 # sahi's own settings. Of the side of a tile.
 OVERLAP = 0.2
 # Boxes of a class that share this much of the smaller one are one object.
@@ -22,15 +20,9 @@ Place = Sequence[int]
 
 
 def places(height: int, width: int, tile: int) -> list[Place]:
-    """Return the tiles of an image as x1, y1, x2, y2 in pixels, and behind them the whole image.
+    """Return the tiles of an image as x1, y1, x2, y2 in pixels, and behind them the whole image."""
+    from sahi.slicing import get_slice_bboxes
 
-    Raises:
-        UserError: sahi is not installed.
-    """
-    try:
-        from sahi.slicing import get_slice_bboxes
-    except ImportError as error:
-        raise UserError('Tiles need sahi; install it with `pip install sahi`, or predict whole images.') from error
     tiles: list[Place] = [*get_slice_bboxes(height, width, tile, tile, False, OVERLAP, OVERLAP)]
     return [*tiles, (0, 0, width, height)]
 

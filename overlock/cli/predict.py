@@ -44,16 +44,21 @@ def run(inputs: list[str], model: str, config: str | None, out: str, draw: bool,
     predictor = Predictor(model, config, **options)
     # Where nobody watches, a line now and then.
     interval = 0.1 if sys.stderr.isatty() else 30
+    stopped = False
     with Answers(out, predictor, draw) as answers:
         bar = tqdm(predictor.predict(pictures), total=len(pictures), unit='image', mininterval=interval)
-        for picture, sample in bar:
-            answers.add(picture, sample)
-    print(f'{answers.images} images predicted, results in {out}')
+        try:
+            for picture, sample in bar:
+                answers.add(picture, sample)
+        except KeyboardInterrupt:
+            bar.close()
+            stopped = True
+    print(f'{"stopped: " * stopped}{answers.images} images predicted, results in {out}')
     if answers.drawing and answers.drawing.note:
         print(answers.drawing.note)
     if pictures.unreadable:
         print('not readable:', *(f'{file}: {why}' for file, why in pictures.unreadable.items()), sep='\n  ')
-    return int(bool(pictures.unreadable))
+    return 130 if stopped else int(bool(pictures.unreadable))
 
 
 def predict(

@@ -121,6 +121,13 @@ def test_a_file_without_our_metadata_is_one_sentence(info, said, images, tmp_pat
         Predictor(path)
 
 
+def test_a_device_that_onnxruntime_lacks_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr('onnxruntime.get_available_providers', lambda: ['CPUExecutionProvider'])
+    path = write_onnx(tmp_path / 'a.onnx', dict(INFO, task='segmenter'), {'logits': 'image'})
+    with pytest.raises(UserError, match='onnxruntime has no device xpu:0 here, only CPUExecutionProvider'):
+        Predictor(path, device='xpu:0')
+
+
 def test_a_file_that_is_none_is_one_sentence(tmp_path):
     (tmp_path / 'a.onnx').write_bytes(b'no graph')
     with pytest.raises(UserError, match='onnxruntime cannot open .*a.onnx .*; export it again'):

@@ -11,7 +11,6 @@ from PIL import Image
 
 from mmengine_overlock.embedded import embedded_config
 from mmengine_overlock.predict import Pictures, Predictor
-from mmengine_overlock.predict.answers import Answers
 from overlock.utils.errors import UserError
 
 
@@ -45,9 +44,12 @@ def test_a_segmenter_writes_label_maps_and_their_names(checkpoints, images, tmp_
 
 
 def test_images_of_one_name_get_files_of_their_own(checkpoints, images, tmp_path, run_tool):
-    (tmp_path / 'a.jpg').write_bytes((images / 'a.png').read_bytes())
-    given = (images / 'a.png', tmp_path / 'a.jpg', '--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out')
-    assert run_tool('predict', *given, '--no-pictures')[0] == 0
+    (images / 'inner').mkdir()
+    (images / 'inner/a.jpg').write_bytes((images / 'a.png').read_bytes())
+    # The first one is given twice.
+    given = (images / 'a.png', images / '**/a.*', '--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out')
+    code, out, _ = run_tool('predict', *given, '--no-pictures')
+    assert code == 0 and out.startswith('2 images predicted')
     assert {path.name for path in (tmp_path / 'out/labels').iterdir()} == {'a.png', 'a_2.png'}
     assert not (tmp_path / 'out/pictures').exists()
 
@@ -78,7 +80,7 @@ def test_unreadable_files_are_named_with_the_reason_and_the_others_predicted(ima
     (images / 'cut.jpg').write_bytes(whole[: len(whole) // 2])
     (images / 'empty.png').touch()
     (images / 'noise.mp4').write_bytes(bytes(range(256)) * 9)
-    write_video(images / 'cut.avi', 40)
+    write_video(images / 'cut.avi', 12)
     video = (images / 'cut.avi').read_bytes()
     (images / 'cut.avi').write_bytes(video[: len(video) // 2])
     options = ('--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out', '--no-pictures')
@@ -103,12 +105,17 @@ def test_files_of_an_earlier_run_stay(images, checkpoints, tmp_path, run_tool):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'out').rglob('*')} == before
 
 
-def test_what_was_found_before_a_break_is_written(checkpoints, images, tmp_path):
-    predictor = Predictor(checkpoints['detector'], device='cpu')
-    with pytest.raises(KeyboardInterrupt), Answers(tmp_path / 'out', predictor, draw=False) as answers:
-        for found in predictor.predict(images / 'a.png'):
-            answers.add(*found)
-            raise KeyboardInterrupt
+def test_what_was_found_before_ctrl_c_is_written(checkpoints, images, tmp_path, monkeypatch, run_tool):
+    predict = Predictor.predict
+
+    def stop(self, inputs):
+        yield next(predict(self, inputs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, 'predict', stop)
+    options = ('--checkpoint', checkpoints['detector'], '--out', tmp_path / 'out', '--score', 0)
+    code, out, _ = run_tool('predict', images, *options)
+    assert (code, out) == (130, f'stopped: 1 images predicted, results in {tmp_path}/out\n')
     assert len(json.loads((tmp_path / 'out/predictions.json').read_text())) == 20
 
 

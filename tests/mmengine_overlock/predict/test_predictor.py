@@ -9,6 +9,7 @@ from PIL import Image
 
 import overlock
 from mmengine_overlock.predict import Predictor
+from overlock.utils.errors import UserError
 from tests.mmengine_overlock.predict.conftest import blots
 
 # Of BatchNorms folded into convolutions.
@@ -91,3 +92,16 @@ def test_a_mistake_is_told_by_the_call_and_not_by_the_first_image(tmp_path):
     with warnings.catch_warnings(), pytest.raises(overlock.checkpoint.CheckpointError):
         Image.fromarray(blots(20, 20)).save(tmp_path / 'a.png')
         overlock.predict(tmp_path, tmp_path / 'missing.pth')
+
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda:99'])
+def test_a_device_that_is_none_is_one_sentence(device, checkpoints):
+    with pytest.raises(UserError, match=f'The device {device} cannot be used here .*; give cpu, or leave it out'):
+        Predictor(checkpoints['segmenter'], device=device)
+
+
+def test_tiles_without_sahi_are_one_sentence(checkpoints, monkeypatch):
+    monkeypatch.setattr('mmengine_overlock.predict.predictor.find_spec', lambda name: None)
+    with pytest.raises(UserError, match='Tiles need sahi; install it with'):
+        Predictor(checkpoints['detector'], device='cpu', tile=128)
+    Predictor(checkpoints['segmenter'], device='cpu', tile=128)
