@@ -80,7 +80,7 @@ def test_unreadable_files_are_named_with_the_reason_and_the_others_predicted(ima
     (images / 'cut.jpg').write_bytes(whole[: len(whole) // 2])
     (images / 'empty.png').touch()
     (images / 'noise.mp4').write_bytes(bytes(range(256)) * 9)
-    write_video(images / 'cut.avi', 12)
+    write_video(images / 'cut.avi', 40)
     video = (images / 'cut.avi').read_bytes()
     (images / 'cut.avi').write_bytes(video[: len(video) // 2])
     options = ('--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out', '--no-pictures')
