@@ -15,7 +15,7 @@ from overlock.utils.configs import CONFIGS
 from overlock.utils.errors import UserError
 
 # What makes a prediction. Everything else in a configuration, the training above all, is left alone.
-_PARTS = ('default_scope', 'model', 'test_dataloader', 'visualizer')
+_PARTS = ('default_scope', 'model', 'test_dataloader')
 # Importing these registers the backbones.
 _PLUGINS = {'mmdet': 'mmdet_overlock', 'mmseg': 'mmseg_overlock'}
 
@@ -54,7 +54,7 @@ def embedded_config(checkpoint: Mapping[str, Any], source: str) -> Config:
         # It tells what training started from.
         node.pop('init_cfg', None)
         # `_scope_` would import a package.
-        for strange in [*filter(lambda key: str(key).startswith('_'), node), *_unknown_types(node)]:
+        for strange in [*filter(lambda key: str(key).startswith('_'), node), *unknown_types(node)]:
             raise UserError(
                 f'The configuration in {source} asks for {strange!r}, which no configuration of this package has; if '
                 'you trust it, give it by --config.'
@@ -82,7 +82,8 @@ def _value(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def _unknown_types(node: dict) -> list[Any]:
+def unknown_types(node: dict) -> list[Any]:
+    """Return the `type` of a part of a configuration in a list, if no configuration of this package has it."""
     kind = node.get('type')
     return [] if 'type' not in node or (isinstance(kind, str) and kind in _known_types()) else [kind]
 

@@ -1,6 +1,7 @@
 """What `import overlock` offers."""
 
 import overlock.checkpoint as checkpoint
+from overlock.cli.predict import predict
 from overlock.models.arch import ARCHS, Arch, get_arch
 from overlock.models.backbone import OverLoCKBackbone
 from overlock.models.contmix_block import ContMixBlock
@@ -23,4 +24,5 @@ __all__ = [
     'contmix',
     'get_arch',
     'keep_freed_memory',
+    'predict',
 ]

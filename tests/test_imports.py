@@ -46,6 +46,11 @@ MAY_IMPORT = {
         *['mmengine_overlock', 'overlock', 'mmdet', 'mmengine', 'numpy', 'PIL', 'torch', 'torchvision'],
         *['onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'openvino'],
     ],
+    # The toolboxes' segmenter and mask paster around exported networks; tiles, where they are asked for.
+    'mmengine_overlock.predict': [
+        *['mmengine_overlock', 'overlock', 'cv2', 'matplotlib', 'mmcv', 'mmdet', 'mmengine', 'mmseg', 'numpy', 'torch'],
+        *['PIL', 'onnxruntime', 'pycocotools', 'sahi'],
+    ],
     'mmdet_overlock': ['mmengine_overlock', 'mmdet'],
     'mmseg_overlock': ['mmengine_overlock', 'mmseg'],
     'imagenet_overlock': ['overlock', 'matplotlib', 'numpy', 'PIL', 'timm', 'torch', 'tqdm', 'yaml'],
@@ -107,7 +112,8 @@ def test_import_of_the_network_is_silent_and_brings_only_torch():
     # torch may import triton by itself, and filelock when it is asked for.
     code = (
         'import warnings; warnings.simplefilter("error"); import sys, torch; before = set(sys.modules); '
-        'import overlock; overlock.OverLoCK; print(*{name.partition(".")[0] for name in set(sys.modules) - before})'
+        'import overlock; overlock.OverLoCK, overlock.predict; '
+        'print(*{name.partition(".")[0] for name in set(sys.modules) - before})'
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, '')

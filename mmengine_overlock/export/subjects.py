@@ -161,6 +161,8 @@ def _dense(cfg: Config, model: BaseModel, part: str, label_map: bool) -> Subject
         subject = _detector(cfg, model, info)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         subject.pipeline = Compose(test_pipeline(cfg))
+    # Between reading and packing: how an image comes to its size.
+    subject.info |= {'pipeline': test_pipeline(cfg)[1:-1], 'smallest_side': subject.least}
     return subject
 
 

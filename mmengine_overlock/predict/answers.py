@@ -8,15 +8,21 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmengine.registry import VISUALIZERS, DefaultScope
 
-from mmengine_overlock.predict import Picture, Predictor
+from mmengine_overlock.predict.drawing import Drawing
+from mmengine_overlock.predict.pictures import Picture
+from mmengine_overlock.predict.predictor import Predictor
 from overlock.utils.errors import UserError
 from overlock.utils.files import check_writable, whole_file
 
+# Of the legend below a video.
+_ROWS = 2
+# What a run writes.
+_NAMES = ('predictions.json', 'labels.json', 'labels', 'pictures')
+
 
 class Answers:
-    """Writes predictions into a folder, one image after another.
+    """Writes predictions into a folder, one image after another; use it as a context.
 
     - A detector's boxes and masks go into `predictions.json`, in COCO's format of results with the names of files and
       classes beside the numbers; `category_id` is the label, from 0.
@@ -24,38 +30,55 @@ class Answers:
       of the labels into `labels.json`.
     - Pictures go into `pictures/`, those of a video into a video.
 
+    What belongs to all images together is written at the end, also where the run breaks off.
+
     Args:
         folder: Made where it is missing.
         predictor: Where the predictions come from.
-        score: Boxes below it are left out.
         draw: Whether to draw.
 
     Raises:
-        UserError: If the folder cannot be written to, or OpenCV cannot write videos.
+        UserError: If the folder cannot be written to or holds an earlier run, or OpenCV cannot write videos.
     """
 
-    def __init__(self, folder: str | Path, predictor: Predictor, score: float = 0.3, draw: bool = True) -> None:
-        self.folder, self.predictor, self.score = Path(folder), predictor, score
+    def __init__(self, folder: str | Path, predictor: Predictor, draw: bool = True) -> None:
+        self.folder, self.predictor = Path(folder).expanduser(), predictor
         check_writable(self.folder / 'predictions.json')
+        if earlier := [name for name in _NAMES if (self.folder / name).exists()]:
+            raise UserError(
+                f'{folder} holds {" and ".join(earlier)} of an earlier run; give another folder, or delete them.'
+            )
         self.results: list[dict[str, Any]] = []
         self.images = 0
         self.videos: dict[Path, cv2.VideoWriter] = {}
-        self.visualizer: Any = self._visualizer() if draw else None
+        self.drawing = Drawing(predictor.classes, predictor.palette) if draw else None
         self.names: dict[str, Path] = {}
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for video in self.videos.values():
+            video.release()
+        detector = self.predictor.scope == 'mmdet'
+        content: Any = self.results if detector else dict(enumerate(self.predictor.classes))
+        with whole_file(self.folder / ('predictions.json' if detector else 'labels.json')) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=None if detector else 1).encode())
 
     def add(self, picture: Picture, sample: Any) -> None:
         """Write what was found in an image."""
         name = self._name(picture.source)
         name = name if picture.frame is None else f'{name}/{picture.frame:06d}'
         if 'pred_instances' in sample:
-            sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= self.score].cpu()
             self.results += self._boxes(picture, sample.pred_instances)
         else:
             width = np.uint8 if len(self.predictor.classes) <= 256 else np.uint16
             labels = sample.pred_sem_seg.data[0].cpu().numpy().astype(width)
             self._write(self.folder / 'labels' / f'{name}.png', labels)
-        if self.visualizer:
-            self._draw(name, picture, sample)
+        if self.drawing:
+            # All frames of a video have one size.
+            drawn = self.drawing(picture.pixels, sample, None if picture.frame is None else _ROWS)
+            self._show(name, picture, drawn)
         self.images += 1
 
     def _name(self, source: Path) -> str:
@@ -64,15 +87,6 @@ class Answers:
         while self.names.setdefault(name := source.stem + f'_{number}' * (number > 1), source) != source:
             number += 1
         return name
-
-    def finish(self) -> None:
-        """Write what belongs to all images together."""
-        for video in self.videos.values():
-            video.release()
-        detector = self.predictor.scope == 'mmdet'
-        content: Any = self.results if detector else dict(enumerate(self.predictor.classes))
-        with whole_file(self.folder / ('predictions.json' if detector else 'labels.json')) as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=None if detector else 1).encode())
 
     def _boxes(self, picture: Picture, found: Any) -> list[dict[str, Any]]:
         from pycocotools.mask import encode
@@ -99,21 +113,7 @@ class Answers:
             results.append(result)
         return results
 
-    def _visualizer(self) -> Any:
-        kind = 'DetLocalVisualizer' if self.predictor.scope == 'mmdet' else 'SegLocalVisualizer'
-        with DefaultScope.overwrite_default_scope(self.predictor.scope):
-            visualizer = VISUALIZERS.build(dict(type=kind, name='predictions'))
-        classes, palette = self.predictor.classes, self.predictor.palette
-        if palette is None or len(palette) != len(classes):
-            palette = [tuple(color) for color in np.random.default_rng(0).integers(0, 256, (len(classes), 3)).tolist()]
-        visualizer.dataset_meta = dict(classes=classes, palette=palette)
-        return visualizer
-
-    def _draw(self, name: str, picture: Picture, sample: Any) -> None:
-        image = cv2.cvtColor(picture.pixels, cv2.COLOR_BGR2RGB)
-        options = dict(pred_score_thr=self.score) if self.predictor.scope == 'mmdet' else {}
-        self.visualizer.add_datasample(name, image, sample, draw_gt=False, **options)
-        drawn = cv2.cvtColor(self.visualizer.get_image(), cv2.COLOR_RGB2BGR)
+    def _show(self, name: str, picture: Picture, drawn: np.ndarray) -> None:
         folder = self.folder / 'pictures'
         if picture.frame is None:
             self._write(folder / f'{name}.jpg', drawn)

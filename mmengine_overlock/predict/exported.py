@@ -1,0 +1,208 @@
+"""Run ONNX files of `overlock export` in the place of mmdet's and mmseg's models."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmcv.transforms import Resize
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmengine_overlock.embedded import unknown_types
+from mmengine_overlock.predict.network import Network
+from overlock.utils.errors import UserError
+
+
+def open_exported(path: Path, device: str | torch.device | None, tile: int | None = None) -> Network:
+    """Open an exported file in onnxruntime; see `Predictor`.
+
+    Raises:
+        UserError: It is no such file, cannot run on the device, or does not fit the tiles.
+    """
+    session = Session(path, device)
+    detector = session.info['task'] == 'detector'
+    scope = 'mmdet' if detector else 'mmseg'
+    import_module(scope)
+    if tile and not detector and session.size and tile > min(session.size):
+        raise UserError(
+            f'{path} takes images of {session.size[0]}x{session.size[1]}: tiles can have at most '
+            f'{min(session.size)} pixels a side, got {tile}.'
+        )
+    pack: dict[str, Any] = dict(type='PackSegInputs')
+    if detector:
+        pack = dict(type='PackDetInputs', meta_keys=('img_id', 'ori_shape', 'img_shape', 'scale_factor'))
+    steps = [ResizeInside(session.size)] if session.size else session.steps()
+    pipeline = [dict(type='LoadImageFromNDArray'), *steps, pack]
+    with DefaultScope.overwrite_default_scope(scope):
+        model = Detector(session) if detector else _make_segmenter(session)
+    return Network(model.eval(), scope, pipeline, tuple(session.info.get('classes', ())), session.info.get('palette'))
+
+
+class Session:
+    """An exported file in onnxruntime.
+
+    Args:
+        path: The file.
+        device: Such as 'cuda' or 'cpu'; by default a GPU where onnxruntime has one.
+
+    Attributes:
+        info: What the file says about itself.
+        size: Height and width of all images, where they are fixed.
+        pixels: Whether it takes pixels and normalizes them itself.
+    """
+
+    def __init__(self, path: Path, device: str | torch.device | None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(f'{path} needs onnxruntime; install it with `pip install onnxruntime`.') from error
+        if not path.is_file():
+            raise UserError(f'The model {path} does not exist; give a file that `overlock export` wrote.')
+        cuda, present = 'CUDAExecutionProvider', onnxruntime.get_available_providers()
+        on_cpu = cuda not in present if device is None else str(device).startswith('cpu')
+        if not on_cpu and cuda not in present:
+            raise UserError(f'onnxruntime has no device {device} here, only {", ".join(present)}; give cpu.')
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=['CPUExecutionProvider'] if on_cpu else [cuda, 'CPUExecutionProvider']
+            )
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f'onnxruntime cannot open {path} ({reason}); export it again.') from error
+        meta = self._session.get_modelmeta().custom_metadata_map
+        self.info: dict[str, Any] = {name: _parse(value) for name, value in meta.items()}
+        if self.info.get('task') not in ('detector', 'segmenter'):
+            raise UserError(
+                f'{path} must be a detector or segmenter written by `overlock export`, but its metadata says '
+                f'{"it is a " + str(self.info["task"]) if "task" in self.info else "nothing"}.'
+            )
+        batch, _, *size = self._session.get_inputs()[0].shape
+        self.size: tuple[int, int] | None = tuple(size) if all(isinstance(side, int) for side in size) else None
+        self._one_by_one = isinstance(batch, int)
+        self.pixels = 'uint8' in self._session.get_inputs()[0].type
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Return the transforms that bring an image to the size that the network was tested at.
+
+        Raises:
+            UserError: The file does not have them, or they are none of those in the configurations of this package.
+        """
+        steps = self.info.get('pipeline')
+        if not isinstance(steps, list) or not all(isinstance(step, dict) and 'type' in step for step in steps):
+            steps = None
+        if steps is None or any(map(unknown_types, steps)):
+            raise UserError(f'The metadata of the model lack its test pipeline, got {steps}; export it again.')
+        return [
+            {name: tuple(value) if isinstance(value, list) else value for name, value in step.items()} for step in steps
+        ]
+
+    def preprocessor(self, kind: str) -> dict[str, Any]:
+        """Return the settings of the toolbox's data preprocessor, for what the file does not do itself."""
+        settings: dict[str, Any] = dict(type=kind, bgr_to_rgb=True)
+        return settings if self.pixels else settings | dict(mean=self.info['mean'], std=self.info['std'])
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Run the network on images (B, 3, H, W) of its preprocessor; those too small are padded behind their sides."""
+        sides = images.shape[2:]
+        divisor = 1 if self.pixels else self.info['pad_size_divisor']
+        least = self.info['smallest_side']
+        target = self.size or [-(-max(side, least) // divisor) * divisor for side in sides]
+        value = sum(self.info['mean']) / 3 if self.pixels else 0.0
+        images = F.pad(images, (0, target[1] - sides[1], 0, target[0] - sides[0]), value=value).cpu()
+        if self.pixels:
+            images = images.round().to(torch.uint8)
+        batches = images.split(1 if self._one_by_one else len(images))
+        outs = [self._session.run(None, {'image': batch.numpy()}) for batch in batches]
+        return [torch.cat([torch.from_numpy(part) for part in parts]) for parts in zip(*outs, strict=True)]
+
+
+class ResizeInside(Resize):
+    """mmcv's `Resize` to the largest size of the same ratio within (height, width)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__(scale=size[::-1])
+        self.size = size
+
+    def transform(self, results: dict) -> dict:
+        """Resize `img`, and tell its new size and scale."""
+        sides = results['img'].shape[:2]
+        ratio = min(most / side for most, side in zip(self.size, sides, strict=True))
+        height, width = (max(1, min(most, round(side * ratio))) for most, side in zip(self.size, sides, strict=True))
+        results['scale'] = width, height
+        self._resize_img(results)
+        return results
+
+
+class Detector(BaseModel):
+    """An exported detector with the interface of mmdet's.
+
+    A file that does not pad by itself takes padding for a part of the image, and may place boxes in it before they are
+    clipped here; one exported with `--preprocessing` detects what mmdet does.
+
+    Args:
+        session: The file.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.preprocessor('DetDataPreprocessor'))
+        self.session = session
+
+    def forward(self, inputs: Tensor, data_samples: list[Any], mode: str = 'predict') -> list[Any]:
+        """Detect objects in images (B, 3, H, W): `data_samples` with `pred_instances`, in pixels of the files."""
+        for sample, boxes, scores, labels, *masks in zip(data_samples, *self.session(inputs), strict=True):
+            width, height = sample.img_shape[1], sample.img_shape[0]
+            boxes = boxes.minimum(boxes.new_tensor([width, height, width, height]))
+            # The file fills up with the score -1; what lies in the padding has no area.
+            found = (scores >= 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+            boxes = boxes[found] / boxes.new_tensor(sample.scale_factor).repeat(2)
+            sample.pred_instances = InstanceData(bboxes=boxes, scores=scores[found], labels=labels[found])
+            if masks:
+                sample.pred_instances.masks = self._paste(masks[0][found], boxes, *sample.ori_shape)
+        return data_samples
+
+    def _paste(self, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+        """Return masks (N, H, W), bool, from probabilities (N, M, M) inside boxes."""
+        from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+        pasted = torch.zeros(len(masks), height, width, dtype=torch.bool)
+        for whole, mask, box in zip(pasted, masks, boxes, strict=True):
+            values, place = _do_paste_mask(mask[None, None], box[None], height, width)
+            whole[place] = values[0] >= self.session.info['mask_threshold']
+        return pasted
+
+
+def _make_segmenter(session: Session) -> BaseModel:
+    from mmseg.models import EncoderDecoder
+
+    class Segmenter(EncoderDecoder):
+        """An exported segmenter: mmseg's way to whole images and windows around another network."""
+
+        def __init__(self) -> None:
+            BaseModel.__init__(self, session.preprocessor('SegDataPreProcessor'))
+            self.test_cfg, self.align_corners = ConfigDict(mode='whole'), False
+            self.out_channels = len(session.info['classes'])
+
+        def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+            (out,) = session(inputs)
+            out = out[..., : inputs.shape[2], : inputs.shape[3]]
+            return out if out.ndim == 4 else F.one_hot(out, self.out_channels).movedim(-1, 1).float()
+
+    return Segmenter()
+
+
+def _parse(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

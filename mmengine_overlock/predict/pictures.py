@@ -1,0 +1,113 @@
+"""Find and read images and videos."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from mmengine_overlock.data.files import read_image
+from overlock.utils.errors import UserError
+
+_IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+_VIDEOS = ('.avi', '.mkv', '.mov', '.mp4', '.webm')
+# Headers of some containers estimate the number of frames; a video with fewer than this share of them is cut off.
+_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image to predict.
+
+    Attributes:
+        source: The file of the image or of its video.
+        pixels: (H, W, 3), uint8, in the order blue, green, red; upright, as the file's EXIF says.
+        frame: Number of the frame in a video, from 0; None for an image.
+    """
+
+    source: Path
+    pixels: np.ndarray
+    frame: int | None = None
+
+
+@dataclass
+class Pictures:
+    """The images below files, folders, patterns, and in videos, read one after another.
+
+    A folder stands for the images and videos in it, sorted, without those in its folders.
+
+    Attributes:
+        inputs: What was asked for.
+        unreadable: The files that could not be decoded and why, filled while the images are read.
+
+    Raises:
+        UserError: An input does not exist, or there is nothing to predict.
+    """
+
+    inputs: Sequence[str | Path]
+    unreadable: dict[Path, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.files = [*dict.fromkeys(file for name in self.inputs for file in _files(str(name)))]
+
+    def __len__(self) -> int:
+        """Return the number of images and frames, as far as the headers tell."""
+        return sum(_count_frames(file) if _is_video(file) else 1 for file in self.files)
+
+    def __iter__(self) -> Iterator[Picture]:
+        for file in self.files:
+            yield from self._video(file) if _is_video(file) else self._image(file)
+
+    def _image(self, file: Path) -> Iterator[Picture]:
+        # OpenCV fills what lacks of a broken file with gray.
+        if problem := read_image(file).problem:
+            self.unreadable[file] = problem
+            return
+        try:
+            # Unlike cv2.imread, this takes a name of any letters. As mmcv's reader, it turns images as their EXIF says.
+            pixels = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)
+        except cv2.error as error:
+            self.unreadable[file] = f'cannot be decoded ({error.err})'
+            return
+        if pixels is None:
+            self.unreadable[file] = 'cannot be decoded'
+        else:
+            yield Picture(file, pixels)
+
+    def _video(self, file: Path) -> Iterator[Picture]:
+        expected, number = _count_frames(file), 0
+        video = cv2.VideoCapture(str(file))
+        while (read := video.read())[0]:
+            yield Picture(file, read[1], number)
+            number += 1
+        video.release()
+        if number < max(1, _SHARE * expected):
+            self.unreadable[file] = f'ends after {number} of {expected} frames' if number else 'is no video'
+
+
+def _is_video(file: Path) -> bool:
+    return file.suffix.lower() in _VIDEOS
+
+
+def _count_frames(file: Path) -> int:
+    return max(0, int(cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT)))
+
+
+def _files(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    found = (
+        sorted(path.iterdir())
+        if path.is_dir()
+        else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+    )
+    found = [file for file in found if file.suffix.lower() in _IMAGES + _VIDEOS and file.is_file()]
+    if not found:
+        kinds = ', '.join(_IMAGES + _VIDEOS)
+        raise UserError(f'{name} is no image, video, or folder or pattern of them; expected files that end in {kinds}.')
+    return found
