@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from mmengine.dist import broadcast
 from mmengine.hooks import EarlyStoppingHook, Hook
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmengine_overlock.data.classes import compare_classes
+from mmengine_overlock.data.findings import REFUSED, group
 from overlock.checkpoint.fitting import compare_weights
+from overlock.utils.errors import CheckpointError
 
 
 class BroadcastBuffersHook(Hook):
@@ -43,7 +50,8 @@ class WholeModelHook(Hook):
         """Compare the checkpoint with the model.
 
         Raises:
-            CheckpointError: If tensors are missing, unexpected, or of another shape.
+            CheckpointError: If tensors are missing, unexpected, or of another shape, or if the checkpoint gives
+                another label to a class of the data set.
         """
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
@@ -53,6 +61,22 @@ class WholeModelHook(Hook):
         compare_weights(model, state_dict, str(runner._load_from)).require(
             'give the configuration that it was trained with'
         )
+        meta = checkpoint.get('meta') or {}
+        # mmdet 2 and mmseg 0 wrote CLASSES.
+        trained = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
+        classes = (getattr(runner.visualizer, 'dataset_meta', None) or {}).get('classes')
+        if trained and classes:
+            _compare_classes(classes, trained, str(runner._load_from))
+
+
+def _compare_classes(classes: Sequence[str], trained: Sequence[str], checkpoint: str) -> None:
+    found: dict[str, list[str]] = defaultdict(list)
+    compare_classes(classes, trained, found)
+    for finding in group(found):
+        message = f'{checkpoint} was trained on other classes than those of the data set: {finding}.'
+        if finding.outcome == REFUSED:
+            raise CheckpointError(f'{message} Name them in `metainfo` in the order of training.')
+        print_log(message, 'current', logging.WARNING)
 
 
 @HOOKS.register_module()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from mmengine_overlock.config import as_list, enable_auto_scale_lr, nodes
+from mmengine_overlock.data.classes import HEADS, class_heads
 from mmengine_overlock.data.find_coco import find_coco
 from mmengine_overlock.data.find_masks import find_masks
 from mmengine_overlock.data.folders import SPLITS, DataFolder, listed
@@ -19,8 +19,6 @@ from overlock.utils.distributed import local_rank
 from overlock.utils.errors import UserError
 
 _LAYOUTS = {'coco': ('mmdet', 'CocoMetric', 'detectors'), 'masks': ('mmseg', 'IoUMetric', 'segmenters')}
-# With an output for each class; others, as RPN's, have outputs of their own.
-_HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head')
 # One of the learning rate takes no more than a tenth of the training; a longer one could fill all of a short training.
 _WARM_UP = 10
 
@@ -61,9 +59,9 @@ def use_own_data(cfg: Config, folder: DataFolder, options: dict[str, Any] | None
             f"--{folder.layout} is for {subject}, with default_scope = '{scope}', and {cfg.filename} has "
             f'{cfg.get("default_scope")!r}; take another configuration, `overlock configs` lists those of each task.'
         )
-    heads = list(_heads(cfg.model))
+    heads = [head for _, head in class_heads(cfg.model)]
     if not heads:
-        raise UserError(f'The model {cfg.model.type} has none of the heads {", ".join(_HEADS)}, whose classes are set.')
+        raise UserError(f'The model {cfg.model.type} has none of the heads {", ".join(HEADS)}, whose classes are set.')
     for head in heads:
         head['num_classes'] = len(folder.classes)
         # One output can tell two classes apart; else it is as many as classes.
@@ -135,17 +133,6 @@ def _shorten_warm_up(schedulers: list[dict], iterations: int) -> None:
             other.update({'begin': longest} if other.get('begin') == end else {})
         scheduler['end'] = longest
         _tell(f'Warm-up of {longest - 1} iterations instead of {end - 1}, as the training has {iterations}.')
-
-
-def _heads(value: Any, name: str = 'model') -> Iterator[dict]:
-    if isinstance(value, dict):
-        # The auxiliary heads of STDC learn edges.
-        if name in _HEADS and 'type' in value and value['type'] != 'STDCHead':
-            yield value
-        for key, item in value.items():
-            yield from _heads(item, key)
-    for item in value if isinstance(value, (list, tuple)) else ():
-        yield from _heads(item, name)
 
 
 def _leave_masks_out(cfg: Config) -> None:

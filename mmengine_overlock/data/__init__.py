@@ -7,19 +7,23 @@ so is remote storage.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.logging import print_log
 
 from mmengine_overlock.config import nodes
+from mmengine_overlock.data.cache import Outcome
+from mmengine_overlock.data.classes import read_classes
 from mmengine_overlock.data.findings import REFUSED, REPAIRED, Finding, write_list
-from mmengine_overlock.data.layouts import check_dataset, is_local
+from mmengine_overlock.data.layouts import check_dataset, dataset_class, is_local
 from mmengine_overlock.launch import is_first
 from overlock.utils.distributed import local_rank
 from overlock.utils.errors import UserError
 
 LISTING = 'data_check.txt'
+SPLITS = ('train', 'val', 'test')
 
 
 def check_data(cfg: Config, *splits: str) -> dict[str, list[Finding]]:
@@ -39,11 +43,8 @@ def check_data(cfg: Config, *splits: str) -> dict[str, list[Finding]]:
         UserError: Data cannot be used; the message says what of all splits, and what was expected.
     """
     work_dir = Path(cfg.get('work_dir') or '.')
-    findings: dict[str, list[Finding]] = {}
-    for split in splits:
-        evaluators = list(nodes(cfg.get(f'{split}_evaluator')))
-        datasets = [dataset for dataset in nodes(cfg.get(f'{split}_dataloader')) if is_local(dataset)]
-        findings[split] = [finding for dataset in datasets for finding in check_dataset(cfg, dataset, evaluators)]
+    outcomes = examine(cfg, *splits)
+    findings = {split: outcome.findings for split, outcome in outcomes.items()}
     listed = {split: records for split, records in findings.items() if any(record.items for record in records)}
     problems = [_sentence(split, records, work_dir / LISTING) for split, records in findings.items()]
     # Machines may share the folder: the others write what ends the run alone.
@@ -58,12 +59,37 @@ def check_data(cfg: Config, *splits: str) -> dict[str, list[Finding]]:
                     f'The annotation file {path} of {split}_evaluator does not exist; give the folder of '
                     'the data with --data-root DIR.'
                 )
-    for split, records in findings.items():
-        text = '; '.join(f'{record.message} ({record.count})' for record in records)
-        if text and local_rank() == 0:
-            level = logging.WARNING if any(record.outcome == REPAIRED for record in records) else logging.INFO
+    for split, outcome in outcomes.items() if local_rank() == 0 else ():
+        if outcome.statistics.images:
+            print_log(f'The {split} data set: {outcome.statistics}.', 'current')
+        if outcome.findings:
+            level = logging.WARNING if any(record.outcome == REPAIRED for record in outcome.findings) else logging.INFO
+            text = '; '.join(record.brief() for record in outcome.findings)
             print_log(f'The {split} data set: {text}. {work_dir / LISTING} lists them.', 'current', level)
     return findings
+
+
+def examine(cfg: Config, *splits: str) -> dict[str, Outcome]:
+    """Check the data sets of a configuration, and change it to what repairs them.
+
+    Args:
+        cfg: The configuration, changed in place.
+        splits: Which of 'train', 'val' and 'test'.
+
+    Returns:
+        What was found, by split, of all its data sets together.
+    """
+    parts = {split: [node for node in nodes(cfg.get(f'{split}_dataloader')) if is_local(node)] for split in SPLITS}
+    trained = [read_classes(dataset, dataset_class(cfg, dataset), defaultdict(list)) for dataset in parts['train']]
+    outcomes = {}
+    for split in splits:
+        outcome = outcomes[split] = Outcome()
+        for dataset in parts[split]:
+            evaluators = list(nodes(cfg.get(f'{split}_evaluator')))
+            checked = check_dataset(cfg, dataset, evaluators, trained[0] if trained else None)
+            outcome.findings += checked.findings
+            outcome.statistics += checked.statistics
+    return outcomes
 
 
 def _sentence(split: str, records: list[Finding], listing: Path) -> str:

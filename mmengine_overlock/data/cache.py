@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from mmengine_overlock.data.files import scan
 from mmengine_overlock.data.findings import Finding
+from mmengine_overlock.data.statistics import Statistics
 from overlock.utils.files import whole_file
 
 
@@ -26,11 +27,13 @@ class Outcome:
         findings: What was found.
         ann_file: Repaired copy of the annotation file, or ''.
         ignore_orientation: Whether the run has to load images without EXIF's rotation.
+        statistics: What the data set has, as far as it could be read.
     """
 
     findings: list[Finding] = field(default_factory=list)
     ann_file: str = ''
     ignore_orientation: bool = False
+    statistics: Statistics = field(default_factory=Statistics)
 
 
 Files = dict[str, tuple[int, int]]
@@ -62,7 +65,8 @@ def remember(
             known = {}
         if known.get('stamp') == stamp and (not known['ann_file'] or Path(known['ann_file']).is_file()):
             findings = [Finding(**finding) for finding in known['findings']]
-            return Outcome(findings, known['ann_file'], known['ignore_orientation'])
+            statistics = Statistics(**known['statistics'])
+            return Outcome(findings, known['ann_file'], known['ignore_orientation'], statistics)
         outcome = check(files, path.with_suffix('.annotations.json'))
         with whole_file(path) as file:
             file.write(json.dumps({'stamp': stamp, **asdict(outcome)}).encode())

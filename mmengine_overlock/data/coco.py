@@ -7,10 +7,13 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine_overlock.data.classes import find_misspelt, set_classes
 from mmengine_overlock.data.files import check_files, read_image, read_images
-from mmengine_overlock.data.findings import LayoutError
+from mmengine_overlock.data.findings import SHOWN, LayoutError
+from mmengine_overlock.data.folders import listed
 from mmengine_overlock.data.masks import are_finite, check_mask
 from mmengine_overlock.data.sizes import compare_sizes
+from mmengine_overlock.data.statistics import Statistics, count_boxes
 from overlock.utils.files import whole_file
 
 # Annotations with one of these are left out: the first by the repaired copy, the others by mmdet itself.
@@ -42,8 +45,8 @@ def read_coco(ann_file: Path, classes: Sequence[str] | None, labeled: bool) -> d
     # mmdet drops the categories that it does not know, even if none is left.
     names = [category.get('name') for category in content['categories']]
     if classes and not set(classes).intersection(map(str, names)):
-        theirs, ours = (', '.join(map(str, some[:3])) + ', ...' * (len(some) > 3) for some in (names, classes))
-        remedy = 'set `metainfo = dict(classes=(...))` in the data set to the names in the file'
+        theirs, ours = (listed(some, most=SHOWN) for some in (names, classes))
+        remedy = set_classes([*map(str, names)])
         raise LayoutError(f'no category of {ann_file} ({theirs}) is one of its classes ({ours}): {remedy}')
     return content
 
@@ -69,7 +72,7 @@ def check_coco(
     masks: bool,
     rotate: bool,
     found: dict[str, list[str]],
-) -> bool:
+) -> tuple[bool, Statistics]:
     """Check annotations and their images.
 
     Args:
@@ -82,7 +85,7 @@ def check_coco(
         found: Items by kind (see `findings.KINDS`); gets more.
 
     Returns:
-        Whether the run has to load the images without EXIF's rotation.
+        Whether the run has to load the images without EXIF's rotation, and what the run finds in the data set.
     """
     check_categories(content, classes, found)
     check_images(content, names, found)
@@ -97,9 +100,8 @@ def check_coco(
             image['width'], image['height'] = file.loaded_size(rotate)
         sizes[name] = (image['width'], image['height'])
     ignore = compare_sizes(files, sizes, rotate, found)
-    if content.get('annotations'):
-        check_annotations(content, classes, masks, found)
-    return ignore
+    used = check_annotations(content, classes, masks, found) if content.get('annotations') else []
+    return ignore, count_boxes(content, used, classes)
 
 
 def check_categories(content: dict[str, Any], classes: Sequence[str], found: dict[str, list[str]]) -> None:
@@ -121,9 +123,10 @@ def check_categories(content: dict[str, Any], classes: Sequence[str], found: dic
         return
     theirs, ours = [name for name in by_name if name in classes], [name for name in classes if name in by_name]
     found['order'] += [f'{name} for {right}' for name, right in zip(theirs, ours, strict=True) if name != right]
-    found['unknown'] += [str(name) for name in by_name if name not in classes]
+    found['unknown'] += [name for name in by_name if name not in classes]
     absent = [name for name in classes if name not in by_name]
     found['absent'] += absent
+    found['misspelt'] += find_misspelt(absent, found['unknown'])
     by_name |= {name: dict(id=max(ids) + place, name=name) for place, name in enumerate(absent, 1)}
     content['categories'] = [by_name.pop(name) for name in classes] + list(by_name.values())
 
@@ -131,9 +134,15 @@ def check_categories(content: dict[str, Any], classes: Sequence[str], found: dic
 def check_evaluator(path: Path, content: dict[str, Any], classes: Sequence[str], found: dict[str, list[str]]) -> None:
     """Compare the annotation file of an evaluator with another one, checked, of the data set that it evaluates."""
     other = read_coco(path, classes, labeled=True)
-    lost = {image['id'] for image in content['images']} - {image.get('id') for image in other['images']}
+    theirs = {_key(image.get('id')): str(image.get('file_name')) for image in other['images']}
+    ours = {image['id']: image['file_name'] for image in content['images']}
+    lost = ours.keys() - theirs.keys()
     if lost:
-        found['evaluator'].append(f'{path} lacks {len(lost)} of {len(content["images"])} images')
+        found['evaluator'].append(f'{path} lacks {len(lost)} of {len(ours)} images')
+    pairs = [(name, theirs[number]) for number, name in ours.items() if number in theirs]
+    others = [f'{other} for {name}' for name, other in pairs if _file_name(name) != _file_name(other)]
+    if others:
+        found['evaluator'].append(f'{path} has other images under {len(others)} of {len(ours)} ids, first {others[0]}')
     names = [category.get('name') for category in other['categories']]
     if [name for name in names if name in classes] != list(classes):
         found['evaluator'].append(f'{path} has not the categories that are classes in their order')
@@ -164,11 +173,15 @@ def check_images(content: dict[str, Any], names: Collection[str], found: dict[st
 
 def check_annotations(
     content: dict[str, Any], classes: Sequence[str], masks: bool, found: dict[str, list[str]]
-) -> None:
-    """Repair the annotations of an otherwise whole file, and remove those that mmdet cannot read."""
+) -> list[dict[str, Any]]:
+    """Repair the annotations of an otherwise whole file, and remove those that mmdet cannot read.
+
+    Returns:
+        The annotations of classes that mmdet does not leave out.
+    """
     images = {image['id']: image for image in content['images']}
     categories = {category.get('id'): category.get('name') for category in content['categories']}
-    kept, ids, labeled, seen = [], set(), set(), set()
+    kept, used, ids, seen = [], [], set(), set()
     for annotation in content['annotations']:
         if not isinstance(annotation, dict):
             found['malformed'].append(str(annotation))
@@ -185,22 +198,29 @@ def check_annotations(
             found[flaw].append(f'{place} (annotation {number})')
         if not flaws & REMOVED:
             kept.append(annotation)
-        if not flaws & UNUSED and image:
-            labeled.add(image['id'])
+        if not flaws & UNUSED and category in classes:
+            used.append(annotation)
             seen.add(category)
     # Boxes that reach out of their image are also what other conventions look like.
     if len(found['corners']) > len(content['annotations']) / 2:
         found.pop('over', None)
     else:
         found.pop('corners', None)
-    if not seen.intersection(classes):
+    if not seen:
         found['unusable'].append(f'{len(content["annotations"])} annotations')
     if found['numbering']:
         for place, annotation in enumerate(kept, 1):
             annotation['id'] = place
+    labeled = {annotation['image_id'] for annotation in used}
     found['unlabeled'] += [image['file_name'] for number, image in images.items() if number not in labeled]
-    found['unseen'] += [name for name in classes if name not in seen]
+    found['unseen'] += [name for name in classes if name not in seen and name not in found['absent']]
     content['annotations'] = kept
+    return used
+
+
+def _file_name(path: str) -> str:
+    """Return the last part of a path, as written on any system."""
+    return path.replace('\\', '/').rpartition('/')[2].lower()
 
 
 def _key(value: Any) -> int | float | str | None:

@@ -41,6 +41,7 @@ class ImageFile(NamedTuple):
         orientation: By EXIF, 1 (upright) to 8; from 5 on, width and height change places.
         mode: Pillow's, which gives channels and bits.
         values: Of a label map: the values that occur, in ascending order.
+        counts: How many pixels have each of them.
         problem: Why the file cannot be decoded, or ''.
     """
 
@@ -48,6 +49,7 @@ class ImageFile(NamedTuple):
     orientation: int = 1
     mode: str = ''
     values: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
     problem: str = ''
 
     def loaded_size(self, rotate: bool) -> tuple[int, int]:
@@ -94,8 +96,8 @@ def read_image(path: str | Path, pixels: bool = False, values: bool = False) -> 
                 orientation = orientation if orientation in range(1, 9) else 1
                 if pixels or values or not _is_ended(file, image.format):
                     image.load()
-                found = _values(image) if values and len(image.getbands()) == 1 else ()
-                return ImageFile(image.size, orientation, image.mode, found)
+                found = _values(image) if values and len(image.getbands()) == 1 else {}
+                return ImageFile(image.size, orientation, image.mode, tuple(found), tuple(found.values()))
     except FileNotFoundError:
         return ImageFile(problem=MISSING)
     except UnidentifiedImageError:
@@ -122,10 +124,12 @@ def _is_ended(file: BinaryIO, kind: str) -> bool:
     return ended
 
 
-def _values(image: Image.Image) -> tuple[int, ...]:
+def _values(image: Image.Image) -> dict[int, int]:
+    """Return how many pixels have each value."""
     if image.mode in ('L', 'P'):
-        return tuple(value for value, count in enumerate(image.histogram()) if count)
-    return tuple(int(value) for value in np.unique(np.asarray(image)))
+        return {value: count for value, count in enumerate(image.histogram()) if count}
+    values, counts = np.unique(np.asarray(image), return_counts=True)
+    return dict(zip(values.astype(int).tolist(), counts.tolist(), strict=True))
 
 
 def read_images(folder: Path, names: Sequence[str]) -> dict[str, ImageFile]:

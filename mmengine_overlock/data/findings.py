@@ -28,10 +28,18 @@ KINDS = {
     'unread': (TOLD, 'files left unread to save time'),
     # Classes
     'heads': (REFUSED, 'heads with another number of classes than the data set'),
+    'metainfo': (REFUSED, 'metainfo that does not fit the data'),
+    'labels': (REFUSED, 'classes with another label than in training'),
     'classes': (REFUSED, 'classes or categories that cannot be told apart'),
+    'misspelt': (
+        REFUSED,
+        'classes that the file does not have, beside a category of a similar name that is no class (correct the one '
+        'or the other; where both are meant, add the class to the categories of the file)',
+    ),
     'order': (REPAIRED, 'categories in another order than the classes, put into theirs'),
     'absent': (REPAIRED, 'classes without a category in the file, added without annotations'),
     'unknown': (TOLD, 'categories that are no class, left out by mmdet'),
+    'renamed': (TOLD, 'classes of another name than in training'),
     # Images and annotations in COCO's format
     'entry': (REFUSED, 'images without an id or a file name'),
     'ids': (REFUSED, 'ids of more than one image, or files with more than one id'),
@@ -52,7 +60,7 @@ KINDS = {
     'over': (TOLD, 'boxes that reach out of their image, clipped by the transforms'),
     'corners': (REFUSED, 'boxes that look like [x1, y1, x2, y2] instead of [x, y, width, height]'),
     'unusable': (REFUSED, 'files without one annotation that can be used'),
-    'unlabeled': (TOLD, 'images without annotations'),
+    'unlabeled': (TOLD, 'images without annotations of a class'),
     'unseen': (TOLD, 'classes without annotations'),
     'evaluator': (REFUSED, 'annotation files of evaluators that do not fit the data set'),
     # Label maps
@@ -62,6 +70,8 @@ KINDS = {
     'suffix': (TOLD, 'files whose suffix differs from the expected one in case, left out by mmseg'),
     'orphan': (TOLD, 'label maps without an image'),
 }
+# Their items are names of classes.
+NAMING = {'order', 'absent', 'unknown', 'renamed', 'unseen'}
 SHOWN = 10
 
 
@@ -88,6 +98,10 @@ class Finding:
     def skipped(self) -> Finding:
         """Return this for a run with `ignore_empty`, which passes over missing images, not over broken ones."""
         return Finding('skipped', *KINDS['skipped'], self.items) if self.kind == 'missing' else self
+
+    def brief(self) -> str:
+        """Return the message with names of classes, or with a number of files or annotations."""
+        return str(self) if self.kind in NAMING else f'{self.message} ({self.count})'
 
     def __str__(self) -> str:
         shown = ', '.join(self.items[:SHOWN]) + ', ...' * (len(self.items) > SHOWN)

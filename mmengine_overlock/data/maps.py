@@ -8,6 +8,7 @@ from pathlib import Path
 from mmengine_overlock.data.files import check_files, read_images, read_maps
 from mmengine_overlock.data.findings import LayoutError
 from mmengine_overlock.data.sizes import compare_sizes
+from mmengine_overlock.data.statistics import Statistics, count_pixels
 
 
 def pair_maps(
@@ -57,7 +58,7 @@ def check_maps(
     ignored: Collection[int],
     rotate: bool,
     found: dict[str, list[str]],
-) -> bool:
+) -> tuple[bool, Statistics]:
     """Check images and label maps.
 
     Args:
@@ -69,7 +70,7 @@ def check_maps(
         found: Items by kind (see `findings.KINDS`); gets more.
 
     Returns:
-        Whether the run has to load the images without EXIF's rotation.
+        Whether the run has to load the images without EXIF's rotation, and what the label maps hold.
     """
     images, maps = read_images(folders[0], list(pairs)), read_maps(folders[1], list(pairs.values()))
     check_files(images, len(pairs), found)
@@ -89,4 +90,4 @@ def check_maps(
         seen.update(file.values)
     found['unseen'] += [name for value, name in classes.items() if value not in seen]
     sizes = {image: maps[name].size for image, name in pairs.items() if name in maps and not maps[name].problem}
-    return compare_sizes(images, sizes, rotate, found)
+    return compare_sizes(images, sizes, rotate, found), count_pixels(maps, images.values(), classes)

@@ -165,6 +165,38 @@ CASES = {
         'absent',
         lambda d: (d.categories.pop(0), d.boxes.pop(0), d.images.pop(0)),
     ),
+    'class that is misspelt': (
+        'refused',
+        'misspelt',
+        lambda d: d.dataset.metainfo.update(classes=('cat', 'dgo', 'bird')),
+    ),
+    'class in other letters': (
+        'refused',
+        'misspelt',
+        lambda d: d.dataset.metainfo.update(classes=('CAT', 'dog', 'bird')),
+    ),
+    'class that the file lacks, beside a category of another name': (
+        'repaired',
+        'absent',
+        lambda d: d.categories[0].update(name='horse'),
+    ),
+    'no metainfo, with a category beyond those of mmdet': (
+        'refused',
+        'metainfo',
+        lambda d: (d.dataset.pop('metainfo'), d.categories[0].update(name='fox')),
+    ),
+    'no metainfo, with heads of another size': ('refused', 'heads', lambda d: d.dataset.pop('metainfo')),
+    'classes beside metainfo': ('refused', 'metainfo', lambda d: d.dataset.update(classes=CLASSES)),
+    'classes in capitals in metainfo': (
+        'refused',
+        'metainfo',
+        lambda d: d.dataset.update(metainfo=dict(CLASSES=CLASSES)),
+    ),
+    'palette of another length': (
+        'refused',
+        'metainfo',
+        lambda d: d.dataset.metainfo.update(palette=[(255, 0, 0), (0, 255, 0)]),
+    ),
     'category that is no class': ('told', 'unknown', lambda d: d.categories.insert(0, dict(id=7, name='fish'))),
     'no category that is a class': (
         'refused',
@@ -175,7 +207,7 @@ CASES = {
     'two categories of one id': ('refused', 'classes', lambda d: d.categories[2].update(id=1)),
     'category without an id': ('refused', 'classes', lambda d: d.categories[2].pop('id')),
     'class named twice': ('refused', 'classes', lambda d: d.dataset.metainfo.update(classes=(*CLASSES, 'cat'))),
-    'classes as one string': ('refused', 'classes', lambda d: d.dataset.metainfo.update(classes='cat')),
+    'classes as one string': ('refused', 'metainfo', lambda d: d.dataset.metainfo.update(classes='cat')),
     'heads with another number of classes': (
         'refused',
         'heads',
@@ -247,6 +279,11 @@ CASES = {
         'refused',
         'evaluator',
         lambda d: d.write_other(images=[dict(image, id=image['id'] + 5) for image in d.images]),
+    ),
+    'evaluator with the file of other images under the same ids': (
+        'refused',
+        'evaluator',
+        lambda d: d.write_other(images=[dict(image, file_name=f'0{image["id"]}.jpg') for image in d.images]),
     ),
     'evaluator with categories in another order': (
         'refused',

@@ -127,12 +127,23 @@ CASES = {
         'heads',
         lambda d: d.cfg.model.auxiliary_head.update(num_classes=150),
     ),
+    'no classes': ('refused', 'metainfo', lambda d: d.dataset.pop('metainfo')),
+    'classes of the data set, with heads of another size': (
+        'refused',
+        'heads',
+        lambda d: (d.dataset.pop('metainfo'), d.dataset.update(type='ADE20KDataset')),
+    ),
+    'palette of another length': (
+        'refused',
+        'metainfo',
+        lambda d: d.dataset.metainfo.update(palette=[(255, 0, 0)] * 4),
+    ),
     'class named twice': ('refused', 'classes', lambda d: d.dataset.metainfo.update(classes=('cat', 'dog', 'cat'))),
-    'classes as one string': ('refused', 'classes', lambda d: d.dataset.metainfo.update(classes='cat')),
+    'classes as one string': ('refused', 'metainfo', lambda d: d.dataset.metainfo.update(classes='cat')),
     "classes that are some of the data set's own": ('used', None, two_classes),
     "class that is not the data set's": (
         'refused',
-        'classes',
+        'metainfo',
         lambda d: (two_classes(d), d.dataset.metainfo.update(classes=('sky', 'cat'))),
     ),
 }
