@@ -21,6 +21,7 @@ COMMANDS = {
     'test': 'evaluate a trained detector or segmenter',
     'predict': 'predict images, folders and videos',
     'export': 'export to ONNX, torch.export or OpenVINO, compared with PyTorch',
+    'data': 'report what a data set has and what is wrong with it',
     'convert': 'convert a weight file',
     'reparameterize': 'fold a trained detector or segmenter for deployment',
     'complexity': 'count parameters and multiply-adds',

@@ -48,7 +48,7 @@ def test_each_tool_is_the_twin_of_a_command():
         names = [node.args[0].value for node in calls if getattr(node.func, 'id', '') == 'run_command']
         commands[path.stem] = names
     assert {name for name, found in commands.items() if not found} == OTHER_TOOLS
-    assert sorted(sum(commands.values(), [])) == sorted({*COMMANDS} - {'configs', 'doctor'})
+    assert sorted(sum(commands.values(), [])) == sorted({*COMMANDS} - {'configs', 'data', 'doctor'})
 
 
 def test_lists_every_configuration_with_its_results():
