@@ -1,17 +1,37 @@
-"""Export networks to formats that run without this project, and check each file before it takes its name."""
+"""Export networks to formats that run without this project, and check each file before it takes its name.
+
+A file has one input, `image` (B, 3, H, W), RGB: float32, normalized and padded at the right and the bottom, or with
+`preprocessing` uint8 pixels. Its outputs:
+
+- classifiers: `logits` (B, classes)
+- backbones: `stride4`, `stride8`, `stride16`, `stride32`
+- segmenters: `logits` (B, classes, H, W), float32, or `labels` (B, H, W), int64
+- detectors: `boxes` (B, N, 4), float32, x1, y1, x2, y2 in pixels of the input; `scores` (B, N), sorted, -1 where there
+  are fewer than N objects; `labels` (B, N), int64, from 0; with a mask head `masks` (B, N, M, M), probabilities inside
+  each box
+
+Its metadata, strings or JSON: `task` ('classifier', 'backbone', 'segmenter', 'detector'), `outputs`, `input` (what it
+takes, in words), `mean` and `std` of R, G, B, `pad_size_divisor`; of a model with a configuration also `pipeline` (the
+transforms between reading and packing an image), `smallest_side` (in pixels), `classes`, `palette`; of a detector with
+masks `mask_threshold`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from mmengine_overlock.export.checks import Limits, compare, open_onnx, open_openvino, open_program, require
+from mmengine_overlock.export.checks import Limits, Run, compare, open_onnx, open_openvino, open_program, require
 from mmengine_overlock.export.graph import metadata, to_openvino, trace, write_onnx
+from mmengine_overlock.export.modules import in_half
+from mmengine_overlock.export.scores import score, test_config
 from mmengine_overlock.export.subjects import Subject, make_subject
 from overlock.utils.errors import UserError
 from overlock.utils.files import check_writable, drafted
@@ -23,6 +43,8 @@ FORMATS = {
     'openvino': ('.xml', ('onnx', 'onnxscript', 'onnxruntime', 'openvino')),
     'tensorrt': ('.engine', ('tensorrt',)),
 }
+# Of the images that an int8 file is calibrated on, at most.
+_CALIBRATED = 32
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
 
@@ -35,6 +57,7 @@ def export(
     part: str = 'all',
     size: str = 'dynamic',
     images: str | Path | None = None,
+    data_root: str | Path | None = None,
     preprocessing: bool = False,
     label_map: bool = False,
     fp16: bool = False,
@@ -54,10 +77,12 @@ def export(
         part: 'all' or 'backbone'.
         size: 'dynamic' for every batch, height and width, or 'HxW' for one image of this size.
         images: An image file, or a folder of which the first four are compared; none for random pixels alone.
+        data_root: Folder of the configuration's data; the file and PyTorch are scored on its test set.
         preprocessing: Whether the file takes RGB pixels (uint8), and normalizes and pads them.
         label_map: Whether a segmenter gives the label of each pixel instead of logits.
-        fp16: Whether weights are stored in float16, for ONNX and OpenVINO.
-        int8: A folder of images to calibrate on; convolutions then compute in int8. For ONNX.
+        fp16: Whether backbone, neck and a segmenter's head compute in float16, and all weights are stored in it; for
+            ONNX and OpenVINO. Inputs and outputs stay float32.
+        int8: A folder of images, of which 32 calibrate; convolutions then compute in int8. For ONNX.
         cfg_options: Settings by dotted name, over those of the configuration.
 
     Returns:
@@ -74,57 +99,68 @@ def export(
     )
     if fixed and min(fixed) < subject.least:
         raise UserError(f'--size must be at least {subject.least}x{subject.least} for this model, got {size}')
-    program = trace(subject, fixed)
-    inputs = _inputs(subject, fixed, images)
+    test = test_config(subject, data_root, fixed) if data_root else None
+    program = trace(replace(subject, module=in_half(subject.module)) if fp16 else subject, fixed)
+    # An int8 file is compared on the images of the folder that come last, beside those that it is calibrated on.
+    paths = _image_files(images)[:4] if images else _image_files(int8)[-4:]
+    inputs = _inputs(subject, fixed, paths)
     with drafted(*_files(out, format)) as drafts:
         if format == 'exported-program':
             torch.export.save(program, drafts[0], extra_files={'info.json': json.dumps(metadata(subject))})
-            report = compare(open_program(drafts[0]), 'torch.export', subject, inputs)
         else:
             onnx = drafts[0].with_suffix('.onnx')
             nodes = write_onnx(program, subject, onnx)
             if fp16 or int8:
-                _narrow(onnx, subject, int8)
+                _narrow(onnx, subject, int8, fixed)
             if format == 'openvino':
                 to_openvino(onnx, drafts[0])
-                report = compare(open_openvino(drafts[0]), 'OpenVINO', subject, inputs)
-            else:
-                report = compare(open_onnx(onnx), 'onnxruntime', subject, inputs)
+        runtime, run = _open(format, drafts[0])
+        report = compare(run, runtime, subject, inputs)
         if not int8:
             require(report, subject, Limits(5e-2, 0.9) if fp16 else Limits(), out)
+        scores = f'\n{score(run, runtime, subject, test)}' if test else ''
         note = f'{sum(draft.stat().st_size for draft in drafts) / 2**20:.1f} MiB'
     if format != 'exported-program':
         note += f', {nodes} nodes'
     weights = checkpoint or 'random weights: no checkpoint was given'
-    return f'{subject.kind} of {config}, {weights}\n{report}\nwrote {out}, {note}'
+    return f'{subject.kind} of {config}, {weights}\n{report}{scores}\nwrote {out}, {note}'
+
+
+def _open(format: str, file: Path) -> tuple[str, Run]:
+    """Return what runs the files of a format, by name, with a file open in it."""
+    runtimes = {'onnx': ('onnxruntime', open_onnx), 'openvino': ('OpenVINO', open_openvino)}
+    name, opener = runtimes.get(format, ('torch.export', open_program))
+    return name, opener(file)
 
 
 def _files(out: Path, format: str) -> list[Path]:
     return [out, out.with_suffix('.bin')] if format == 'openvino' else [out]
 
 
-def _inputs(
-    subject: Subject, fixed: tuple[int, int] | None, images: str | Path | None
-) -> list[tuple[str, torch.Tensor]]:
+def _inputs(subject: Subject, fixed: tuple[int, int] | None, paths: Sequence[Path]) -> list[tuple[str, torch.Tensor]]:
     """Return named inputs to compare on: random pixels of two sizes, or of the fixed one, and images."""
     least = subject.least
     # The smallest maps, and a batch of another shape.
     shapes = [(1, *fixed)] if fixed else [(1, least, least + 30), (3, max(224, least), max(320, least))]
     inputs = [('', subject.example(*shape)) for shape in shapes]
-    for path in _image_files(images):
-        image = subject.read(path)
-        if fixed and tuple(image.shape[2:]) != fixed:
-            image = F.interpolate(image.float(), fixed, mode='bilinear').to(image.dtype)
-        inputs.append((path.name, image))
+    for path in paths:
+        inputs.append((path.name, _fit(subject.read(path), fixed)))
     return inputs
 
 
-def _narrow(onnx: Path, subject: Subject, int8: str | Path | None) -> None:
+def _fit(image: torch.Tensor, fixed: tuple[int, int] | None) -> torch.Tensor:
+    """Stretch an image to the fixed size, if there is one."""
+    if fixed is None or tuple(image.shape[2:]) == fixed:
+        return image
+    return F.interpolate(image.float(), fixed, mode='bilinear').to(image.dtype)
+
+
+def _narrow(onnx: Path, subject: Subject, int8: str | Path | None, fixed: tuple[int, int] | None) -> None:
     # Needs onnx.
     from mmengine_overlock.export.narrow import to_float16, to_int8
 
     if int8:
-        to_int8(onnx, [subject.read(path) for path in _image_files(int8, 32)])
+        to_int8(onnx, [_fit(subject.read(path), fixed) for path in _image_files(int8)[:_CALIBRATED]])
     else:
         to_float16(onnx)
 
@@ -165,11 +201,11 @@ def _check(format: str, out: Path, fp16: bool, int8: str | Path | None) -> None:
     check_writable(out)
 
 
-def _image_files(path: str | Path | None, most: int = 4) -> list[Path]:
+def _image_files(path: str | Path | None) -> list[Path]:
     if path is None:
         return []
     path = Path(path)
     found = [path] if path.is_file() else sorted(file for file in path.rglob('*') if file.suffix.lower() in _IMAGES)
     if not found:
         raise UserError(f'{path} holds no images ({", ".join(_IMAGES)}); give an image file, or a folder of some')
-    return found[:most]
+    return found

@@ -25,10 +25,16 @@ MOST, MOST_IMAGES = 16384, 1024
 
 
 class _Sizeless(TorchFunctionMode):
-    """Replace operations of the toolboxes that take sizes for constants, by ones that give the same for every size."""
+    """Replace operations of the toolboxes that take sizes for constants, by ones that give the same for every size.
+
+    Conversions to the dtype that a tensor has are left out.
+    """
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        # Each would be three nodes, to be traced and removed again.
+        if func is torch.Tensor.to and len(args) == 2 and args[1] is args[0].dtype:
+            return args[0]
         if func is F.adaptive_avg_pool2d and len(args) == 2:
             size = args[1] if isinstance(args[1], (list, tuple)) else (args[1], args[1])
             if None not in size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,14 +56,47 @@ class Segmenter(nn.Module):
     def __init__(self, model: BaseModel, label_map: bool = False) -> None:
         super().__init__()
         self.model, self.label_map = model, label_map
+        self.align_corners: bool = model.decode_head.align_corners
         _upsample_by_factor(model)
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
         """Segment an image (B, 3, H, W): logits (B, classes, H, W), or labels (B, H, W), int64."""
-        head = self.model.decode_head
-        logits = head(self.model.extract_feat(image))
-        logits = F.interpolate(logits, image.shape[2:], mode='bilinear', align_corners=head.align_corners)
+        logits = self.model.decode_head(self.model.extract_feat(image))
+        logits = F.interpolate(logits, image.shape[2:], mode='bilinear', align_corners=self.align_corners)
         return (logits.argmax(1) if self.label_map else logits,)
+
+
+class Half(nn.Module):
+    """A network in float16 between maps in float32.
+
+    Args:
+        network: Takes one map or several, and gives one or several.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Run the network."""
+        outs = self.network(x.half() if isinstance(x, Tensor) else tuple(part.half() for part in x))
+        return outs.float() if isinstance(outs, Tensor) else tuple(out.float() for out in outs)
+
+
+def in_half(module: nn.Module) -> nn.Module:
+    """Copy a module with its backbone, its neck and a segmenter's head in float16.
+
+    Detectors decide on boxes in float32: float16 cannot tell two pixels of a large image apart.
+    """
+    module = copy.deepcopy(module)
+    for parent in list(module.modules()):
+        names = ('network',) if isinstance(parent, Outputs) else ('backbone', 'neck', 'decode_head')
+        if isinstance(parent, (Outputs, BaseModel)):
+            for name in names:
+                child = getattr(parent, name, None)
+                if isinstance(child, nn.Module):
+                    setattr(parent, name, Half(child))
+    return module
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -48,6 +48,7 @@ class Subject:
         pipeline: Reads an image file; None for ImageNet's way.
         reference: What the toolbox itself detects in such an input: boxes, scores, labels. Detectors have one.
         info: What a program that runs the file has to know.
+        model, cfg: The detector or segmenter as the toolbox has it, and its configuration; None for classifiers.
     """
 
     kind: str
@@ -57,6 +58,8 @@ class Subject:
     pipeline: Compose | None = None
     reference: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    model: BaseModel | None = None
+    cfg: Config | None = None
 
     def example(self, batch: int, height: int, width: int) -> Tensor:
         """Return an image of random pixels that the module takes."""
@@ -163,6 +166,7 @@ def _dense(cfg: Config, model: BaseModel, part: str, label_map: bool) -> Subject
         subject.pipeline = Compose(test_pipeline(cfg))
     # Between reading and packing: how an image comes to its size.
     subject.info |= {'pipeline': test_pipeline(cfg)[1:-1], 'smallest_side': subject.least}
+    subject.model, subject.cfg = model, cfg
     return subject
 
 

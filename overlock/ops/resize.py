@@ -31,8 +31,8 @@ def adaptive_avg_pool2d(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _averages(length: int, size: int, like: Tensor) -> Tensor:
     """Return the matrix (size, length) that averages an axis; ONNX has no pooling to a size."""
-    outputs = torch.arange(size, device=like.device)[:, None]
-    start, end = outputs * length // size, ((outputs + 1) * length + size - 1) // size
-    position = torch.arange(length, device=like.device)
-    inside = (position >= start) & (position < end)
-    return inside.to(like.dtype) / (end - start).to(like.dtype)
+    # Output i averages from floor(i * length / size) to ceil((i + 1) * length / size).
+    position, output = (torch.arange(count, device=like.device) for count in (length, size))
+    distance = position * size - output[:, None] * length
+    inside = ((distance > -size) & (distance < length)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)

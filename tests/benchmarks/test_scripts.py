@@ -86,3 +86,17 @@ def test_command_runs_from_any_folder_in_processes_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     (written,) = tmp_path.glob('contmix-xt-1-fp32-*.json')
     assert json.loads(written.read_text())['rows'][0]['check']['passed'] and str(written) in done.stdout
+
+
+@pytest.mark.slow
+def test_exported_networks_are_timed_beside_the_deploy_form(run):
+    pytest.importorskip('onnxruntime')
+    from benchmarks import export
+
+    status, record = run(export, *'--archs xt --sizes 64x96 --forms fixed --rounds 1'.split())
+    deploy, exported = (row for row in record['rows'] if 'openvino' not in row['name'])
+    assert (deploy['name'], exported['name'], status) == ('deploy', 'onnxruntime fixed', 0)
+    for row in (deploy, exported):
+        assert row['check']['passed'] and row['modes']['forward']['seconds']['median'] > 0
+        assert (row['arch'], row['image']) == ('xt', [64, 96])
+    assert exported['facts']['bytes'] > 2**20 and record['versions']['onnxruntime']

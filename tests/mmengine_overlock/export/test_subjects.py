@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmengine_overlock.export.checks import compare_detections, iou
+from mmengine_overlock.export.modules import Half, in_half
 from mmengine_overlock.export.subjects import make_subject
 from overlock import OverLoCK
 from overlock.utils.errors import UserError
@@ -86,6 +87,42 @@ def test_backbone_and_classifier_are_folded(small, tmp_path, picture):
     classifier = make_subject('overlock_xt', str(tmp_path / 'tiny.pth'))
     assert classifier.module(classifier.read(picture))[0].shape == (1, 3)
     assert classifier.module.network.form == 'folded'
+
+
+@pytest.mark.parametrize(
+    ('kind', 'part', 'narrow'),
+    [
+        ('upernet', 'all', ('backbone', 'decode_head')),
+        ('mask_rcnn', 'all', ('backbone', 'neck')),
+        ('retinanet', 'backbone', ('network',)),
+    ],
+)
+def test_copy_in_half_precision_keeps_boxes_and_the_original_in_float32(kind, part, narrow, small):
+    module = subject_of(small, kind, part=part).module
+    half = in_half(module)
+    for name, parameter in half.named_parameters():
+        inside = name.removeprefix('model.').startswith(narrow)
+        assert parameter.dtype == (torch.float16 if inside else torch.float32), name
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def test_half_precision_is_between_maps_in_float32():
+    seen = []
+    conv = torch.nn.Conv2d(3, 4, 1)
+    x = torch.rand(2, 3, 5, 5)
+    expected = conv(x)
+    half = Half(conv)
+    conv.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    for given in (x, (x,)):
+        if isinstance(given, tuple):
+            half.network = torch.nn.Identity()
+            (out,) = half(given)
+            torch.testing.assert_close(out, x, rtol=1e-3, atol=1e-3)
+        else:
+            out = half(given)
+            torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+        assert out.dtype == torch.float32
+    assert seen == [torch.float16]
 
 
 @pytest.mark.parametrize(
