@@ -78,7 +78,9 @@ class Report:
         for row in self.rows:
             same = '' if row.same is None else f'{row.same[0]} of {row.same[1]}'
             lines.append([row.what, f'{row.difference:.1e}', same, f'{row.exported_ms:.0f}', f'{row.pytorch_ms:.0f}'])
-        return align(lines)
+        empty = ', '.join(row.what for row in self.rows if row.same == (0, 0))
+        told = f'\nNothing was detected at {empty}, so nothing was compared there; give images with objects.'
+        return align(lines) + told * bool(empty)
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

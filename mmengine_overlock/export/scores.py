@@ -15,7 +15,6 @@ from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import Evaluator
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, DefaultScope
-from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +23,7 @@ from mmengine_overlock.export.checks import Run, align
 from mmengine_overlock.export.modules import Preprocessed
 from mmengine_overlock.export.quiet import quiet
 from mmengine_overlock.export.subjects import Subject
+from mmengine_overlock.predict.exported import to_instances
 from overlock.utils.errors import UserError
 
 # Of what the evaluators return: COCO's averages and segmentation's.
@@ -88,7 +88,7 @@ def _exported(run: Run, subject: Subject) -> BaseModel:
     def predict(inputs: Tensor, samples: Sequence[Any], rescale: bool = True) -> Sequence[Any]:
         for sample, image in zip(samples, inputs, strict=True):
             outs = [out[0] for out in infer(image[None], *sample.img_shape)]
-            sample.pred_instances = _instances(outs, sample, subject)
+            sample.pred_instances = to_instances(outs, sample, subject.info.get('mask_threshold'))
         return samples
 
     def encode_decode(inputs: Tensor, metas: Sequence[dict]) -> Tensor:
@@ -102,19 +102,3 @@ def _exported(run: Run, subject: Subject) -> BaseModel:
     else:
         model.encode_decode = encode_decode
     return model
-
-
-def _instances(outs: Sequence[Tensor], sample: Any, subject: Subject) -> InstanceData:
-    """Return the detections in one image in pixels of its file, with masks of its size."""
-    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
-
-    boxes, scores, labels, *masks = (out[outs[1] >= 0] for out in outs)
-    (height, width), scale = sample.img_shape, boxes.new_tensor(sample.scale_factor).repeat(2)
-    boxes = boxes.minimum(boxes.new_tensor([width, height, width, height])) / scale
-    found = InstanceData(bboxes=boxes, scores=scores, labels=labels)
-    if masks:
-        found.masks = torch.zeros(len(boxes), *sample.ori_shape, dtype=torch.bool)
-        for whole, mask, box in zip(found.masks, masks[0], boxes, strict=True):
-            values, place = _do_paste_mask(mask[None, None], box[None], *sample.ori_shape)
-            whole[place] = values[0] >= subject.info['mask_threshold']
-    return found

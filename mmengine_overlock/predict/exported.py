@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -160,26 +161,40 @@ class Detector(BaseModel):
 
     def forward(self, inputs: Tensor, data_samples: list[Any], mode: str = 'predict') -> list[Any]:
         """Detect objects in images (B, 3, H, W): `data_samples` with `pred_instances`, in pixels of the files."""
-        for sample, boxes, scores, labels, *masks in zip(data_samples, *self.session(inputs), strict=True):
-            width, height = sample.img_shape[1], sample.img_shape[0]
-            boxes = boxes.minimum(boxes.new_tensor([width, height, width, height]))
-            # The file fills up with the score -1; what lies in the padding has no area.
-            found = (scores >= 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-            boxes = boxes[found] / boxes.new_tensor(sample.scale_factor).repeat(2)
-            sample.pred_instances = InstanceData(bboxes=boxes, scores=scores[found], labels=labels[found])
-            if masks:
-                sample.pred_instances.masks = self._paste(masks[0][found], boxes, *sample.ori_shape)
+        for sample, *outs in zip(data_samples, *self.session(inputs), strict=True):
+            sample.pred_instances = to_instances(outs, sample, self.session.info.get('mask_threshold'))
         return data_samples
 
-    def _paste(self, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-        """Return masks (N, H, W), bool, from probabilities (N, M, M) inside boxes."""
-        from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
-        pasted = torch.zeros(len(masks), height, width, dtype=torch.bool)
-        for whole, mask, box in zip(pasted, masks, boxes, strict=True):
-            values, place = _do_paste_mask(mask[None, None], box[None], height, width)
-            whole[place] = values[0] >= self.session.info['mask_threshold']
-        return pasted
+def to_instances(outs: Sequence[Tensor], sample: Any, mask_threshold: float | None) -> InstanceData:
+    """Return what an exported detector found in one image, in pixels of its file.
+
+    Args:
+        outs: Boxes, scores, labels and perhaps masks, as `mmengine_overlock.export` describes them, without batch.
+        sample: mmdet's data sample of the image.
+        mask_threshold: From which probability on a pixel belongs to a mask.
+    """
+    boxes, scores, labels, *masks = outs
+    height, width = sample.img_shape[:2]
+    boxes = boxes.minimum(boxes.new_tensor([width, height, width, height]))
+    # The file fills up with the score -1; what lies in the padding has no area.
+    found = (scores >= 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    boxes = boxes[found] / boxes.new_tensor(sample.scale_factor).repeat(2)
+    instances = InstanceData(bboxes=boxes, scores=scores[found], labels=labels[found])
+    if masks:
+        instances.masks = _paste(masks[0][found], boxes, sample.ori_shape[:2], mask_threshold)
+    return instances
+
+
+def _paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float | None) -> Tensor:
+    """Return masks (N, *size), bool, from probabilities (N, M, M) inside boxes."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
+    for whole, mask, box in zip(pasted, masks, boxes, strict=True):
+        values, place = _do_paste_mask(mask[None, None], box[None], *size)
+        whole[place] = values[0] >= threshold
+    return pasted
 
 
 def _make_segmenter(session: Session) -> BaseModel:
