@@ -88,7 +88,9 @@ def train(
         try:
             return trainer.fit(writer)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f'Interrupted: {trainer.kept}; go on with --resume.') from None
+            raise KeyboardInterrupt(
+                f'Interrupted: {trainer.kept}; to go on from the last one, give the same command with --resume.'
+            ) from None
 
 
 class Trainer:

@@ -131,7 +131,8 @@ def _device(runner: Runner) -> str:
     processes = f'{get_world_size()} processes on ' if get_world_size() > 1 else ''
     if get_device() == 'cuda':
         return f'{processes}{torch.cuda.get_device_name()}'
-    return f'{processes}{get_device()}, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f'{processes}{get_device()}, {threads} thread{"s" * (threads > 1)}'
 
 
 def _schedule(runner: Runner) -> str:

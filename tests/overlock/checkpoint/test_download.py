@@ -4,7 +4,9 @@ import hashlib
 import http.server
 import re
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
