@@ -19,6 +19,7 @@ from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 
+from mmengine_overlock.terminal import tell
 from overlock.utils.distributed import leave_group
 
 # Slurm sends SIGUSR1 where it is asked to, before it ends a job. Exit codes are those of a shell.
@@ -101,10 +102,9 @@ class StopHook(Hook):
         if is_main_process():
             path = Path(runner.work_dir, CHECKPOINT)
             Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
-            runner.logger.warning(
+            tell(
                 f'Stopped after iteration {iteration} of {runner.max_iters} and saved {path}; to go on, give the same '
-                'command with --resume.',
-                extra=dict(terminal=True),
+                'command with --resume.'
             )
         runner.visualizer.close()
         leave_group()

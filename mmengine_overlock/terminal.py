@@ -31,9 +31,9 @@ _LINE = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}
 _STEP = '{desc} [{elapsed}]'
 
 
-def tell(text: str) -> None:
-    """Write a line to the terminal and to the log file."""
-    MMLogger.get_current_instance().info(text, extra=dict(terminal=True))
+def tell(text: str, level: int = logging.INFO) -> None:
+    """Write a line to the terminal and to the log file; outside a run, to mmengine's current logger."""
+    MMLogger.get_current_instance().log(level, text, extra=dict(terminal=True))
 
 
 @contextmanager
@@ -124,8 +124,7 @@ class Terminal(logging.Handler):
         # A deprecation is news for the authors of a package.
         notable = record.levelno >= logging.WARNING and 'deprecated' not in message
         if getattr(record, 'terminal', notable):
-            marked = hasattr(record, 'terminal')
-            self.write(message if marked else f'{record.levelname.lower()}: {message}')
+            self.write(f'{record.levelname.lower()}: {message}' if record.levelno > logging.INFO else message)
 
     def write(self, text: str) -> None:
         """Write a line, above the bars."""

@@ -49,7 +49,9 @@ class TerminalHook(Hook):
         for name, path in known.items():
             if name.startswith(('last_ckpt', 'best_ckpt')) and path and Path(path).exists():
                 score = known.get(name.replace('ckpt', 'score'))
-                tell_about(f'{name[:4]} weights', f'{path}{f" ({score:.4g})" if isinstance(score, float) else ""}')
+                tell_about(
+                    f'{name[:4]} weights', f'{_short(path)}{f" ({score:.4g})" if isinstance(score, float) else ""}'
+                )
 
     def before_val_epoch(self, runner: Runner) -> None:
         self._terminal.begin('validation', len(runner.val_dataloader))
@@ -83,7 +85,7 @@ class TerminalHook(Hook):
 
     def _introduce(self, runner: Runner, loaders: dict[str, DataLoader]) -> None:
         self._terminal.end()
-        tell_about('configuration', str(runner.cfg.filename))
+        tell_about('configuration', _short(runner.cfg.filename))
         datasets: dict[str, Any] = {name: loader.dataset for name, loader in loaders.items()}
         tell_about('data', ', '.join(f'{name} {len(dataset):,} images' for name, dataset in datasets.items()))
         classes = (getattr(next(iter(datasets.values())), 'metainfo', None) or {}).get('classes')
@@ -98,13 +100,19 @@ class TerminalHook(Hook):
         tell_about('device', _device(runner))
 
     def _tell_places(self, runner: Runner) -> None:
-        tell_about('results', str(runner.work_dir))
-        tell_about('log', str(runner.logger.log_file))
+        tell_about('results', _short(runner.work_dir))
+        tell_about('log', _short(runner.logger.log_file))
 
 
 def tell_about(what: str, text: str) -> None:
     """Write a line of the list that a run begins and ends with."""
     tell(f'{what:<14}{text}')
+
+
+def _short(path: str) -> str:
+    """Return a path as seen from the current folder, if it is below."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _model(runner: Runner, model: nn.Module) -> str:
@@ -119,9 +127,9 @@ def _model(runner: Runner, model: nn.Module) -> str:
 
 def _weights(runner: Runner, model: nn.Module) -> str:
     if runner._resume:
-        return f'{runner._load_from}, resumed after iteration {runner.iter}'
+        return f'{_short(runner._load_from)}, resumed after iteration {runner.iter}'
     if runner._load_from:
-        return str(runner._load_from)
+        return _short(runner._load_from)
     given = {name: getattr(module, 'init_cfg', None) for name, module in model.named_modules()}
     files = {name: cfg['checkpoint'] for name, cfg in given.items() if isinstance(cfg, dict) and cfg.get('checkpoint')}
     return ', '.join(f'{file} ({name or "whole model"})' for name, file in files.items()) or 'random'
