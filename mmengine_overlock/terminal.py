@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from math import inf
 from typing import Any, TextIO
 
@@ -129,10 +129,11 @@ class Terminal(logging.Handler):
     def write(self, text: str) -> None:
         """Write a line, above the bars."""
         assert self.lock is not None
-        with self.lock:
+        with self.lock, suppress(OSError):
+            # Where the reader went away, the run and its log file go on; bars see to that themselves.
             tqdm.write(text, self._stream)
             self._stream.flush()
-            self._last = self._clock()
+        self._last = self._clock()
 
     def begin(self, what: str, total: int | None = None, done: int = 0) -> None:
         """Begin something, inside of what began before, of so many steps or of unknown length."""

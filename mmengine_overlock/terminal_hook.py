@@ -49,9 +49,8 @@ class TerminalHook(Hook):
         for name, path in known.items():
             if name.startswith(('last_ckpt', 'best_ckpt')) and path and Path(path).exists():
                 score = known.get(name.replace('ckpt', 'score'))
-                tell_about(
-                    f'{name[:4]} weights', f'{_short(path)}{f" ({score:.4g})" if isinstance(score, float) else ""}'
-                )
+                scored = f' ({score:.4g})' if isinstance(score, float) else ''
+                tell_about(f'{name[:4]} weights', f'{_short(path)}{scored}')
 
     def before_val_epoch(self, runner: Runner) -> None:
         self._terminal.begin('validation', len(runner.val_dataloader))

@@ -218,6 +218,18 @@ def test_time_goes_by_in_a_slow_run(write_toy, tmp_path, monkeypatch, capfd):
     assert set(re.findall(r'^training: (\d)/8', capfd.readouterr().out, re.MULTILINE)) > {'4', '8'}
 
 
+def test_a_run_outlives_the_reader_of_its_output(write_toy, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, 'w')
+    monkeypatch.setattr('sys.stdout', stream)
+    runner = train(write_toy(), work_dir=tmp_path / 'a')
+    monkeypatch.undo()
+    with pytest.raises(BrokenPipeError):
+        stream.close()
+    assert 'last weights' in log_of(runner)
+
+
 def test_only_the_first_process_speaks_but_errors(monkeypatch, capfd):
     monkeypatch.setenv('RANK', '1')
     with calm('pytorch') as console:
