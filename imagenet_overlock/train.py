@@ -88,9 +88,8 @@ def train(
         try:
             return trainer.fit(writer)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f'Interrupted: {trainer.kept}; to go on from the last one, give the same command with --resume.'
-            ) from None
+            way = '; to go on, give the same command with --resume' if (output / LAST).exists() else ''
+            raise KeyboardInterrupt(f'Interrupted: {trainer.kept}{way}.') from None
 
 
 class Trainer:
