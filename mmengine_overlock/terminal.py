@@ -31,6 +31,15 @@ _LINE = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}
 _STEP = '{desc} [{elapsed}]'
 
 
+class _Bar(tqdm):
+    """A bar of this process alone: by default bars share a lock with forked processes, and a thread that wakes them."""
+
+    monitor_interval = 0
+
+
+_Bar.set_lock(threading.RLock())
+
+
 def tell(text: str, level: int = logging.INFO) -> None:
     """Write a line to the terminal and to the log file; outside a run, to mmengine's current logger."""
     MMLogger.get_current_instance().log(level, text, extra=dict(terminal=True))
@@ -90,7 +99,7 @@ class Terminal(logging.Handler):
         # Some tools open a terminal without a size, which fits no bar.
         self._live = self.shows_progress and stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
         self._last = clock()
-        self._bars: list[tqdm[Any]] = []
+        self._bars: list[_Bar] = []
         self._loggers: list[tuple[MMLogger, list[logging.Handler]]] = []
         # What was logged before there was a log file.
         self._early: list[logging.LogRecord] | None = []
@@ -131,7 +140,7 @@ class Terminal(logging.Handler):
         assert self.lock is not None
         with self.lock, suppress(OSError):
             # Where the reader went away, the run and its log file go on; bars see to that themselves.
-            tqdm.write(text, self._stream)
+            _Bar.write(text, self._stream)
             self._stream.flush()
         self._last = self._clock()
 
@@ -141,7 +150,7 @@ class Terminal(logging.Handler):
         # Where there is no terminal, its text alone is of use.
         seconds = (0.1, 10.0) if self._live else (inf, inf)
         self._bars.append(
-            tqdm(
+            _Bar(
                 desc=what,
                 total=total,
                 initial=done,

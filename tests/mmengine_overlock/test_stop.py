@@ -146,7 +146,7 @@ def test_an_interrupted_test_is_told_in_one_line(write_toy, tmp_path, capfd):
     while not (workers := subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True).stdout.split()):
         assert time.monotonic() < end
         time.sleep(0.05)
-    time.sleep(0.5)
+    time.sleep(1)
     for pid in [*map(int, workers), running.pid]:
         os.kill(pid, signal.SIGINT)
     assert statuses([running], timeout=20) == [130]
