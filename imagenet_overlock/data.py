@@ -36,7 +36,7 @@ def train_loader(recipe: Recipe, split: Split, world: World, model: nn.Module) -
         raise UserError(
             "The setting aa takes the name of one of timm's augmentations, such as rand-m9-mstd0.5-inc1, 3a, "
             f'augmix-m3-w3 or original, got {recipe.aa} ({error}).'
-        ) from error
+        ) from None
     loader = _loader(
         ImageDataset(str(split.root), class_map=_class_map(split.classes)),
         resolve_data_config({'img_size': recipe.img_size, 'interpolation': recipe.train_interpolation}, model=model),

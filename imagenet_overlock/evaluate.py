@@ -89,7 +89,7 @@ def _plain_errors(batches: Iterable[T]) -> Iterator[T]:
     try:
         yield from batches
     except UserError as error:
-        raise UserError(str(error).strip().rpartition('\n')[2].rpartition('UserError: ')[2]) from error
+        raise UserError(str(error).strip().rpartition('\n')[2].rpartition('UserError: ')[2]) from None
 
 
 def count_hits(logits: Tensor, targets: Tensor) -> Tensor:

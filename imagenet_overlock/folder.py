@@ -122,4 +122,4 @@ def decode(path: str | os.PathLike) -> Image.Image:
         with Image.open(path) as image:
             return image.convert('RGB')
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f'The image {path} cannot be decoded ({error}); replace or remove it.') from error
+        raise UserError(f'The image {path} cannot be decoded ({error}); replace or remove it.') from None

@@ -195,9 +195,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f'The recipe {path} cannot be read ({error.strerror}); give the path of a .yaml file, such as '
             'those in configs/imagenet/.'
-        ) from error
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f'The recipe {path} is not YAML: {" ".join(str(error).split())}.') from error
+        raise UserError(f'The recipe {path} is not YAML: {" ".join(str(error).split())}.') from None
     if not isinstance(content, dict):
         raise UserError(f'The recipe {path} must hold settings as `name: value`, got a {type(content).__name__}.')
     return content
@@ -216,8 +216,8 @@ def _checked(item: Field, value: Any) -> Any:
         parts = tuple(_convert(part, kind) for part in (value if count else [value]))
         if len(parts) != max(count, 1):
             raise TypeError
-    except (TypeError, ValueError) as error:
-        raise UserError(f'The setting {item.name} must be {wanted}, got {value!r}.') from error
+    except (TypeError, ValueError):
+        raise UserError(f'The setting {item.name} must be {wanted}, got {value!r}.') from None
     low, high = item.metadata['low'], item.metadata['high']
     if kind in (int, float) and not all(low <= number <= high and number < inf for number in parts):
         bounds = f'at least {low}' if high == inf else f'between {low} and {high}'

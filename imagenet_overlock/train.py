@@ -80,11 +80,16 @@ def train(
         trainer = Trainer(recipe, *splits, output, world, from_start=last is None)
         if last is not None:
             trainer.resume(last)
+        writer = None
         if tensorboard and world.is_first:
             from torch.utils.tensorboard import SummaryWriter  # here: its import takes long
 
-            return trainer.fit(SummaryWriter(output / 'tensorboard'))
-        return trainer.fit()
+            writer = SummaryWriter(output / 'tensorboard')
+        try:
+            return trainer.fit(writer)
+        except KeyboardInterrupt:
+            way = '; to go on, give the same command with --resume' if (output / LAST).exists() else ''
+            raise KeyboardInterrupt(f'Interrupted: {trainer.kept}{way}.') from None
 
 
 class Trainer:
@@ -308,11 +313,15 @@ class Trainer:
             raise self._diverged(what)
         _logger.warning('%s: %s: it was left out, %d so far', self._title, what, self.guard.skipped)
 
-    def _diverged(self, what: str) -> UserError:
+    @property
+    def kept(self) -> str:
+        """Return what the output folder holds of the run."""
         last = self.output / LAST
-        kept = f'{last} holds the state of epoch {self.epoch}' if last.exists() else 'there is no checkpoint yet'
+        return f'{last} holds the state of epoch {self.epoch}' if last.exists() else 'there is no checkpoint yet'
+
+    def _diverged(self, what: str) -> UserError:
         return UserError(
-            f'{what} in epoch {self.epoch + 1}; {kept}. Lower --lr-base, raise --warmup-epochs'
+            f'{what} in epoch {self.epoch + 1}; {self.kept}. Lower --lr-base, raise --warmup-epochs'
             f'{", take --no-amp" if self.recipe.amp else ""} or --on-nan skip, which leaves out such updates.'
         )
 
@@ -372,4 +381,4 @@ def _create_optimizer(recipe: Recipe, world: World, model: Classifier) -> torch.
         return create_optimizer_v2(model, recipe.opt, lr, recipe.weight_decay, layer_decay=recipe.layer_decay)
     # timm asserts the name before 1.0.12, and raises after.
     except (ValueError, AssertionError) as error:
-        raise UserError(f'timm cannot build the optimizer {recipe.opt} ({error}); take adamw.') from error
+        raise UserError(f'timm cannot build the optimizer {recipe.opt} ({error}); take adamw.') from None

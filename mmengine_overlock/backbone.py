@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 
+from mmengine_overlock.terminal import tell
 from overlock import MogaNetBackbone, OverLoCKBackbone
 from overlock.checkpoint import load_pretrained
 from overlock.models.network import Network
@@ -57,7 +56,7 @@ class WithInitCfg(Network, BaseModule):
             self.init_cfg = given
         for cfg in pretrained if first_call else ():
             report = load_pretrained(self, cfg['checkpoint'], cfg.get('prefix'))
-            print_log(str(report), 'current', logging.INFO)
+            tell(str(report))
             if hasattr(self, '_params_init_info'):
                 update_init_info(self, init_info=f'Pretrained: {report.source}')
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+
+from mmengine_overlock.terminal import tell
 
 
 class _LateRemoval:
@@ -60,7 +61,7 @@ class LosslessCheckpointHook(CheckpointHook):
         self._localize_best(runner)
         super().before_train(runner)
         if _validation_is_due(runner):
-            print_log('The resumed checkpoint does not hold the result of its validation: it is repeated.', 'current')
+            tell('The resumed checkpoint does not hold the result of its validation: it is repeated.')
             runner.val_loop.run()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:

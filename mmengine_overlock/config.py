@@ -42,14 +42,14 @@ def load_config(
             reason = cause
         raise UserError(
             f'{path} needs a module that cannot be imported ({reason}); install what it needs, see the README.'
-        ) from error
+        ) from None
     except (SyntaxError, TypeError, KeyError) as error:
-        raise UserError(f'{path} cannot be read as a configuration: {error}') from error
+        raise UserError(f'{path} cannot be read as a configuration: {error}') from None
     check_options(cfg, options or {})
     try:
         cfg.merge_from_dict(options or {})
     except (KeyError, TypeError, AssertionError) as error:
-        raise UserError(f'--cfg-options do not fit {path}: {error.args[0]}') from error
+        raise UserError(f'--cfg-options do not fit {path}: {error.args[0]}') from None
     wrapper = (cfg.get('model_wrapper_cfg') or {}).get('type')
     if cfg.get('runner_type') == 'FlexibleRunner' or wrapper == 'MMFullyShardedDataParallel':
         raise UserError(

@@ -150,7 +150,7 @@ def predict(model: BaseModel, cfg: Config, image: Path) -> tuple[Sequence[Tensor
     try:
         Image.open(image).close()
     except OSError as error:
-        raise UserError(f'the image {image} cannot be read ({error}); give the path of an image file') from error
+        raise UserError(f'the image {image} cannot be read ({error}); give the path of an image file') from None
     maps: list[Tensor] = []
     handle = model.backbone.register_forward_hook(lambda module, args, outs: maps.extend(outs))
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):

@@ -42,7 +42,7 @@ def embedded_config(checkpoint: Mapping[str, Any], source: str) -> Config:
         body = ast.parse(text).body
         values = {node.targets[0].id: _value(node.value) for node in body if node.targets[0].id in _PARTS}  # type: ignore[attr-defined]
     except (SyntaxError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f'The configuration in {source} holds more than values ({error}); {remedy}.') from error
+        raise UserError(f'The configuration in {source} holds more than values ({error}); {remedy}.') from None
     scope = values.get('default_scope')
     if scope not in _PLUGINS or not isinstance(values.get('model'), dict) or 'test_dataloader' not in values:
         raise UserError(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.logging import print_log
 
 from mmengine_overlock.config import as_list, enable_auto_scale_lr, nodes
 from mmengine_overlock.data.classes import HEADS, class_heads
@@ -15,6 +14,7 @@ from mmengine_overlock.data.find_coco import find_coco
 from mmengine_overlock.data.find_masks import find_masks
 from mmengine_overlock.data.folders import SPLITS, DataFolder, listed
 from mmengine_overlock.launch import processes
+from mmengine_overlock.terminal import tell
 from overlock.utils.distributed import local_rank
 from overlock.utils.errors import UserError
 
@@ -180,4 +180,4 @@ def _set_evaluator(cfg: Config, folder: DataFolder, split: str, metric: str) -> 
 
 def _tell(message: str, level: int = logging.INFO) -> None:
     if local_rank() == 0:
-        print_log(message, 'current', level)
+        tell(message, level)

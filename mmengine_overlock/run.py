@@ -33,14 +33,18 @@ from mmengine_overlock.nan import FiniteCheckpointHook, NonFiniteHook
 from mmengine_overlock.own_data import find_folder, fit_training, use_own_data
 from mmengine_overlock.resume import make_resumable
 from mmengine_overlock.speed import compile_backbones, narrow_backbones
-from mmengine_overlock.stop import StopHook, shield_workers
+from mmengine_overlock.stop import StopHook, shield_workers, tell_the_way_back
+from mmengine_overlock.terminal import Terminal, calm
+from mmengine_overlock.terminal_hook import TerminalHook
 from mmengine_overlock.training_options import add_backend, average_weights, stop_early
 from mmengine_overlock.work_dir import owned
 from overlock import keep_freed_memory
 from overlock.checkpoint import find_file
 from overlock.utils.distributed import leave_group
+from overlock.utils.errors import brief_mistakes
 
 
+@brief_mistakes
 def train(
     config: str | Path,
     *,
@@ -62,6 +66,7 @@ def train(
     on_nan: str = 'stop',
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
+    verbose: bool = False,
 ) -> Runner:
     """Train a detector or segmenter.
 
@@ -84,6 +89,7 @@ def train(
         on_nan: 'stop' the run where a loss or a gradient is not finite, or 'skip' the update.
         cfg_options: Settings by dotted name, over those of the configuration.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+        verbose: Write all that goes to the log file to the terminal too, as mmengine does.
 
     Returns:
         The runner after training.
@@ -91,10 +97,13 @@ def train(
     Raises:
         UserError, CheckpointError: What the user gave cannot be used; one sentence says why.
         SystemExit: A signal stopped the training after a checkpoint was saved, see `StopHook`.
+        KeyboardInterrupt: There was nothing to save, or no time to; the message tells what was saved before.
     """
     with ExitStack() as stack:
+        terminal = stack.enter_context(calm(launcher, verbose))
         with agreed(launcher):
             cfg = load_config(config, cfg_options, work_dir, launcher)
+            stack.enter_context(tell_the_way_back(cfg.work_dir))
             if is_first(launcher):
                 stack.enter_context(owned(cfg.work_dir))
             if data_root is not None:
@@ -118,11 +127,10 @@ def train(
             _set_resume(cfg, resume)
             if check:
                 check_data(cfg, 'train', 'val')
-        runner = _build_runner(cfg, strict=cfg.resume)
+        runner = _build_runner(cfg, terminal, strict=cfg.resume)
         runner.register_hook(NonFiniteHook(on_nan))
         runner.register_hook(FiniteCheckpointHook())
         make_resumable(runner)
-        shield_workers(runner)
         stop = StopHook()
         runner.register_hook(stop)
         if cfg.resume:
@@ -135,6 +143,7 @@ def train(
         return runner
 
 
+@brief_mistakes
 def test(
     config: str | Path,
     checkpoint: str,
@@ -152,6 +161,7 @@ def test(
     check: bool = True,
     cfg_options: dict[str, Any] | None = None,
     launcher: str = 'none',
+    verbose: bool = False,
 ) -> dict[str, float]:
     """Evaluate a trained detector or segmenter.
 
@@ -163,7 +173,7 @@ def test(
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
         amp: Run the backbone in bfloat16.
-        work_dir, compile, data_root, coco, masks, check, cfg_options, launcher: See `train`.
+        work_dir, compile, data_root, coco, masks, check, cfg_options, launcher, verbose: See `train`.
 
     Returns:
         The metrics by name.
@@ -171,29 +181,30 @@ def test(
     Raises:
         UserError, CheckpointError: What the user gave cannot be used; one sentence says why.
     """
-    with agreed(launcher):
-        cfg = load_config(config, cfg_options, work_dir, launcher)
-        cfg.load_from, cfg.resume = _local(checkpoint), False
-        if data_root is not None:
-            set_data_root(cfg, data_root)
-        if folder := find_folder(coco, masks, check):
-            use_own_data(cfg, folder, cfg_options)
-        if tta:
-            use_tta(cfg)
-        if show_dir is not None or show:
-            draw_predictions(cfg, show_dir, show)
-        if out is not None:
-            save_predictions(cfg, out)
-        if check:
-            check_data(cfg, 'test')
-    runner = _build_runner(cfg, strict=True)
-    if amp:
-        narrow_backbones(runner.model)
-    if compile:
-        compile_backbones(runner.model)
-    scores = runner.test()
-    leave_group()
-    return scores
+    with calm(launcher, verbose) as terminal:
+        with agreed(launcher):
+            cfg = load_config(config, cfg_options, work_dir, launcher)
+            cfg.load_from, cfg.resume = _local(checkpoint), False
+            if data_root is not None:
+                set_data_root(cfg, data_root)
+            if folder := find_folder(coco, masks, check):
+                use_own_data(cfg, folder, cfg_options)
+            if tta:
+                use_tta(cfg)
+            if show_dir is not None or show:
+                draw_predictions(cfg, show_dir, show)
+            if out is not None:
+                save_predictions(cfg, out)
+            if check:
+                check_data(cfg, 'test')
+        runner = _build_runner(cfg, terminal, strict=True)
+        if amp:
+            narrow_backbones(runner.model)
+        if compile:
+            compile_backbones(runner.model)
+        scores = runner.test()
+        leave_group()
+        return scores
 
 
 def _local(checkpoint: str) -> str:
@@ -215,12 +226,16 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
     cfg.load_from = start and _local(str(start))
 
 
-def _build_runner(cfg: Config, *, strict: bool) -> Runner:
+def _build_runner(cfg: Config, terminal: Terminal | None, *, strict: bool) -> Runner:
     name_samples()
     if get_device() == 'cpu':
         keep_freed_memory()
     prepare_launch(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    kind = RUNNERS.get(cfg.get('runner_type', 'Runner'))
+    runner = (terminal.calmed(kind) if terminal else kind).from_cfg(cfg)
+    if terminal and terminal.shows_progress:
+        runner.register_hook(TerminalHook(terminal))
+    shield_workers(runner)
     if runner.distributed:
         runner.register_hook(BroadcastBuffersHook())
     if strict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -18,6 +19,7 @@ from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 
+from mmengine_overlock.terminal import tell
 from overlock.utils.distributed import leave_group
 
 # Slurm sends SIGUSR1 where it is asked to, before it ends a job. Exit codes are those of a shell.
@@ -27,8 +29,9 @@ CHECKPOINT = 'interrupted.pth'
 
 
 class StopHook(Hook):
-    """Save and exit where any process got SIGTERM, SIGUSR1 or SIGINT; a second SIGINT interrupts at once.
+    """Save and exit where any process got SIGTERM, SIGUSR1 or SIGINT.
 
+    A SIGINT before the first iteration, when there is nothing to save, and a second one later interrupt at once.
     All processes agree by the maximum over one number in each iteration.
     """
 
@@ -36,7 +39,7 @@ class StopHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self) -> None:
-        self._status, self._time = 0, 0.0
+        self._status, self._time, self._begun = 0, 0.0, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -50,11 +53,19 @@ class StopHook(Hook):
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        first, now = not self._status, time.monotonic()
+        if first:
+            self._status, self._time = _STATUS[signal.Signals(number)], now
+        if number != signal.SIGINT:
+            return
         # torchrun passes on the Ctrl-C that its processes have got from the terminal already.
-        if number == signal.SIGINT and self._status and time.monotonic() - self._time > 1:
+        if not self._begun if first else now - self._time > 1:
             raise KeyboardInterrupt
-        if not self._status:
-            self._status, self._time = _STATUS[signal.Signals(number)], time.monotonic()
+        if first and is_main_process():
+            sys.stderr.write('\nStopping after this iteration, to save it; Ctrl-C again stops at once.\n')
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._begun = True
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -91,7 +102,7 @@ class StopHook(Hook):
         if is_main_process():
             path = Path(runner.work_dir, CHECKPOINT)
             Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
-            runner.logger.warning(
+            tell(
                 f'Stopped after iteration {iteration} of {runner.max_iters} and saved {path}; to go on, give the same '
                 'command with --resume.'
             )
@@ -100,12 +111,24 @@ class StopHook(Hook):
         raise SystemExit(self._status)
 
 
+@contextmanager
+def tell_the_way_back(work_dir: str | Path) -> Iterator[None]:
+    """Let a `KeyboardInterrupt` tell which checkpoint a training in this folder can go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pointer = Path(work_dir, 'last_checkpoint')
+        last = pointer.read_text().strip() if pointer.is_file() else ''
+        way = f'the last checkpoint is {last}; to go on, give the same command with --resume.'
+        raise KeyboardInterrupt(f'Interrupted: {way if last else "nothing was saved."}') from None
+
+
 def shield_workers(runner: Runner) -> None:
     """Let the workers of a runner's data loaders ignore the signals: launchers and terminals send them to all.
 
     Before its loops are built. A data loader with a `worker_init_fn` of its own keeps it.
     """
-    for name in ('_train_dataloader', '_val_dataloader'):
+    for name in ('_train_dataloader', '_val_dataloader', '_test_dataloader'):
         loader = getattr(runner, name)
         if isinstance(loader, dict) and 'worker_init_fn' not in loader:
             loader = dict(loader)

@@ -29,7 +29,7 @@ def owned(work_dir: str | Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / '.lock').open('a+')
     except OSError as error:
-        raise UserError(f'{folder} cannot be written ({error}); give another folder with --work-dir.') from error
+        raise UserError(f'{folder} cannot be written ({error}); give another folder with --work-dir.') from None
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,12 +38,12 @@ def owned(work_dir: str | Path) -> Iterator[None]:
                 raise UserError(
                     f'{folder} cannot be locked against other runs ({error}); give a folder of another file '
                     'system with --work-dir.'
-                ) from error
+                ) from None
             file.seek(0)
             raise UserError(
                 f'Another run ({file.read().strip()}) writes to {folder}; end it, or give another folder with '
                 '--work-dir.'
-            ) from error
+            ) from None
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()

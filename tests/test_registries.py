@@ -58,7 +58,7 @@ def test_pretrained_weights_are_loaded_and_told_once(build, tmp_path, monkeypatc
     torch.save({'state_dict': classifier.state_dict()}, tmp_path / 'imagenet.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'imagenet.pth'))
     model, said = build(init_cfg=init_cfg), []
-    monkeypatch.setattr(backbone, 'print_log', lambda message, *args: said.append(message))
+    monkeypatch.setattr(backbone, 'tell', lambda message, *args: said.append(message))
     model.init_weights()
     model.init_weights()
     assert len(said) == 1 and 'new in the model' in said[0] and 'dropped from the file' in said[0]
@@ -111,7 +111,7 @@ def test_moganet_is_registered_with_both_and_takes_pretrained_weights(toolbox, t
     models = importlib.import_module(f'{toolbox}.registry').MODELS
     with DefaultScope.overwrite_default_scope(toolbox):
         model = models.build(dict(type='MogaNet', arch=MOGANET_TINY, out_indices=(1, 2), init_cfg=init_cfg))
-    monkeypatch.setattr(backbone, 'print_log', lambda message, *args: said.append(message))
+    monkeypatch.setattr(backbone, 'tell', lambda message, *args: said.append(message))
     model.init_weights()
     assert len(said) == 1 and 'dropped from the file' in said[0] and 'head' in said[0]
     state = classifier.state_dict()

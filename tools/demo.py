@@ -24,11 +24,7 @@ def main() -> int:
         if args.draw_only:
             print(f'data set: {draw(Path(args.work_dir, "data"))}')
             return 0
-        print(
-            'Drawing shapes, then training on them: 5 to 10 minutes on 2 CPU cores. A log line follows every 10 '
-            'iterations, with the time left (eta).',
-            flush=True,
-        )
+        print('Drawing shapes, then training on them: 5 to 10 minutes on 2 CPU cores.', flush=True)
         outcome = run_demo(ROOT / 'configs/demo/cascade_overlock_xt_shapes.py', args.work_dir, args.cfg_options)
     print(f'\n{outcome}')
     return 0 if outcome.reached else 1

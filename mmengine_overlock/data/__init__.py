@@ -11,7 +11,6 @@ from collections import defaultdict
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.logging import print_log
 
 from mmengine_overlock.config import nodes
 from mmengine_overlock.data.cache import Outcome
@@ -19,6 +18,7 @@ from mmengine_overlock.data.classes import read_classes
 from mmengine_overlock.data.findings import REFUSED, REPAIRED, Finding, write_list
 from mmengine_overlock.data.layouts import check_dataset, dataset_class, is_local
 from mmengine_overlock.launch import is_first
+from mmengine_overlock.terminal import tell
 from overlock.utils.distributed import local_rank
 from overlock.utils.errors import UserError
 
@@ -61,11 +61,11 @@ def check_data(cfg: Config, *splits: str) -> dict[str, list[Finding]]:
                 )
     for split, outcome in outcomes.items() if local_rank() == 0 else ():
         if outcome.statistics.images:
-            print_log(f'The {split} data set: {outcome.statistics}.', 'current')
+            tell(f'The {split} data set: {outcome.statistics}.')
         if outcome.findings:
             level = logging.WARNING if any(record.outcome == REPAIRED for record in outcome.findings) else logging.INFO
             text = '; '.join(record.brief() for record in outcome.findings)
-            print_log(f'The {split} data set: {text}. {work_dir / LISTING} lists them.', 'current', level)
+            tell(f'The {split} data set: {text}. {work_dir / LISTING} lists them.', level)
     return findings
 
 

@@ -38,7 +38,7 @@ def find_coco(root: str | Path) -> DataFolder:
             contents[split] = read_coco(path, None, labeled=True)
         except LayoutError as error:
             if split != 'test':
-                raise UserError(f'{error}; expected an annotation file of boxes or masks in COCO format.') from error
+                raise UserError(f'{error}; expected an annotation file of boxes or masks in COCO format.') from None
             continue
         labeled = {str(item.get('image_id')) for item in contents[split]['annotations'] if isinstance(item, dict)}
         parts[split] = Part(_image_folder(path, contents[split], split, folders), path, len(labeled))

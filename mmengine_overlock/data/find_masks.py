@@ -121,7 +121,7 @@ def _names(root: Path) -> dict[int, str] | None:
         raise UserError(
             f'{files[0]} cannot be read ({error}); expected a name a line, or in JSON a list of names or an object '
             'of names by value.'
-        ) from error
+        ) from None
     values = sorted(names)
     if not values or values[0] not in (0, 1) or values != list(range(values[0], values[-1] + 1)):
         raise UserError(f'{files[0]} names the values {listed(values) or "none"}; expected 0, 1, 2, ... or 1, 2, ...')

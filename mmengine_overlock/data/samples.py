@@ -40,7 +40,7 @@ def name_samples() -> None:
                 if '://' not in path and (problem := read_image(path, pixels=True).problem):
                     raise BrokenFileError(
                         f'{path} {problem}; restore it and continue with --resume, or remove it from the data set.'
-                    ) from error
+                    ) from None
             raise SampleError(f'{", ".join(paths) or f"sample {idx}"}: {type(error).__name__}: {error}') from error
 
     prepare_data.names_files = True  # type: ignore[attr-defined]

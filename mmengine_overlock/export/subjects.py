@@ -77,7 +77,7 @@ class Subject:
         try:
             Image.open(path).verify()
         except (OSError, SyntaxError) as error:
-            raise UserError(f'the image {path} cannot be read ({error}); give another one') from error
+            raise UserError(f'the image {path} cannot be read ({error}); give another one') from None
         if self.pipeline is None:
             pixels = _read_square(path)
         else:

@@ -63,8 +63,8 @@ class Session:
     def __init__(self, path: Path, device: str | torch.device | None) -> None:
         try:
             import onnxruntime
-        except ImportError as error:
-            raise UserError(f'{path} needs onnxruntime; install it with `pip install onnxruntime`.') from error
+        except ImportError:
+            raise UserError(f'{path} needs onnxruntime; install it with `pip install onnxruntime`.') from None
         if not path.is_file():
             raise UserError(f'The model {path} does not exist; give a file that `overlock export` wrote.')
         cuda, present = 'CUDAExecutionProvider', onnxruntime.get_available_providers()
@@ -80,7 +80,7 @@ class Session:
             )
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f'onnxruntime cannot open {path} ({reason}); export it again.') from error
+            raise UserError(f'onnxruntime cannot open {path} ({reason}); export it again.') from None
         meta = self._session.get_modelmeta().custom_metadata_map
         self.info: dict[str, Any] = {name: _parse(value) for name, value in meta.items()}
         if self.info.get('task') not in ('detector', 'segmenter'):

@@ -63,7 +63,7 @@ def open_checkpoint(
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f'The device {device} cannot be used here ({str(error).splitlines()[0]}); give cpu, or leave it out.'
-        ) from error
+        ) from None
     meta = {key.lower(): value for key, value in (content.get('meta', {}).get('dataset_meta') or {}).items()}
     meta = meta or dataset_meta(cfg)
     pipeline = test_pipeline(cfg, dict(type='LoadImageFromNDArray'))

@@ -181,10 +181,10 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any
         if path.suffix == '.safetensors':
             try:
                 from safetensors.torch import save
-            except ImportError as error:
+            except ImportError:
                 raise UserError(
                     f'{path.name} needs the package safetensors; install it with `pip install safetensors`'
-                ) from error
+                ) from None
             file.write(save(dict(tensors), {'format': 'pt'}))
         else:
             torch.save(tensors if meta is None else {'state_dict': tensors, 'meta': meta}, file)

@@ -73,7 +73,7 @@ def find_file(source: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f'cannot download {url} ({error}); try again, or fetch {name} by other means and put it into the folder '
             f'that {WEIGHTS_VARIABLE} names, or at {cached}'
-        ) from error
+        ) from None
     return cached
 
 

@@ -102,18 +102,16 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     except MemoryError:
         raise
     except CheckpointError as error:
-        raise CheckpointError(f'{path} {error}') from error
+        raise CheckpointError(f'{path} {error}') from None
     except ImportError as error:
-        raise CheckpointError(
-            f'{path} needs a package that is not installed ({error}); install it with pip.'
-        ) from error
+        raise CheckpointError(f'{path} needs a package that is not installed ({error}); install it with pip.') from None
     # A damaged or crafted file can make the unpickler raise anything, and zipfile seek before the start.
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise CheckpointError(
                 f'Cannot read the checkpoint {path} ({error}); give the path of a file on this machine.'
-            ) from error
+            ) from None
         raise CheckpointError(
             f'{path} is not a whole PyTorch checkpoint: it was cut off while it was written, was changed since, or '
             'is another kind of file; get it or save it again.'
-        ) from error
+        ) from None

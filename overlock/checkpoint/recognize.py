@@ -52,7 +52,7 @@ def recognize(state_dict: Mapping[str, Tensor], source: str = 'the state dict') 
         raise CheckpointError(
             f'{source} is neither a classifier nor a backbone: expected head.fc or output_norms of an OverLoCK, or the '
             f'stages of a MogaNet, and what belongs to them ({error}); give a whole file'
-        ) from error
+        ) from None
     network.eval().to_form(network.form_of(names) or 'training')
     compare_weights(network, tensors, source).require(
         'give a whole file', f'the {type(network).__name__} that its names and shapes tell'

@@ -40,8 +40,8 @@ def table() -> str:
     """Return a line for each configuration: parameters of docs/complexity.json, results of model-index.yml."""
     try:
         import yaml
-    except ImportError as error:
-        raise UserError('The list needs the package pyyaml, which mmengine brings; run: pip install pyyaml.') from error
+    except ImportError:
+        raise UserError('The list needs the package pyyaml, which mmengine brings; run: pip install pyyaml.') from None
 
     index = yaml.safe_load((ROOT / 'model-index.yml').read_text(encoding='utf-8'))
     known = {Path(model['Config']).stem: model for model in index['Models'] if 'Config' in model}

@@ -53,4 +53,4 @@ def _config(source: str) -> Path | None:
     try:
         return find_config(source)
     except UserError as error:
-        raise UserError(f'{source} is not a folder. {error}') from error
+        raise UserError(f'{source} is not a folder. {error}') from None

@@ -38,6 +38,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     data('--masks', metavar='DIR', help='folder of your own images and label maps, likewise')
     option('--no-check', dest='check', action='store_false', help='start without a check of the data')
     option('--compile', action='store_true', help='compile the backbone with torch.compile')
+    option('--verbose', action='store_true', help='write the whole log to the terminal, too')
     add_cfg_options(parser)
     launchers = ['none', 'pytorch', 'slurm', 'mpi']
     option('--launcher', choices=launchers, default='none', help='what started the processes of a distributed run')

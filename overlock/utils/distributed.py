@@ -56,14 +56,19 @@ def leave_group() -> None:
 def exit_on_user_error() -> Iterator[None]:
     """Turn mistakes of the user and faults of the machine into a sentence on stderr and exit code 2.
 
-    Other errors keep their traceback. A log file that cannot be written ends the process too, instead of one traceback
-    for each line. In a distributed run only the first process on each machine tells a `UserError`, which all of them
-    raise; every process tells the fault that it meets.
+    Ctrl-C ends the process with code 130, after what the `KeyboardInterrupt` says. Other errors keep their traceback.
+    A log file that cannot be written ends the process too, instead of one traceback for each line. In a distributed run
+    only the first process on each machine tells a `UserError`, which all of them raise; every process tells the fault
+    that it meets.
     """
     handle_error = logging.FileHandler.handleError
     logging.FileHandler.handleError = _raise_again  # type: ignore[assignment, method-assign]
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        if local_rank() == 0:
+            sys.stderr.write(f'\n{str(interrupt) or "Interrupted: what this command makes is not complete."}\n')
+        raise SystemExit(130) from None
     except Exception as error:
         mistake = isinstance(error, UserError)
         sentence = str(error) if mistake else explain_fault(error)

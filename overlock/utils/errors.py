@@ -1,6 +1,12 @@
 """Errors that a user can put right, and faults of the machine, each in one sentence."""
 
+import functools
 import re
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec('P')
+T = TypeVar('T')
 
 
 class UserError(ValueError):
@@ -9,6 +15,19 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A weight file that cannot be found, read or used for this model."""
+
+
+def brief_mistakes(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a `UserError` leave a function without the calls and errors behind it; `__context__` keeps its cause."""
+
+    @functools.wraps(function)
+    def brief(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            raise error.with_traceback(None) from None
+
+    return brief
 
 
 # What the system, Python, PyTorch and NumPy say -> what is wrong, and the remedy. Wrappers (registries, workers that

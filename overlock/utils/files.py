@@ -49,7 +49,7 @@ def _beside(path: Path, folder: Path | None = None) -> TemporaryDirectory[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
         return TemporaryDirectory(dir=folder or path.parent, prefix=f'.{path.stem}.', suffix=_SUFFIX)
     except OSError as error:
-        raise UserError(f'{path} cannot be written ({error}); give a path in a writable folder.') from error
+        raise UserError(f'{path} cannot be written ({error}); give a path in a writable folder.') from None
 
 
 @contextmanager

@@ -84,6 +84,7 @@ def evaluate(name: str, checkpoint: Path, data_root: Path, folder: Path, scale: 
         CONFIGS.parent / 'tools/test.py',
         CONFIGS / f'{name}.py',
         checkpoint,
+        '--verbose',
         '--data-root',
         data_root,
         '--cfg-options',

@@ -70,6 +70,20 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(drawn, recipe, tmp
     assert_same_state(resumed, whole)
 
 
+@pytest.mark.parametrize(
+    'saved, told', [(False, 'there is no checkpoint yet.'), (True, 'last.pth holds the state of epoch 0; to go on, ')]
+)
+def test_an_interrupted_run_tells_what_it_leaves(drawn, recipe, tmp_path, monkeypatch, saved, told):
+    def interrupt(self, writer):
+        if saved:
+            (tmp_path / 'last.pth').touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, 'fit', interrupt)
+    with pytest.raises(KeyboardInterrupt, match=told):
+        train(recipe(), drawn, tmp_path)
+
+
 def test_epochs_seeds_and_processes_draw_different_images(drawn, recipe):
     split, model = check_folder(drawn)[0], tiny.TimmOverLoCK(tiny.ARCH, num_classes=10)
     draws = []

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mmengine_overlock.run import train
+from overlock.utils.distributed import exit_on_user_error
 
 EVERYTHING = """
 model['dropout'] = 0.3
@@ -41,7 +42,7 @@ def assert_equal(actual, expected):
 
 
 def start(config, folder, processes=1, **options):
-    """Train in as many forked processes."""
+    """Train in as many forked processes, which end as the tools do."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
@@ -52,7 +53,8 @@ def start(config, folder, processes=1, **options):
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes)
             )
             os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        train(config, work_dir=folder, launcher='pytorch' if processes > 1 else 'none', **options)
+        with exit_on_user_error():
+            train(config, work_dir=folder, launcher='pytorch' if processes > 1 else 'none', **options)
 
     started = [get_context('fork').Process(target=run, args=(rank,)) for rank in range(processes)]
     for process in started:

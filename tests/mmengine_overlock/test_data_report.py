@@ -222,7 +222,7 @@ def test_a_configuration_is_reported_and_stays(tmp_path):
 
 def test_a_run_tells_in_a_line_what_it_will_see(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr('mmengine_overlock.data.print_log', lambda message, *arguments: told.append(message))
+    monkeypatch.setattr('mmengine_overlock.data.tell', lambda message, *arguments: told.append(message))
     check_data(write_coco(tmp_path), 'train')
     line = 'The train data set: 3 images of 40x30, 3 boxes of 3 classes (100% small, 0% medium, 0% large).'
     assert told == [line]

@@ -47,7 +47,7 @@ def own(tmp_path, monkeypatch):
 def told(monkeypatch):
     """What the user is told."""
     lines = []
-    monkeypatch.setattr('mmengine_overlock.own_data.print_log', lambda message, *_: lines.append(message))
+    monkeypatch.setattr('mmengine_overlock.own_data.tell', lambda message, *_: lines.append(message))
     return lines
 
 

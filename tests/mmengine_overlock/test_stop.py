@@ -2,11 +2,13 @@ import os
 import signal
 import subprocess
 import time
+from multiprocessing import get_context
 
 import pytest
 import torch
 
 from mmengine_overlock.run import train
+from overlock.cli import run_command
 from tests.mmengine_overlock.runs import EVERYTHING, WORKERS, assert_equal, saved, start, statuses, wait_for
 
 pytestmark = pytest.mark.usefixtures('quick_saves')
@@ -70,25 +72,26 @@ def test_workers_outlive_a_signal_to_everybody(write_toy, tmp_path):
     assert not [pid for pid in workers if os.path.exists(f'/proc/{pid}')]
 
 
-def test_a_signal_during_the_validation_saves_the_weights_behind_the_average(write_toy, tmp_path):
+@pytest.mark.parametrize('number, status', [('SIGTERM', 143), ('SIGINT', 130)])
+def test_a_signal_during_the_validation_saves_the_weights_behind_the_average(write_toy, tmp_path, number, status):
     slow = "train_cfg.update(val_interval=1)\nval_dataloader['dataset'] = dict(type='ToyDataset', delay=0.02)\n"
     once = slow + "default_hooks['checkpoint'].update(by_epoch=True)\n"
-    codes, stopped, _ = stop_during_validation(write_toy, tmp_path / 'a', once)
-    assert codes == [143] and stopped == 12
+    codes, stopped = stop_during_validation(write_toy, tmp_path / 'a', once, getattr(signal, number))
+    assert codes == [status] and stopped == 12
     train(write_toy(EVERYTHING + once.replace('0.02', '0.0')), work_dir=tmp_path / 'whole')
     assert_equal(saved(tmp_path / 'a' / 'epoch_4.pth'), saved(tmp_path / 'whole' / 'epoch_4.pth'))
 
 
-def stop_during_validation(write_toy, folder, more):
+def stop_during_validation(write_toy, folder, more, number):
     (running,) = start(write_toy(EVERYTHING + more), folder)
     wait_for(folder / 'epoch_2.pth')
     time.sleep(0.05)
-    os.kill(running.pid, signal.SIGTERM)
+    os.kill(running.pid, number)
     codes = statuses([running])
-    meta = torch.load(folder / 'interrupted.pth', weights_only=False)['meta']
+    stopped = torch.load(folder / 'interrupted.pth', weights_only=False)['meta']['iter']
     resumed = statuses(start(write_toy(EVERYTHING + more.replace('0.02', '0.0')), folder, resume='auto'))
     assert resumed == [0]
-    return codes, meta['iter'], meta
+    return codes, stopped
 
 
 def test_a_stop_waits_for_the_gradients_of_further_iterations(write_toy, tmp_path):
@@ -99,7 +102,7 @@ def test_a_stop_waits_for_the_gradients_of_further_iterations(write_toy, tmp_pat
     assert_equal(saved(last), saved(tmp_path / 'whole' / last.name))
 
 
-def test_a_second_interrupt_ends_the_run_at_once(write_toy, tmp_path):
+def test_an_interrupt_before_the_first_iteration_ends_the_run_at_once(write_toy, tmp_path, capfd):
     config = write_toy(EVERYTHING + "train_dataloader['dataset'].update(delay=20.0)\n")
     (running,) = start(config, tmp_path / 'a')
     wait_for(tmp_path / 'a' / config.name)
@@ -107,11 +110,47 @@ def test_a_second_interrupt_ends_the_run_at_once(write_toy, tmp_path):
     os.kill(running.pid, signal.SIGINT)
     # torchrun passes the same Ctrl-C on.
     os.kill(running.pid, signal.SIGINT)
+    assert statuses([running], timeout=5) == [130]
+    assert capfd.readouterr().err == '\nInterrupted: nothing was saved.\n'
+    assert not (tmp_path / 'a' / 'interrupted.pth').exists()
+
+
+def test_a_second_interrupt_ends_the_run_at_once(write_toy, tmp_path, capfd):
+    config = write_toy(EVERYTHING + "train_dataloader['dataset'].update(delay=1.5)\n")
+    (running,) = start(config, tmp_path / 'a')
+    first = tmp_path / 'a' / 'iter_1.pth'
+    wait_for(first)
+    # The second iteration.
+    time.sleep(0.3)
+    os.kill(running.pid, signal.SIGINT)
+    os.kill(running.pid, signal.SIGINT)
     time.sleep(1.2)
     assert running.is_alive()
     os.kill(running.pid, signal.SIGINT)
-    assert statuses([running], timeout=5) not in ([None], [0])
+    assert statuses([running], timeout=5) == [130]
+    err = capfd.readouterr().err
+    assert err.count('Stopping after this iteration, to save it; Ctrl-C again stops at once.') == 1
+    told = f'Interrupted: the last checkpoint is {first}; to go on, give the same command with --resume.'
+    assert err.count(told) == 1 and 'Traceback' not in err
     assert not (tmp_path / 'a' / 'interrupted.pth').exists()
+
+
+def test_an_interrupted_test_is_told_in_one_line(write_toy, tmp_path, capfd):
+    train(write_toy(), work_dir=tmp_path / 'a')
+    slowly = "test_dataloader.update(num_workers=1, dataset=dict(type='ToyDataset', delay=20.0))\n"
+    arguments = [str(write_toy(slowly)), str(tmp_path / 'a' / 'epoch_4.pth')]
+    running = get_context('fork').Process(target=run_command, args=('test', arguments))
+    capfd.readouterr()
+    running.start()
+    end = time.monotonic() + 60
+    while not (workers := subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True).stdout.split()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(1)
+    for pid in [*map(int, workers), running.pid]:
+        os.kill(pid, signal.SIGINT)
+    assert statuses([running], timeout=20) == [130]
+    assert capfd.readouterr().err == '\nInterrupted: what this command makes is not complete.\n'
 
 
 def test_handlers_are_put_back(write_toy, tmp_path):

@@ -67,13 +67,14 @@ randomness = dict(seed=0)
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, port, run_tool, start_tool):
-    """Run train or test in a folder of its own, on two processes where asked for; the output."""
+    """Run train or test in a folder of its own, on two processes where asked for; mmengine's output."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     # As torchrun has it: sums in another order could tip untrained maps.
     torch.set_num_threads(1)
 
     def run(tool, *arguments, processes=1):
+        arguments = (*arguments, '--verbose')
         if processes == 1:
             code, out, err = run_tool(tool, *arguments)
         else:

@@ -28,7 +28,7 @@ def weights(path):
 
 def metrics(code, out, err):
     assert code == 0, out + err
-    return re.findall(r'\((?:val|test)\).*(error: \d\.\d{4}  images: \d+)', out)
+    return re.findall(r'error (\d\.\d{3})  images (\d+)', out)
 
 
 def ended(process):
@@ -74,14 +74,14 @@ def test_every_option_reaches_its_function(toy, run_tool, monkeypatch):
     monkeypatch.setattr('mmengine_overlock.run.train', record)
     monkeypatch.setattr('mmengine_overlock.run.test', record)
     common = ['--work-dir', 'w', '--data-root', 'd', '--no-check', '--compile', '--amp']
-    common += ['--cfg-options', 'a.b=1', 'c=[x,y]']
+    common += ['--verbose', '--cfg-options', 'a.b=1', 'c=[x,y]']
     launch = ['--launcher', 'slurm', '--local-rank', '1']
     train = ['--resume', '--auto-scale-lr', '--tensorboard', '--weights', 'f', '--on-nan', 'skip']
     train += ['--wandb', '--mlflow', '--ema', '--early-stop', '3']
     test = ['--out', 'o.pkl', '--show-dir', 's', '--show', '--tta']
     assert run_tool('train', 'c.py', *common, *launch, *train) == (0, '', '')
     assert run_tool('test', 'c.py', 'c.pth', *common, *launch, *test) == (0, '', '')
-    both = dict(config='c.py', work_dir='w', data_root='d', check=False, compile=True, amp=True)
+    both = dict(config='c.py', work_dir='w', data_root='d', check=False, compile=True, amp=True, verbose=True)
     both |= dict(coco=None, masks=None)
     both['cfg_options'] = {'a.b': 1, 'c': ['x', 'y']}
     logged = dict(tensorboard=True, wandb=True, mlflow=True, ema=True, early_stop=3)

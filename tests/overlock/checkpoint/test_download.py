@@ -4,7 +4,9 @@ import hashlib
 import http.server
 import re
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
@@ -139,9 +141,14 @@ def test_server_that_never_gets_further_ends_in_an_error(server):
 
 
 def test_missing_file_is_an_error_that_names_the_folder(server, tmp_path):
-    with pytest.raises(CheckpointError, match='cannot download .*absent.pth .HTTP Error 404: .*OVERLOCK_WEIGHTS names'):
+    with pytest.raises(
+        CheckpointError, match='cannot download .*absent.pth .HTTP Error 404: .*OVERLOCK_WEIGHTS names'
+    ) as caught:
         find_file(server.url('absent.pth'))
     assert files(tmp_path) == []
+    # Without the calls inside urllib.
+    assert 'urllib' not in ''.join(traceback.format_exception(caught.value))
+    assert isinstance(caught.value.__context__, HTTPError)
 
 
 def test_server_that_does_not_answer_is_an_error(tmp_path, monkeypatch):

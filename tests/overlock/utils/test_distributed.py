@@ -47,3 +47,13 @@ def test_a_log_file_on_a_full_disk_ends_the_process(capsys):
     logger.error('line')
     assert 'Logging error' in capsys.readouterr().err
     handler.stream = None
+
+
+@pytest.mark.parametrize(
+    'said, line', [('', 'Interrupted: what this command makes is not complete.'), ('a.pth', 'a.pth')]
+)
+def test_an_interrupt_is_a_line_and_code_130(capsys, said, line):
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise KeyboardInterrupt(*[said] * bool(said))
+    assert caught.value.code == 130
+    assert capsys.readouterr() == ('', f'\n{line}\n')

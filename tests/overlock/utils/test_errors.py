@@ -3,11 +3,12 @@
 import errno
 import os
 import re
+import traceback
 
 import pytest
 import torch
 
-from overlock.utils.errors import UserError, explain_fault
+from overlock.utils.errors import UserError, brief_mistakes, explain_fault
 
 
 def system(number: int) -> OSError:
@@ -66,3 +67,19 @@ def test_pytorchs_own_words_are_known():
     with pytest.raises(RuntimeError) as caught:
         torch.save(torch.zeros(2**20), '/dev/full')
     assert explain_fault(caught.value).startswith('The disk is full; ')
+
+
+def test_a_mistake_leaves_a_function_without_what_is_behind_it():
+    def deep(left):
+        if left:
+            return deep(left - 1)
+        try:
+            raise OSError('the cause')
+        except OSError as error:
+            raise UserError('Do that.') from error
+
+    with pytest.raises(UserError) as caught:
+        brief_mistakes(deep)(50)
+    text = ''.join(traceback.format_exception(caught.value))
+    assert text.count('\n') < 12 and 'the cause' not in text and text.endswith('UserError: Do that.\n')
+    assert str(caught.value.__context__) == 'the cause'
