@@ -1,15 +1,15 @@
 import os
 import signal
 import subprocess
+import sys
 import time
-from multiprocessing import get_context
 
 import pytest
 import torch
 
 from mmengine_overlock.run import train
-from overlock.cli import run_command
 from tests.mmengine_overlock.runs import EVERYTHING, WORKERS, assert_equal, saved, start, statuses, wait_for
+from tests.testing import ROOT
 
 pytestmark = pytest.mark.usefixtures('quick_saves')
 
@@ -135,22 +135,26 @@ def test_a_second_interrupt_ends_the_run_at_once(write_toy, tmp_path, capfd):
     assert not (tmp_path / 'a' / 'interrupted.pth').exists()
 
 
-def test_an_interrupted_test_is_told_in_one_line(write_toy, tmp_path, capfd):
+def test_an_interrupted_test_is_told_in_one_line(write_toy, tmp_path):
     train(write_toy(), work_dir=tmp_path / 'a')
     slowly = "test_dataloader.update(num_workers=1, dataset=dict(type='ToyDataset', delay=20.0))\n"
-    arguments = [str(write_toy(slowly)), str(tmp_path / 'a' / 'epoch_4.pth')]
-    running = get_context('fork').Process(target=run_command, args=('test', arguments))
-    capfd.readouterr()
-    running.start()
+    command = [sys.executable, ROOT / 'tools/test.py', write_toy(slowly), tmp_path / 'a' / 'epoch_4.pth']
+    environ = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER='1')
+    # Processes of one group: a terminal interrupts them all.
+    running = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True)
     end = time.monotonic() + 60
-    while not (workers := subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True).stdout.split()):
-        assert time.monotonic() < end
+    while not subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True).stdout:
+        assert time.monotonic() < end and running.poll() is None
         time.sleep(0.05)
     time.sleep(1)
-    for pid in [*map(int, workers), running.pid]:
-        os.kill(pid, signal.SIGINT)
-    assert statuses([running], timeout=20) == [130]
-    assert capfd.readouterr().err == '\nInterrupted: what this command makes is not complete.\n'
+    os.killpg(running.pid, signal.SIGINT)
+    try:
+        err = running.communicate(timeout=20)[1]
+    except subprocess.TimeoutExpired:
+        # Where it hangs is then told.
+        running.send_signal(signal.SIGABRT)
+        err = running.communicate()[1]
+    assert (running.returncode, err) == (130, '\nInterrupted: what this command makes is not complete.\n')
 
 
 def test_handlers_are_put_back(write_toy, tmp_path):
