@@ -31,7 +31,7 @@ def find_coco(root: str | Path) -> DataFolder:
     """
     root = existing(root)
     files = _annotation_files(root)
-    contents, parts = {}, {}
+    contents, parts, remarks = {}, {}, list[str]()
     folders = [root, *subfolders(root)]
     for split, path in files.items():
         try:
@@ -39,10 +39,10 @@ def find_coco(root: str | Path) -> DataFolder:
         except LayoutError as error:
             if split != 'test':
                 raise UserError(f'{error}; expected an annotation file of boxes or masks in COCO format.') from None
+            remarks.append(f'No test split, val is tested: {error}.')
             continue
         labeled = {str(item.get('image_id')) for item in contents[split]['annotations'] if isinstance(item, dict)}
         parts[split] = Part(_image_folder(path, contents[split], split, folders), path, len(labeled))
-    remarks: list[str] = []
     classes = _classes(files, contents, remarks)
     names = [[category.get('name') for category in content['categories']] for content in contents.values()]
     ordered = all([name for name in some if name in classes] == list(classes) for some in names)

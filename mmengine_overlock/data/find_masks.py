@@ -104,8 +104,16 @@ def _suffixes(part: Part) -> tuple[str, str]:
             f'{part.labels} has no label map for {stems[0]}{suffix} of {part.images}; expected maps that are named as '
             f'the images, as {stems[0]}.png or {stems[0]}_mask.png.'
         )
-    # Where `1.png` and `10.png` both start with `1`, one ending fits more images.
-    return suffix, max(endings, key=lambda ending: (endings[ending], ending.startswith('.'), -len(ending), ending))
+    # Where `1.png` and `10.png` both start with `1`, one ending fits more images, or begins with no digit.
+    most = sorted(ending for ending, count in endings.items() if count == max(endings.values()))
+    most = [ending for ending in most if not ending[:1].isalnum()] or most
+    most = [ending for ending in most if ending.startswith('.')] or most
+    if len(most) > 1:
+        raise UserError(
+            f'{part.labels} has several label maps for each image, {listed([stems[0] + ending for ending in most])}, '
+            'expected one; move the others out.'
+        )
+    return suffix, most[0]
 
 
 def _names(root: Path) -> dict[int, str] | None:
@@ -138,7 +146,10 @@ def _read_names(path: Path) -> dict[int, str]:
         return {int(line.split('\t')[0]): line.split('\t')[-1].strip() for line in lines[1:]}
     content = json.loads(text) if path.suffix == '.json' else lines
     pairs = content.items() if isinstance(content, dict) else enumerate(content)
-    return {int(value): str(name) for value, name in pairs}
+    names = {int(value): name for value, name in pairs}
+    if strange := [name for name in names.values() if not isinstance(name, str)]:
+        raise ValueError(f'{strange[0]!r} is not a name')
+    return names
 
 
 def _names_by_value(parts: Mapping[str, Part], suffix: str) -> dict[int, str]:
