@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def fit_training(cfg: Config, folder: DataFolder, options: dict[str, Any] | None
     batch = cfg.train_dataloader.batch_size * processes(cfg.launcher)
     _scale_rate(cfg, batch, options)
     epochs = cfg.train_cfg.get('max_epochs')
-    iterations = cfg.train_cfg.get('max_iters') or epochs * -(-folder.parts['train'].count // batch)
+    repeats = [node['times'] for node in nodes(cfg.train_dataloader.dataset) if node.get('type') == 'RepeatDataset']
+    images = folder.parts['train'].count * math.prod(repeats)
+    iterations = cfg.train_cfg.get('max_iters') or epochs * -(-images // batch)
     schedulers = as_list(cfg.get('param_scheduler'))
     given = {name.split('.')[1] for name in options if name.startswith('param_scheduler.')}
     # One that is not in a list has settings instead of a place.
@@ -128,6 +131,12 @@ def _scale_rate(cfg: Config, batch: int, options: dict[str, Any]) -> None:
         enable_auto_scale_lr(cfg)
     if base and cfg.auto_scale_lr.get('enable'):
         _tell(f'Learning rate {rate * batch / base:g} for {batch} images a step, from {rate:g} for {base}.')
+        if (steps := cfg.optim_wrapper.get('accumulative_counts', 1)) > 1:
+            _tell(
+                f'An update takes {steps} steps, which this learning rate does not count; give another one by '
+                '--cfg-options optim_wrapper.optimizer.lr=NUMBER.',
+                logging.WARNING,
+            )
     else:
         reason = 'given' if given else 'the configuration has no auto_scale_lr.base_batch_size'
         _tell(f'Learning rate {rate:g}, not scaled to {batch} images a step, as {reason}.')

@@ -193,6 +193,16 @@ def test_learning_rate_and_warm_up_follow_the_data_and_are_told(own, tmp_path, t
     ]
 
 
+def test_repeated_data_and_updates_of_several_steps_are_counted_and_told(tmp_path, told):
+    found = find_folder(write(tmp_path / 'data', FILES, ['train2017', 'val2017']), None)
+    cfg = load_config('mask_rcnn_overlock_t_1x', {'optim_wrapper.accumulative_counts': 8})
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=10, dataset=cfg.train_dataloader.dataset)
+    use_own_data(cfg, found)
+    fit_training(cfg, found)
+    assert told[-2].startswith('An update takes 8 steps, which this learning rate does not count; give another')
+    assert told[-1] == 'Warm-up of 18 iterations instead of 500, as the training has 180.'
+
+
 def test_settings_that_were_given_stay(own, tmp_path, told):
     root = write_masks(tmp_path / 'data')
     options = {
