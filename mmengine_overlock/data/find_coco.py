@@ -117,7 +117,7 @@ def _classes(files: Mapping[str, Path], contents: Mapping[str, Any], remarks: li
     for values in (numbers, names):
         if twice := [value for value in values if values.count(value) > 1]:
             raise UserError(f'{files["train"]} has {twice[0]!r} as two categories; give each one an id and a name.')
-    parents = {item.get('supercategory') for item in categories if item.get('supercategory') != item['name']}
+    parents = {str(item.get('supercategory')) for item in categories if item.get('supercategory') != item['name']}
     groups = [name for name in names if name in parents and name not in everywhere]
     if groups:
         remarks.append(f'No class: {listed(groups)}, only the supercategory of others and without annotations.')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -140,16 +141,27 @@ def _names(root: Path) -> dict[int, str] | None:
 
 def _read_names(path: Path) -> dict[int, str]:
     text = path.read_text(encoding='utf-8-sig')
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     if path.name == 'objectInfo150.txt':
         # Idx, Ratio, Train, Val, Stuff, Name.
         return {int(line.split('\t')[0]): line.split('\t')[-1].strip() for line in lines[1:]}
+    if path.suffix == '.txt':
+        _check_lines(lines)
     content = json.loads(text) if path.suffix == '.json' else lines
     pairs = content.items() if isinstance(content, dict) else enumerate(content)
     names = {int(value): name for value, name in pairs}
     if strange := [name for name in names.values() if not isinstance(name, str)]:
         raise ValueError(f'{strange[0]!r} is not a name')
     return names
+
+
+def _check_lines(lines: Sequence[str]) -> None:
+    """Raise a ValueError where lines of names would give names to other values than was meant."""
+    if '' in lines:
+        raise ValueError(f'line {lines.index("") + 1} is empty')
+    numbers = [int(found[0]) for line in lines if (found := re.match(r'\d+(?=[\W_])', line))]
+    if len(numbers) == len(lines) > 1 and numbers == [*range(numbers[0], numbers[-1] + 1)]:
+        raise ValueError('its lines begin with numbers, which are no part of a name')
 
 
 def _names_by_value(parts: Mapping[str, Part], suffix: str) -> dict[int, str]:

@@ -147,7 +147,7 @@ def test_label_maps_are_found_and_named_by_value(tmp_path, folders, splits, endi
 @pytest.mark.parametrize(
     ('file', 'text', 'zero'),
     [
-        ('classes.txt', '\ufeff背景\nroad sign\n\nсобака\n', False),
+        ('classes.txt', '\ufeff背景\nroad sign\nсобака\n\n', False),
         ('labels.json', '["背景", "road sign", "собака"]', False),
         ('classes.json', '{"2": "road sign", "1": "背景", "3": "собака"}', True),
         ('objectInfo150.txt', 'Idx\tRatio\tName\n1\t.1\t背景\n2\t.2\troad sign\n3\t.1\tсобака\n', True),
@@ -174,6 +174,8 @@ def test_names_of_classes_come_from_a_file_by_value(tmp_path, file, text, zero):
         (lambda root: (root / 'classes.txt').write_text('a\na'), "name 'a' twice"),
         (lambda root: (root / 'classes.txt').write_text('a'), r'have one class \(a\), expected two or more'),
         (lambda root: (root / 'classes.txt').write_text(''), 'names the values none'),
+        (lambda root: (root / 'classes.txt').write_text('a\n\nb'), 'line 2 is empty'),
+        (lambda root: (root / 'classes.txt').write_text('1 wall\n2: tree\n3,car'), 'lines begin with numbers'),
         (lambda root: (root / 'classes.json').write_text('{"0": "a", "2": "b"}'), 'names the values 0, 2'),
         (lambda root: (root / 'classes.json').write_text('{"a": 0}'), 'cannot be read'),
         (lambda root: (root / 'classes.json').write_text('[{"id": 1, "name": "a"}]'), "'a'} is not a name"),
