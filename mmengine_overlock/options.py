@@ -37,6 +37,8 @@ _READERS: dict[str, _Readers] = {
         {f'{name}_mult' for name in _MULTIPLIERS}
         | {'bypass_duplicate', 'custom_keys', 'decay_rate', 'decay_type', 'num_layers'}
     ],
+    # Of segmenters, whose configurations may lack those of the other mode.
+    'model.test_cfg': [{'mode', 'stride', 'crop_size'}],
     'auto_scale_lr': [{'enable', 'base_batch_size'}],
     'randomness': [set_random_seed],
     'env_cfg': [{'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'}],
@@ -44,7 +46,16 @@ _READERS: dict[str, _Readers] = {
     'default_hooks': [{'runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint'}],
 }
 # Parts whose names are the user's.
-_FREE = {'custom_keys', 'metainfo', 'mp_cfg', 'dist_cfg', 'model_wrapper_cfg', 'backend_args', 'sampler_cfg'}
+_FREE = {
+    'custom_keys',
+    'metainfo',
+    'mp_cfg',
+    'dist_cfg',
+    'model_wrapper_cfg',
+    'backend_args',
+    'sampler_cfg',
+    'clip_grad',
+}
 
 
 def check_options(cfg: Config, options: dict[str, Any]) -> None:
@@ -101,7 +112,7 @@ def _known(cfg: Config, node: dict, path: str, options: dict[str, Any]) -> set[s
         return None
     kind = options.get(f'{path}.type', node.get('type'))
     readers = _READERS.get(path, []) if kind is None else _find(kind, cfg.get('default_scope') or 'mmengine')
-    names = {*_BUILDERS} if kind or readers else set()
+    names = {*_BUILDERS} if kind or readers else {'_delete_'}
     for reader in readers:
         found = reader if isinstance(reader, set) else _arguments(reader)
         if found is None:

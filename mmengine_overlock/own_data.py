@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ def find_folder(coco: str | Path | None, masks: str | Path | None, check: bool =
     """
     if coco is None and masks is None:
         return None
+    if coco is not None and masks is not None:
+        raise UserError(f'Data is given by --coco {coco} and by --masks {masks}; give one of the two.')
     folder = find_masks(masks) if masks is not None else find_coco(str(coco))
     if not check and not folder.ordered:
         raise UserError(
@@ -92,21 +96,30 @@ def fit_training(cfg: Config, folder: DataFolder, options: dict[str, Any] | None
     Args:
         cfg: Changed in place.
         folder: The data.
-        options: Settings by dotted name; a learning rate among them is not scaled.
+        options: Settings by dotted name; a learning rate among them is not scaled, a warm-up not shortened.
     """
     options = options or {}
     batch = cfg.train_dataloader.batch_size * processes(cfg.launcher)
     _scale_rate(cfg, batch, options)
     epochs = cfg.train_cfg.get('max_epochs')
-    iterations = cfg.train_cfg.get('max_iters') or epochs * -(-folder.parts['train'].count // batch)
-    if not any(name.startswith('param_scheduler') for name in options):
-        _shorten_warm_up(as_list(cfg.get('param_scheduler')), iterations)
-    for place, scheduler in enumerate(as_list(cfg.get('param_scheduler'))):
+    repeats = [node['times'] for node in nodes(cfg.train_dataloader.dataset) if node.get('type') == 'RepeatDataset']
+    images = folder.parts['train'].count * math.prod(repeats)
+    iterations = cfg.train_cfg.get('max_iters') or epochs * -(-images // batch)
+    schedulers = as_list(cfg.get('param_scheduler'))
+    given = {name.split('.')[1] for name in options if name.startswith('param_scheduler.')}
+    # One that is not in a list has settings instead of a place.
+    if 'param_scheduler' not in options and all(map(str.isdigit, given)):
+        _shorten_warm_up(schedulers, iterations, given)
+    for place, scheduler in enumerate(schedulers):
         end, last = scheduler.get('end'), epochs if scheduler.get('by_epoch', True) else iterations
         if end and last and end > last + 1:
+            remedy = f'param_scheduler.{place}.end={last}'
+            if 'milestones' in scheduler:
+                steps = [max(1, step * last // end) for step in scheduler.milestones]
+                remedy += f' param_scheduler.{place}.milestones="{steps}"'.replace(', ', ',')
             _tell(
                 f'The learning rate stops on its way: {scheduler.type} ends at {end}, the training at {last}; give '
-                f'--cfg-options param_scheduler.{place}.end={last} to end with it.',
+                f'--cfg-options {remedy} to end with it.',
                 logging.WARNING,
             )
 
@@ -118,16 +131,22 @@ def _scale_rate(cfg: Config, batch: int, options: dict[str, Any]) -> None:
         enable_auto_scale_lr(cfg)
     if base and cfg.auto_scale_lr.get('enable'):
         _tell(f'Learning rate {rate * batch / base:g} for {batch} images a step, from {rate:g} for {base}.')
+        if (steps := cfg.optim_wrapper.get('accumulative_counts', 1)) > 1:
+            _tell(
+                f'An update takes {steps} steps, which this learning rate does not count; give another one by '
+                '--cfg-options optim_wrapper.optimizer.lr=NUMBER.',
+                logging.WARNING,
+            )
     else:
         reason = 'given' if given else 'the configuration has no auto_scale_lr.base_batch_size'
         _tell(f'Learning rate {rate:g}, not scaled to {batch} images a step, as {reason}.')
 
 
-def _shorten_warm_up(schedulers: list[dict], iterations: int) -> None:
+def _shorten_warm_up(schedulers: list[dict], iterations: int, given: Collection[str]) -> None:
     longest = max(2, iterations // _WARM_UP + 1)
-    for scheduler in schedulers:
+    for place, scheduler in enumerate(schedulers):
         end = scheduler.get('end', 0)
-        if scheduler['type'] != 'LinearLR' or scheduler.get('by_epoch', True) or end <= longest:
+        if scheduler['type'] != 'LinearLR' or scheduler.get('by_epoch', True) or end <= longest or str(place) in given:
             continue
         for other in schedulers:
             other.update({'begin': longest} if other.get('begin') == end else {})
@@ -170,6 +189,9 @@ def _set_evaluator(cfg: Config, folder: DataFolder, split: str, metric: str) -> 
         raise UserError(
             f'{split}_evaluator of {cfg.filename} has no {metric}, by which --{folder.layout} is evaluated.'
         )
+    others = [str(node.get('type')) for node in as_list(cfg[f'{split}_evaluator']) if node not in evaluators]
+    if others:
+        _tell(f'{split}_evaluator keeps {metric} alone, without {listed(others)}.', logging.WARNING)
     for evaluator in evaluators if folder.layout == 'coco' else ():
         evaluator.ann_file = str(folder.parts.get(split, folder.parts['val']).labels)
         evaluator.pop('format_only', None)

@@ -108,6 +108,8 @@ def train(
                 stack.enter_context(owned(cfg.work_dir))
             if data_root is not None:
                 set_data_root(cfg, data_root)
+            if auto_scale_lr:
+                enable_auto_scale_lr(cfg)
             if folder := find_folder(coco, masks, check):
                 use_own_data(cfg, folder, cfg_options)
                 fit_training(cfg, folder, cfg_options)
@@ -115,8 +117,6 @@ def train(
                 set_weights(cfg, weights)
             if amp:
                 enable_amp(cfg)
-            if auto_scale_lr:
-                enable_auto_scale_lr(cfg)
             for name, wanted in (('tensorboard', tensorboard), ('wandb', wandb), ('mlflow', mlflow)):
                 if wanted:
                     add_backend(cfg, name)

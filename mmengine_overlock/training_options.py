@@ -23,7 +23,8 @@ def add_backend(cfg: Config, name: str) -> None:
     Raises:
         UserError: The package is not installed.
     """
-    if find_spec(name) is None:
+    # A folder of runs, as wandb's, is found as a package without a file.
+    if getattr(find_spec(name), 'origin', None) is None:
         raise UserError(f'--{name} needs the package {name}, which is not installed; run: pip install {name}')
     visualizer = cfg.get('visualizer') or dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
     backends = as_list(visualizer.get('vis_backends'))

@@ -31,7 +31,7 @@ def find_coco(root: str | Path) -> DataFolder:
     """
     root = existing(root)
     files = _annotation_files(root)
-    contents, parts = {}, {}
+    contents, parts, remarks = {}, {}, list[str]()
     folders = [root, *subfolders(root)]
     for split, path in files.items():
         try:
@@ -39,10 +39,10 @@ def find_coco(root: str | Path) -> DataFolder:
         except LayoutError as error:
             if split != 'test':
                 raise UserError(f'{error}; expected an annotation file of boxes or masks in COCO format.') from None
+            remarks.append(f'No test split, val is tested: {error}.')
             continue
         labeled = {str(item.get('image_id')) for item in contents[split]['annotations'] if isinstance(item, dict)}
         parts[split] = Part(_image_folder(path, contents[split], split, folders), path, len(labeled))
-    remarks: list[str] = []
     classes = _classes(files, contents, remarks)
     names = [[category.get('name') for category in content['categories']] for content in contents.values()]
     ordered = all([name for name in some if name in classes] == list(classes) for some in names)
@@ -117,7 +117,7 @@ def _classes(files: Mapping[str, Path], contents: Mapping[str, Any], remarks: li
     for values in (numbers, names):
         if twice := [value for value in values if values.count(value) > 1]:
             raise UserError(f'{files["train"]} has {twice[0]!r} as two categories; give each one an id and a name.')
-    parents = {item.get('supercategory') for item in categories if item.get('supercategory') != item['name']}
+    parents = {str(item.get('supercategory')) for item in categories if item.get('supercategory') != item['name']}
     groups = [name for name in names if name in parents and name not in everywhere]
     if groups:
         remarks.append(f'No class: {listed(groups)}, only the supercategory of others and without annotations.')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -104,8 +105,16 @@ def _suffixes(part: Part) -> tuple[str, str]:
             f'{part.labels} has no label map for {stems[0]}{suffix} of {part.images}; expected maps that are named as '
             f'the images, as {stems[0]}.png or {stems[0]}_mask.png.'
         )
-    # Where `1.png` and `10.png` both start with `1`, one ending fits more images.
-    return suffix, max(endings, key=lambda ending: (endings[ending], ending.startswith('.'), -len(ending), ending))
+    # Where `1.png` and `10.png` both start with `1`, one ending fits more images, or begins with no digit.
+    most = sorted(ending for ending, count in endings.items() if count == max(endings.values()))
+    most = [ending for ending in most if not ending[:1].isalnum()] or most
+    most = [ending for ending in most if ending.startswith('.')] or most
+    if len(most) > 1:
+        raise UserError(
+            f'{part.labels} has several label maps for each image, {listed([stems[0] + ending for ending in most])}, '
+            'expected one; move the others out.'
+        )
+    return suffix, most[0]
 
 
 def _names(root: Path) -> dict[int, str] | None:
@@ -132,13 +141,27 @@ def _names(root: Path) -> dict[int, str] | None:
 
 def _read_names(path: Path) -> dict[int, str]:
     text = path.read_text(encoding='utf-8-sig')
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     if path.name == 'objectInfo150.txt':
         # Idx, Ratio, Train, Val, Stuff, Name.
         return {int(line.split('\t')[0]): line.split('\t')[-1].strip() for line in lines[1:]}
+    if path.suffix == '.txt':
+        _check_lines(lines)
     content = json.loads(text) if path.suffix == '.json' else lines
     pairs = content.items() if isinstance(content, dict) else enumerate(content)
-    return {int(value): str(name) for value, name in pairs}
+    names = {int(value): name for value, name in pairs}
+    if strange := [name for name in names.values() if not isinstance(name, str)]:
+        raise ValueError(f'{strange[0]!r} is not a name')
+    return names
+
+
+def _check_lines(lines: Sequence[str]) -> None:
+    """Raise a ValueError where lines of names would give names to other values than was meant."""
+    if '' in lines:
+        raise ValueError(f'line {lines.index("") + 1} is empty')
+    numbers = [int(found[0]) for line in lines if (found := re.match(r'\d+(?=[\W_])', line))]
+    if len(numbers) == len(lines) > 1 and numbers == [*range(numbers[0], numbers[-1] + 1)]:
+        raise ValueError('its lines begin with numbers, which are no part of a name')
 
 
 def _names_by_value(parts: Mapping[str, Part], suffix: str) -> dict[int, str]:

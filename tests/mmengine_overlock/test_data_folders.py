@@ -71,6 +71,8 @@ def test_file_names_with_folders_and_labels_of_a_test_split_are_found(tmp_path):
     found = find_coco(tmp_path)
     assert found.dataset('test')['ann_file'] == 'test/_annotations.coco.json'
     assert found.dataset('test')['data_prefix'] == dict(img='test')
+    (tmp_path / files[2]).write_text('{')
+    assert find_coco(tmp_path).remarks[0].startswith(f'No test split, val is tested: {tmp_path / files[2]} is not JSON')
     shutil.rmtree(tmp_path / 'test')
     assert find_coco(tmp_path).dataset('test') == find_coco(tmp_path).dataset('val')
 
@@ -145,7 +147,7 @@ def test_label_maps_are_found_and_named_by_value(tmp_path, folders, splits, endi
 @pytest.mark.parametrize(
     ('file', 'text', 'zero'),
     [
-        ('classes.txt', '\ufeff背景\nroad sign\n\nсобака\n', False),
+        ('classes.txt', '\ufeff背景\nroad sign\nсобака\n\n', False),
         ('labels.json', '["背景", "road sign", "собака"]', False),
         ('classes.json', '{"2": "road sign", "1": "背景", "3": "собака"}', True),
         ('objectInfo150.txt', 'Idx\tRatio\tName\n1\t.1\t背景\n2\t.2\troad sign\n3\t.1\tсобака\n', True),
@@ -172,8 +174,22 @@ def test_names_of_classes_come_from_a_file_by_value(tmp_path, file, text, zero):
         (lambda root: (root / 'classes.txt').write_text('a\na'), "name 'a' twice"),
         (lambda root: (root / 'classes.txt').write_text('a'), r'have one class \(a\), expected two or more'),
         (lambda root: (root / 'classes.txt').write_text(''), 'names the values none'),
+        (lambda root: (root / 'classes.txt').write_text('a\n\nb'), 'line 2 is empty'),
+        (lambda root: (root / 'classes.txt').write_text('1 wall\n2: tree\n3,car'), 'lines begin with numbers'),
         (lambda root: (root / 'classes.json').write_text('{"0": "a", "2": "b"}'), 'names the values 0, 2'),
         (lambda root: (root / 'classes.json').write_text('{"a": 0}'), 'cannot be read'),
+        (lambda root: (root / 'classes.json').write_text('[{"id": 1, "name": "a"}]'), "'a'} is not a name"),
+        (
+            lambda root: (
+                [
+                    shutil.copy(path, path.with_name(f'{path.stem}_{kind}.png'))
+                    for path in sorted(root.glob('masks/*/*.png'))
+                    for kind in 'ab'
+                ]
+                + [path.unlink() for path in sorted(root.glob('masks/*/1*.png')) if '_' not in path.name]
+            ),
+            'several label maps for each image, 1_a.png, 1_b.png, expected one',
+        ),
         (lambda root: [(root / f'{name}.txt').write_text('a') for name in ('classes', 'labels')], 'several files'),
         (
             lambda root: [(root / f'masks/val/{n}.png').rename(root / f'masks/val/x{n}') for n in (1, 10)],

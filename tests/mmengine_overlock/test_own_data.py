@@ -13,6 +13,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.data import check_data
 from mmengine_overlock.own_data import find_folder, fit_training, use_own_data
+from mmengine_overlock.run import train
 from overlock.cli.configs import copy_config
 from overlock.utils.errors import UserError
 from tests.mmengine_overlock.test_data_folders import NAMES, write, write_masks
@@ -140,7 +141,7 @@ def test_a_configuration_of_the_other_task_is_told(own, tmp_path, config, folder
         own(config, **{folder: root})
 
 
-def test_what_cannot_be_replaced_is_told(own, tmp_path):
+def test_what_cannot_be_replaced_is_told(own, tmp_path, told):
     root = write(tmp_path / 'data', FILES, ['train2017', 'val2017'], masks=False)
     with pytest.raises(UserError, match='val_evaluator of .* has no CocoMetric'):
         own('mask_rcnn_overlock_t_1x', {'val_evaluator.type': 'VOCMetric'}, coco=root)
@@ -148,6 +149,14 @@ def test_what_cannot_be_replaced_is_told(own, tmp_path):
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[cfg.train_dataloader.dataset] * 2)
     with pytest.raises(UserError, match='has 2 data sets with a pipeline, expected one'):
         use_own_data(cfg, find_folder(root, None))
+    with pytest.raises(UserError, match='--coco a and by --masks b; give one'):
+        find_folder('a', 'b')
+    cfg = load_config('mask_rcnn_overlock_t_1x')
+    cfg.val_evaluator = [cfg.val_evaluator, dict(type='LVISMetric')]
+    use_own_data(cfg, find_folder(root, None))
+    assert (
+        cfg.val_evaluator.type == 'CocoMetric' and 'val_evaluator keeps CocoMetric alone, without LVISMetric.' in told
+    )
     cfg.model = dict(type='SOLO', mask_head=dict(type='SOLOHead'))
     with pytest.raises(UserError, match='have no masks, and SOLO finds nothing else'):
         use_own_data(cfg, find_folder(root, None))
@@ -184,6 +193,16 @@ def test_learning_rate_and_warm_up_follow_the_data_and_are_told(own, tmp_path, t
     ]
 
 
+def test_repeated_data_and_updates_of_several_steps_are_counted_and_told(tmp_path, told):
+    found = find_folder(write(tmp_path / 'data', FILES, ['train2017', 'val2017']), None)
+    cfg = load_config('mask_rcnn_overlock_t_1x', {'optim_wrapper.accumulative_counts': 8})
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=10, dataset=cfg.train_dataloader.dataset)
+    use_own_data(cfg, found)
+    fit_training(cfg, found)
+    assert told[-2].startswith('An update takes 8 steps, which this learning rate does not count; give another')
+    assert told[-1] == 'Warm-up of 18 iterations instead of 500, as the training has 180.'
+
+
 def test_settings_that_were_given_stay(own, tmp_path, told):
     root = write_masks(tmp_path / 'data')
     options = {
@@ -198,12 +217,38 @@ def test_settings_that_were_given_stay(own, tmp_path, told):
     assert told[-2] == 'Learning rate 0.001, not scaled to 2 images a step, as given.'
     assert told[-1].startswith('The learning rate stops on its way: PolyLR ends at 160001, the training at 900; give ')
     assert told[-1].endswith(' --cfg-options param_scheduler.1.end=900 to end with it.')
-    assert own('upernet_overlock_t_160k', {'train_cfg.max_iters': 900}, masks=root).param_scheduler[0].end == 91
+    options = {'train_cfg.max_iters': 900, 'param_scheduler.1.end': 901}
+    # What was given for another one leaves the warm-up free.
+    assert [step.end for step in own('upernet_overlock_t_160k', options, masks=root).param_scheduler] == [91, 901]
     cfg = own('upernet_overlock_t_160k', {'auto_scale_lr.enable': False}, masks=root)
     assert not cfg.auto_scale_lr.enable
     cfg = own('upernet_overlock_t_160k', masks=root)
     assert cfg.auto_scale_lr.enable
     assert [step.end for step in cfg.param_scheduler] == [1501, 160001]
+
+
+def test_steps_that_a_shorter_training_does_not_reach_are_told(own, tmp_path, told):
+    root = write(tmp_path / 'data', FILES, ['train2017', 'val2017'])
+    own('mask_rcnn_overlock_t_1x', {'train_cfg.max_epochs': 6}, coco=root)
+    assert told[-1] == (
+        'The learning rate stops on its way: MultiStepLR ends at 12, the training at 6; give --cfg-options '
+        'param_scheduler.1.end=6 param_scheduler.1.milestones="[4,5]" to end with it.'
+    )
+
+
+def test_a_given_rate_is_scaled_where_that_is_asked_for_and_told_so(tmp_path, told, monkeypatch):
+    found = {}
+
+    def stop(cfg, *splits):
+        found.update(cfg.auto_scale_lr)
+        raise UserError('enough')
+
+    monkeypatch.setattr('mmengine_overlock.run.check_data', stop)
+    root = write(tmp_path / 'data', FILES, ['train2017', 'val2017'])
+    options = {'optim_wrapper.optimizer.lr': 1e-3}
+    with pytest.raises(UserError, match='enough'):
+        train('mask_rcnn_overlock_t_1x', work_dir=tmp_path / 'w', coco=root, auto_scale_lr=True, cfg_options=options)
+    assert found['enable'] and 'Learning rate 0.000125 for 2 images a step, from 0.001 for 16.' in told
 
 
 SMALL = {
@@ -254,7 +299,7 @@ def test_own_data_is_trained_tested_and_predicted_by_three_commands(kind, tmp_pa
     overlock('train', config, '--coco' if kind == 'detector' else '--masks', root, '--work-dir', 'work')
     checkpoint = 'work/epoch_1.pth' if kind == 'detector' else 'work/iter_2.pth'
     scores = overlock('test', 'work/own.py', checkpoint)
-    assert ('coco/bbox_mAP' in scores and 'segm_mAP' not in scores) if kind == 'detector' else 'mIoU' in scores
+    assert re.search(r'\n  bbox +mAP ' if kind == 'detector' else r'\bmIoU \d', scores) and 'segm' not in scores
     image = root / ('valid' if kind == 'detector' else 'images/val') / '1.jpg'
     overlock('predict', image, '--checkpoint', checkpoint, '--out', 'out', '--score', 0, '--device', 'cpu')
     if kind == 'detector':

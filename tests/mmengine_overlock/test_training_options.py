@@ -1,6 +1,8 @@
 """Programs to log to, early stopping and averaged weights, through interruptions."""
 
 import shutil
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_averaged_weights_are_saved_resumed_and_not_forgotten(write_toy, tmp_pat
     'visualizer', [None, dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])]
 )
 def test_programs_that_log_are_added_once_beside_the_others(visualizer, monkeypatch):
-    monkeypatch.setattr('mmengine_overlock.training_options.find_spec', lambda name: name)
+    monkeypatch.setattr('mmengine_overlock.training_options.find_spec', lambda name: find_spec('json'))
     monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://server')
     cfg = Config(dict(visualizer=visualizer))
     for name in ('tensorboard', 'wandb', 'mlflow', 'tensorboard'):
@@ -83,7 +85,8 @@ def test_programs_that_log_are_added_once_beside_the_others(visualizer, monkeypa
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb', 'mlflow'])
 def test_a_program_that_is_not_installed_is_one_sentence(name, monkeypatch):
-    monkeypatch.setattr('mmengine_overlock.training_options.find_spec', lambda name: None)
+    # As of a folder that another run has left.
+    monkeypatch.setattr('mmengine_overlock.training_options.find_spec', lambda name: ModuleSpec(name, None))
     with pytest.raises(UserError, match=f'--{name} needs the package {name}, .* run: pip install {name}'):
         add_backend(Config({}), name)
 
