@@ -94,11 +94,7 @@ class DilatedReparamConv(nn.Module):
         for branch in self.branches.values():
             assert isinstance(branch.bn, BatchNorm)
             branch_weight, branch_bias = fuse(branch.conv, *bn_affine(branch.bn))
-            # A dilated kernel has its taps `dilation` apart, around the same center.
-            size, dilation = self.conv.kernel_size[0], branch.conv.dilation[0]
-            margin = size // 2 - branch.conv.kernel_size[0] // 2 * dilation
-            taps = slice(margin, size - margin, dilation)
-            weight[..., taps, taps] += branch_weight
+            dilated.taps_of(weight, branch.conv.kernel_size[0], branch.conv.dilation[0]).add_(branch_weight)
             bias = bias + branch_bias
         set_conv(self.conv, weight, bias)
         self.bn = nn.Identity()
