@@ -53,12 +53,11 @@ def embedded_config(checkpoint: Mapping[str, Any], source: str) -> Config:
     for node in nodes(values):
         # It tells what training started from.
         node.pop('init_cfg', None)
-        # `_scope_` would import a package.
-        for strange in [*filter(lambda key: str(key).startswith('_'), node), *unknown_types(node)]:
-            raise UserError(
-                f'The configuration in {source} asks for {strange!r}, which no configuration of this package has; if '
-                'you trust it, give it by --config.'
-            )
+    if strange := strangers(values):
+        raise UserError(
+            f'The configuration in {source} asks for {strange[0]!r}, which no configuration of this package has; if '
+            'you trust it, give it by --config.'
+        )
     return Config(values)
 
 
@@ -82,10 +81,18 @@ def _value(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def unknown_types(node: dict) -> list[Any]:
-    """Return the `type` of a part of a configuration in a list, if no configuration of this package has it."""
-    kind = node.get('type')
-    return [] if 'type' not in node or (isinstance(kind, str) and kind in _known_types()) else [kind]
+def strangers(part: Any) -> list[Any]:
+    """Return the types, and keys that mmengine reads itself, that no configuration of this package has, at any depth.
+
+    A type may be the path of any function; the key `_scope_` imports a package.
+    """
+    found: list[Any] = []
+    for node in nodes(part):
+        found += (key for key in node if str(key).startswith('_'))
+        kind = node.get('type')
+        if 'type' in node and not (isinstance(kind, str) and kind in _known_types()):
+            found.append(kind)
+    return found
 
 
 @functools.cache

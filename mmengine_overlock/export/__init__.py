@@ -118,7 +118,7 @@ def export(
         report = compare(run, runtime, subject, inputs)
         if not int8:
             require(report, subject, Limits(5e-2, 0.9) if fp16 else Limits(), out)
-        scores = f'\n{score(run, runtime, subject, test)}' if test else ''
+        scores = f'\n{score(run, runtime, subject, test, fixed)}' if test else ''
         note = f'{sum(draft.stat().st_size for draft in drafts) / 2**20:.1f} MiB'
     if format != 'exported-program':
         note += f', {nodes} nodes'

@@ -33,7 +33,7 @@ class _Sizeless(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         # Each would be three nodes, to be traced and removed again.
-        if func is torch.Tensor.to and len(args) == 2 and args[1] is args[0].dtype:
+        if func is torch.Tensor.to and len(args) == 2 and not kwargs and args[1] is args[0].dtype:
             return args[0]
         if func is F.adaptive_avg_pool2d and len(args) == 2:
             size = args[1] if isinstance(args[1], (list, tuple)) else (args[1], args[1])

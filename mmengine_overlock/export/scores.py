@@ -50,14 +50,16 @@ def test_config(subject: Subject, data_root: str | Path, size: tuple[int, int] |
 
 
 @torch.no_grad()
-def score(run: Run, runtime: str, subject: Subject, cfg: Config) -> str:
-    """Test an exported network and PyTorch's on the test set of a configuration.
+def score(run: Run, runtime: str, subject: Subject, cfg: Config, size: tuple[int, int] | None = None) -> str:
+    """Test an exported network and PyTorch's on the test set of a configuration by `test_config`.
 
     Returns:
         A table of the metrics of both.
     """
     assert subject.model is not None
-    models = {runtime: _exported(run, subject), 'PyTorch': subject.model}
+    # mmdet pads to multiples of its divisor, also images of the fixed size.
+    exported = run if size is None else lambda images: run(images[..., : size[0], : size[1]])
+    models = {runtime: _exported(exported, subject), 'PyTorch': subject.model}
     with DefaultScope.overwrite_default_scope(cfg.default_scope), quiet(), contextlib.redirect_stdout(io.StringIO()):
         dataset: Any = DATASETS.build(cfg.test_dataloader.dataset)
         evaluators = {name: Evaluator(copy.deepcopy(cfg.test_evaluator)) for name in models}

@@ -82,7 +82,7 @@ class Answers:
         self.images += 1
 
     def _name(self, source: Path) -> str:
-        """Return a name for the files of an image or video: its own, with a number where another folder has it too."""
+        """Return a name for the files of an image or video: its own, with a number where another file has it too."""
         number = 1
         while self.names.setdefault(name := source.stem + f'_{number}' * (number > 1), source) != source:
             number += 1
@@ -130,5 +130,11 @@ class Answers:
 
     @staticmethod
     def _write(path: Path, pixels: np.ndarray) -> None:
+        written, content = cv2.imencode(path.suffix, pixels)
+        if not written:
+            raise UserError(
+                f'OpenCV cannot write {path} of {pixels.shape[1]}x{pixels.shape[0]} pixels, as JPEG has at most 65500 '
+                'a side; draw nothing by --no-pictures.'
+            )
         with whole_file(path) as file:
-            file.write(cv2.imencode(path.suffix, pixels)[1].tobytes())
+            file.write(content.tobytes())

@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmengine_overlock.embedded import unknown_types
+from mmengine_overlock.embedded import strangers
 from mmengine_overlock.predict.network import Network
 from overlock.utils.errors import UserError
 
@@ -68,19 +68,26 @@ class Session:
         if not path.is_file():
             raise UserError(f'The model {path} does not exist; give a file that `overlock export` wrote.')
         cuda, present = 'CUDAExecutionProvider', onnxruntime.get_available_providers()
-        on_cpu = cuda not in present if device is None else str(device).startswith('cpu')
-        if not on_cpu and cuda not in present:
+        kind, _, index = str(device or ('cuda' if cuda in present else 'cpu')).partition(':')
+        if kind not in ('cpu', 'cuda') or (kind == 'cuda' and cuda not in present):
             raise UserError(f'onnxruntime has no device {device} here, only {", ".join(present)}; give cpu.')
+        providers: list[Any] = ['CPUExecutionProvider']
+        if kind == 'cuda':
+            providers.insert(0, (cuda, {'device_id': index or '0'}))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(
-                path, options, providers=['CPUExecutionProvider'] if on_cpu else [cuda, 'CPUExecutionProvider']
-            )
+            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise UserError(f'onnxruntime cannot open {path} ({reason}); export it again.') from None
+        # It goes on without CUDA where its libraries are missing.
+        if device is not None and kind == 'cuda' and cuda not in self._session.get_providers():
+            raise UserError(
+                f'onnxruntime cannot use the device {device}: it lacks libraries of CUDA or cuDNN that it needs, or '
+                'there is no such GPU; mend that, or give cpu.'
+            )
         meta = self._session.get_modelmeta().custom_metadata_map
         self.info: dict[str, Any] = {name: _parse(value) for name, value in meta.items()}
         if self.info.get('task') not in ('detector', 'segmenter'):
@@ -88,6 +95,10 @@ class Session:
                 f'{path} must be a detector or segmenter written by `overlock export`, but its metadata says '
                 f'{"it is a " + str(self.info["task"]) if "task" in self.info else "nothing"}.'
             )
+        needed = ['mean', 'std', 'pad_size_divisor', 'smallest_side']
+        needed += ['classes'] if self.info['task'] == 'segmenter' else []
+        if lacking := [name for name in needed if name not in self.info]:
+            raise UserError(f'The metadata of {path} lack {", ".join(lacking)}; export it again, with its checkpoint.')
         batch, _, *size = self._session.get_inputs()[0].shape
         self.size: tuple[int, int] | None = tuple(size) if all(isinstance(side, int) for side in size) else None
         self._one_by_one = isinstance(batch, int)
@@ -102,7 +113,7 @@ class Session:
         steps = self.info.get('pipeline')
         if not isinstance(steps, list) or not all(isinstance(step, dict) and 'type' in step for step in steps):
             steps = None
-        if steps is None or any(map(unknown_types, steps)):
+        if steps is None or strangers(steps):
             raise UserError(f'The metadata of the model lack its test pipeline, got {steps}; export it again.')
         return [
             {name: tuple(value) if isinstance(value, list) else value for name, value in step.items()} for step in steps

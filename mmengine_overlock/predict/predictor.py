@@ -110,7 +110,8 @@ class Predictor:
     def _run(self, images: Sequence[np.ndarray], pipeline: Compose) -> list[Any]:
         samples: list[Any] = []
         with DefaultScope.overwrite_default_scope(self.scope):
-            items = [pipeline(dict(img=image, img_id=index)) for index, image in enumerate(images)]
+            # One after another: a large image has thousands of tiles.
+            items = (pipeline(dict(img=image, img_id=index)) for index, image in enumerate(images))
             for _, same in groupby(items, key=lambda item: item['inputs'].shape):
                 while step := list(islice(same, self.batch)):
                     samples += self.model.test_step(pseudo_collate(step))

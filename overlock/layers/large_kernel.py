@@ -61,12 +61,16 @@ class DilatedReparamConv(nn.Module):
         if type(first) not in (nn.BatchNorm2d, CPUSyncBatchNorm) or not (first.training and first.affine):
             return False
         kinds = {(type(norm), norm.training, norm.affine, norm.eps) for norm in (first, *others)}
-        return len(kinds) == 1 and is_eager() and x.numel() > x.shape[1] and not dilated.why_unsupported(x)
+        # What is synchronized must not depend on the share of a process, or processes wait for each other.
+        is_enough = x.numel() > x.shape[1] or self._is_synced()
+        return len(kinds) == 1 and is_eager() and is_enough and not dilated.why_unsupported(x)
+
+    def _is_synced(self) -> bool:
+        return isinstance(self.bn, CPUSyncBatchNorm) and distributed.is_initialized()
 
     def _fused(self, x: Tensor) -> Tensor:
         norms = self._norms()
         convs = [self.conv, *(branch.conv for branch in self.branches.values())]
-        synced = isinstance(self.bn, CPUSyncBatchNorm) and distributed.is_initialized()
         y, moments = dilated.dilated_norm(
             x,
             [conv.weight for conv in convs],
@@ -74,7 +78,7 @@ class DilatedReparamConv(nn.Module):
             [norm.weight for norm in norms],
             [norm.bias for norm in norms],
             norms[0].eps,
-            sum_over_processes if synced else None,
+            sum_over_processes if self._is_synced() else None,
         )
         unbiased = moments.variance * (moments.size / (moments.size - 1))
         for norm, mean, variance in zip(norms, moments.mean, unbiased, strict=True):
@@ -90,11 +94,7 @@ class DilatedReparamConv(nn.Module):
         for branch in self.branches.values():
             assert isinstance(branch.bn, BatchNorm)
             branch_weight, branch_bias = fuse(branch.conv, *bn_affine(branch.bn))
-            # A dilated kernel has its taps `dilation` apart, around the same center.
-            size, dilation = self.conv.kernel_size[0], branch.conv.dilation[0]
-            margin = size // 2 - branch.conv.kernel_size[0] // 2 * dilation
-            taps = slice(margin, size - margin, dilation)
-            weight[..., taps, taps] += branch_weight
+            dilated.taps_of(weight, branch.conv.kernel_size[0], branch.conv.dilation[0]).add_(branch_weight)
             bias = bias + branch_bias
         set_conv(self.conv, weight, bias)
         self.bn = nn.Identity()

@@ -45,7 +45,7 @@ Plane checked_plane(const Tensor& x, const Tensor& taps, at::IntArrayRef sizes, 
   TORCH_CHECK(sizes.size() == dilations.size() && !sizes.empty(), "each branch has a size and a dilation");
   Index count = 0, reach = 0;
   for (std::size_t i = 0; i < sizes.size(); ++i) {
-    TORCH_CHECK(sizes[i] > 1 && sizes[i] % 2 == 1 && dilations[i] > 0, "kernels are odd, 3 or more");
+    TORCH_CHECK(sizes[i] > 0 && sizes[i] % 2 == 1 && dilations[i] > 0, "kernels are odd");
     count += sizes[i] * sizes[i];
     reach = std::max(reach, sizes[i] / 2 * dilations[i]);
   }

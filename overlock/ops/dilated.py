@@ -76,25 +76,15 @@ def merge_kernels(weights: Sequence[Tensor], dilations: Sequence[int], scales: S
     """
     merged = weights[0] * scales[0].view(-1, 1, 1, 1)
     for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
-        spread = _spread(weight * scale.view(-1, 1, 1, 1), dilation)
-        merged = merged + F.pad(spread, ((merged.shape[-1] - spread.shape[-1]) // 2,) * 4)
+        taps_of(merged, weight.shape[-1], dilation).add_(weight * scale.view(-1, 1, 1, 1))
     return merged
 
 
-def _spread(weight: Tensor, dilation: int) -> Tensor:
-    """Return a kernel with zeros between its taps."""
-    if dilation == 1:
-        return weight
-    size = (weight.shape[-1] - 1) * dilation + 1
-    spread = weight.new_zeros((*weight.shape[:2], size, size))
-    spread[..., ::dilation, ::dilation] = weight
-    return spread
-
-
-def _taps_of(merged: Tensor, size: int, dilation: int) -> Tensor:
-    """Return the taps (C, 1, k, k) of a branch out of those of the largest kernel (C, 1, K, K)."""
+def taps_of(merged: Tensor, size: int, dilation: int) -> Tensor:
+    """Return a view (C, 1, k, k) of the taps of a branch among those of the largest kernel (C, 1, K, K)."""
     margin = merged.shape[-1] // 2 - size // 2 * dilation
-    return merged[..., margin : merged.shape[-1] - margin : dilation, margin : merged.shape[-1] - margin : dilation]
+    taps = slice(margin, merged.shape[-1] - margin, dilation)
+    return merged[..., taps, taps]
 
 
 class _DilatedNorm(torch.autograd.Function):
@@ -130,7 +120,7 @@ class _DilatedNorm(torch.autograd.Function):
         x, mean, inverse, count, gain, *weights = ctx.saved_tensors
         taps = weight_gradient(x, grad, weights[0].shape[-1], 1).double()
         products = [
-            (_taps_of(taps, weight.shape[-1], dilation) * weight).sum((1, 2, 3))
+            (taps_of(taps, weight.shape[-1], dilation) * weight).sum((1, 2, 3))
             for weight, dilation in zip(weights, ctx.dilations, strict=True)
         ]
         grad_shift = grad.sum((0, 2, 3), dtype=torch.float64)

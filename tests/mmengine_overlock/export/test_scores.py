@@ -99,13 +99,16 @@ def test_segmenter_has_the_miou_of_mmseg(options, small, picture, tmp_path):
     assert parsed(wrong)['mIoU'][0] < exported - 5
 
 
-def test_images_have_the_fixed_size(small, picture, tmp_path):
-    subject = make_subject(*map(str, small('upernet')))
-    write_labels(subject, picture, tmp_path)
-    cfg = test_config(subject, tmp_path, (96, 128))
+@pytest.mark.parametrize(
+    ('kind', 'write', 'size'), [('upernet', write_labels, (96, 128)), ('mask_rcnn', write_detections, (100, 130))]
+)
+def test_images_have_the_fixed_size(kind, write, size, small, picture, tmp_path):
+    subject = make_subject(*map(str, small(kind)))
+    write(subject, picture, tmp_path)
+    cfg = test_config(subject, tmp_path, size)
     sizes = []
-    score(lambda image: sizes.append(tuple(image.shape)) or subject.module(image), 'file', subject, cfg)
-    assert sizes == [(1, 3, 96, 128)]
+    score(lambda image: sizes.append(tuple(image.shape[2:])) or subject.module(image), 'file', subject, cfg, size)
+    assert sizes == [size]
 
 
 def test_other_networks_have_no_test_set(tmp_path):

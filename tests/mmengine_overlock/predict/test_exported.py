@@ -105,12 +105,24 @@ def test_a_detector_gives_boxes_and_masks_in_pixels_of_the_image(size, tmp_path)
     [
         ({}, 'must be a detector or segmenter written by `overlock export`, but its metadata says nothing'),
         (dict(INFO, task='backbone'), 'but its metadata says it is a backbone'),
-        (dict(task='segmenter'), 'lack its test pipeline, got None; export it again'),
+        (
+            {k: v for k, v in INFO.items() if k != 'pipeline'} | dict(task='segmenter'),
+            'lack its test pipeline, got None;',
+        ),
         (
             dict(INFO, task='segmenter', pipeline=[dict(type='os.system')]),
             "pipeline, got .*'os.system'.*export it again",
         ),
+        (
+            dict(INFO, pipeline=[dict(type='RandomChoice', transforms=[[dict(type='os.system')]])], task='segmenter'),
+            "pipeline, got .*'os.system'.*export it again",
+        ),
+        (dict(INFO, task='segmenter', pipeline=[dict(type='Resize', _scope_='antigravity')]), "got .*'_scope_'"),
         (dict(INFO, task='segmenter', pipeline='Resize'), 'lack its test pipeline'),
+        (
+            {'task': 'segmenter', **dict.fromkeys(['mean', 'std'], [1])},
+            'lack pad_size_divisor, smallest_side, classes;',
+        ),
     ],
 )
 def test_a_file_without_our_metadata_is_one_sentence(info, said, images, tmp_path, run_tool):
@@ -121,11 +133,35 @@ def test_a_file_without_our_metadata_is_one_sentence(info, said, images, tmp_pat
         Predictor(path)
 
 
-def test_a_device_that_onnxruntime_lacks_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr('onnxruntime.get_available_providers', lambda: ['CPUExecutionProvider'])
+@pytest.mark.parametrize(('device', 'present'), [('xpu:0', ['CUDA', 'CPU']), ('cuda', ['CPU'])])
+def test_a_device_that_onnxruntime_lacks_is_one_sentence(device, present, tmp_path, monkeypatch):
+    present = [f'{name}ExecutionProvider' for name in present]
+    monkeypatch.setattr('onnxruntime.get_available_providers', lambda: present)
     path = write_onnx(tmp_path / 'a.onnx', dict(INFO, task='segmenter'), {'logits': 'image'})
-    with pytest.raises(UserError, match='onnxruntime has no device xpu:0 here, only CPUExecutionProvider'):
-        Predictor(path, device='xpu:0')
+    with pytest.raises(UserError, match=f'onnxruntime has no device {device} here, only {", ".join(present)}'):
+        Predictor(path, device=device)
+
+
+@pytest.mark.parametrize('device', ['cuda:1', None])
+def test_a_gpu_that_was_asked_for_is_not_replaced_by_the_cpu(device, tmp_path, monkeypatch):
+    import onnxruntime
+
+    given, open_session = [], onnxruntime.InferenceSession
+
+    def open_on_cpu(path, options, providers):
+        given.extend(providers)
+        # As onnxruntime does where CUDA's libraries are missing.
+        return open_session(path, options, providers=['CPUExecutionProvider'])
+
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: ['CUDAExecutionProvider'])
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', open_on_cpu)
+    path = write_onnx(tmp_path / 'a.onnx', dict(INFO, task='segmenter'), {'logits': 'image'})
+    if device is None:
+        Predictor(path)
+    else:
+        with pytest.raises(UserError, match='onnxruntime cannot use the device cuda:1: it lacks libraries'):
+            Predictor(path, device=device)
+    assert given[0] == ('CUDAExecutionProvider', {'device_id': '1' if device else '0'})
 
 
 def test_a_file_that_is_none_is_one_sentence(tmp_path):

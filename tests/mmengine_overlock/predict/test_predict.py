@@ -7,10 +7,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.structures import InstanceData
 from PIL import Image
 
 from mmengine_overlock.embedded import embedded_config
-from mmengine_overlock.predict import Pictures, Predictor
+from mmengine_overlock.predict import Picture, Pictures, Predictor
+from mmengine_overlock.predict.answers import Answers
 from overlock.utils.errors import UserError
 
 
@@ -92,6 +94,17 @@ def test_unreadable_files_are_named_with_the_reason_and_the_others_predicted(ima
     assert reasons.pop('cut.avi').startswith('ends after ')
     assert reasons == {'broken.jpg': 'is not an image', 'empty.png': 'is empty', 'noise.mp4': 'is no video'}
     assert {'a.png', 'überholt 木.png', 'cut'} == {path.name for path in (tmp_path / 'out/labels').iterdir()}
+
+
+def test_a_picture_that_jpeg_cannot_hold_is_told(checkpoints, tmp_path):
+    from mmdet.structures import DetDataSample
+
+    answers = Answers(tmp_path / 'out', Predictor(checkpoints['detector'], device='cpu'))
+    pixels = np.zeros((2, 65501, 3), np.uint8)
+    found = InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(UserError, match='OpenCV cannot write .*a.jpg of 65501x2 pixels'):
+        answers.add(Picture(tmp_path / 'a.png', pixels), DetDataSample(pred_instances=found))
+    assert not [*tmp_path.rglob('*.jpg')]
 
 
 def test_files_of_an_earlier_run_stay(images, checkpoints, tmp_path, run_tool):

@@ -90,6 +90,22 @@ def test_stray_boxes_of_low_scores_are_not_joined(finder):
     assert {tuple(map(int, box)) for box in boxes} >= {box for _, box in OBJECTS.values()}
 
 
+def test_few_tiles_are_in_memory_at_a_time(finder, monkeypatch):
+    waiting = []
+    prepare, run = finder.pipeline, finder.model.test_step
+    finder.pipeline = lambda item: waiting.append(item) or prepare(item)
+
+    def count(data):
+        # One more was looked at for its size.
+        assert len(waiting) <= finder.batch + 1
+        del waiting[: len(data['inputs'])]
+        return run(data)
+
+    monkeypatch.setattr(finder.model, 'test_step', count)
+    finder([scene()[0]])
+    assert not waiting
+
+
 @pytest.mark.parametrize('kind', ['detector', 'segmenter'])
 def test_an_image_that_fits_in_a_tile_is_predicted_as_without_tiles(kind, checkpoints):
     image = blots(96, 128)

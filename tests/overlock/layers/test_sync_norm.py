@@ -18,10 +18,10 @@ def _network():
     return network.double(), torch.randn(5, 4, 6, 7, dtype=torch.float64) * 3 + 1
 
 
-def _step(network, images):
-    """Run two training steps; return the output, the state and the gradients of the weights and images."""
+def _step(network, images, count=2):
+    """Run training steps; return the output, the state and the gradients of the weights and images."""
     images = images.clone().requires_grad_()
-    for _ in range(2):
+    for _ in range(count):
         output = network(images)
         (output.pow(3).sum() + output.sin().sum()).backward()
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
@@ -30,14 +30,19 @@ def _step(network, images):
 
 def _share(rank, folder):
     distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    network, images = _network()
-    network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    synchronize_on_cpus(network)
+    (network, images), (other, _), (fused, _) = (_network() for _ in range(3))
+    network, other, fused = map(nn.SyncBatchNorm.convert_sync_batchnorm, (network, other, fused))
+    for each in (network, other, fused):
+        synchronize_on_cpus(each)
     assert isinstance(network[0], CPUSyncBatchNorm)
     torch.save(_step(network, images[SHARES[rank]]), f'{folder}/{rank}.pth')
     evaluated = network.eval()(images)
     if rank == 0:
         torch.save(evaluated.detach(), f'{folder}/evaluated.pth')
+    # One process has one value a channel. PyTorch lets biases share the memory of such gradients: one step.
+    images = images[:1, :, : 1 + 2 * rank, : 1 + rank]
+    other[2]._fuses = lambda x: False
+    torch.save([_step(each, images, 1) for each in (fused, other)], f'{folder}/uneven{rank}.pth')
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -54,6 +59,9 @@ def test_two_processes_give_the_output_statistics_and_gradients_of_one(tmp_path)
     for name, gradient in gradients.items():
         torch.testing.assert_close(shares[0][2][name] + shares[1][2][name], gradient, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(torch.load(tmp_path / 'evaluated.pth'), network.eval()(images).detach())
+    for rank in (0, 1):
+        fused, other = torch.load(tmp_path / f'uneven{rank}.pth')
+        torch.testing.assert_close(fused, other, rtol=1e-10, atol=1e-10)
 
 
 def test_one_process_needs_no_group():

@@ -44,7 +44,7 @@ def run(case, drawn):
 @fuzz({count})
 def run_depthwise(size, dtype):
     x, grad = (torch.randn(size, dtype=dtype) for _ in range(2))
-    weights = [torch.randn(size[1], 1, k, k, dtype=dtype) for k in (7, 3, 3)]
+    weights = [torch.randn(size[1], 1, k, k, dtype=dtype) for k in (7, 3, 1)]
     operators, dilations = torch.ops.overlock, [1, 2, 3]
     operators.dilated_moments(x, weights, dilations)
     operators.dilated_backward(x, grad, weights, dilations, torch.randn(3, 3, size[1]))
