@@ -140,8 +140,15 @@ def test_an_interrupted_test_is_told_in_one_line(write_toy, tmp_path):
     slowly = "test_dataloader.update(num_workers=1, dataset=dict(type='ToyDataset', delay=20.0))\n"
     command = [sys.executable, ROOT / 'tools/test.py', write_toy(slowly), tmp_path / 'a' / 'epoch_4.pth']
     environ = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER='1')
-    # Processes of one group: a terminal interrupts them all.
-    running = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # Processes of one group, as a terminal interrupts them all; what a shell runs in the background ignores that.
+    running = subprocess.Popen(
+        command,
+        env=environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 60
     while not subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True).stdout:
         assert time.monotonic() < end and running.poll() is None
