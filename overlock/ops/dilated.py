@@ -137,7 +137,8 @@ class _DilatedNorm(torch.autograd.Function):
             part.view_as(weight).to(weight.dtype)
             for part, weight in zip(grad_taps.split(counts, 1), weights, strict=True)
         ]
-        grad_shifts = [grad_shift.to(gain.dtype)] * len(weights)
+        # Not one tensor for all: what changes gradients in place, as clipping does, would change it for each.
+        grad_shifts = [grad_shift.to(gain.dtype, copy=True) for _ in weights]
         return (grad_x, None, None, None, *grad_weights, *grad_gain.to(gain.dtype), *grad_shifts)
 
 

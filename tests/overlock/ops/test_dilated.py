@@ -84,6 +84,21 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(function, (x, *weights, *gains, *shifts))
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_gradients_share_no_memory_and_are_clipped_once(dtype):
+    layer = randomise(DilatedReparamConv(20, 9)).to(dtype).train()
+    parameters, (x, grad) = list(layer.parameters()), maps(2, 20, 9, 9, dtype=dtype)
+    for gradient in (gradients := torch.autograd.grad(layer(x), parameters, grad)):
+        before = [other.clone() for other in gradients]
+        gradient.mul_(2)
+        assert sum(not torch.equal(*pair) for pair in zip(gradients, before, strict=True)) == 1
+    layer(x).backward(grad)
+    before = [parameter.grad.clone() for parameter in parameters]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for parameter, gradient in zip(parameters, before, strict=True):
+        assert_relative(parameter.grad, gradient / norm, 1e-5)
+
+
 def test_operators_keep_the_rules_of_torch_library():
     x, grad = (torch.randn(2, 3, 9, 8, dtype=torch.float64) for _ in range(2))
     weights = [torch.randn(3, 1, size, size, dtype=torch.float64) for size in (5, 3)]
