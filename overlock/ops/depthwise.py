@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.ops.compiled import LANES, why_not_compiled
+
 # On a CPU, oneDNN's weight gradient takes K^2 passes. From these kernel sizes on ours is faster (one AVX-512 core,
 # float32): in C++ 5 to 7 times for 5x5 and 7x7 on 56x56 maps, not for 3x3; by FFT 7 times for 17x17 on 64x64.
 CPP_MIN_KERNEL = 5
 FFT_MIN_KERNEL = 11
-
-# Channels of a vector of the C++ operators.
-LANES = 16
 
 # Implicit matrix products on CUDA, from a package that comes with RepLKNet (its fork of CUTLASS) and has to be compiled
 # by hand: the package, whether the user asks for it, its autograd functions, and the smallest kernel it is used for,
@@ -104,17 +103,6 @@ class _OwnWeightGradient(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = _conv(grad, weight.flip(2, 3), ctx.dilation) if ctx.needs_input_grad[0] else None
         return grad_x, weight_gradient(x, grad, weight.shape[-1], ctx.dilation).to(weight.dtype), None
-
-
-def why_not_compiled() -> str:
-    """Return '' if the C++ operators are compiled for this machine, else what to do."""
-    from overlock.ops import build  # here, so that `python -m overlock.ops.build` is not imported before it runs
-
-    return build.load()
-
-
-# A constant for torch.compile, which cannot trace file access.
-why_not_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:

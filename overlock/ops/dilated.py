@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overlock.ops.depthwise import pack_taps, pixels, weight_gradient, why_not_compiled
+from overlock.ops.compiled import why_not_compiled
+from overlock.ops.depthwise import pack_taps, pixels, weight_gradient
 
 Reduce = Callable[[Tensor], Tensor]
 

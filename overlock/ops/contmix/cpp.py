@@ -4,18 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.ops.compiled import LANES, why_not_compiled
 from overlock.ops.contmix import library
 from overlock.ops.contmix.inputs import Half, Inputs, Projected
 
-LANES = 16
 KERNEL_SIZES = range(3, 16, 2)
 
-
-def why_unavailable() -> str:
-    """Return '' if the C++ operators are compiled for this machine, else what to do."""
-    from overlock.ops import build  # here, so that `python -m overlock.ops.build` is not imported before it runs
-
-    return build.load()
+why_unavailable = why_not_compiled
 
 
 def why_unsupported(inputs: Inputs) -> str:
