@@ -12,11 +12,11 @@ from pathlib import Path
 from mmengine_overlock.data.files import read_maps, scan
 from mmengine_overlock.data.folders import DataFolder, Part, existing, listed, split_of, subfolders
 from overlock.utils.errors import UserError
+from overlock.utils.files import IMAGE_SUFFIXES
 
 EXPECTED = 'images/train, images/val, masks/train, masks/val, or train/images, train/masks, val/images, val/masks'
 _IMAGES = ('image', 'images', 'img', 'img_dir', 'imgs')
 _MAPS = ('ann_dir', 'annotation', 'annotations', 'gt', 'label', 'label_maps', 'labels', 'mask', 'masks')
-_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 NAME_FILES = ('classes.txt', 'labels.txt', 'names.txt', 'classes.json', 'labels.json', 'objectInfo150.txt')
 _SAMPLE = 20
 IGNORED = 255
@@ -92,13 +92,13 @@ def _parts(root: Path) -> dict[str, Part]:
 def _suffixes(part: Part) -> tuple[str, str]:
     """Return what the names of images and of their label maps end in."""
     images = [Path(name) for name in sorted(scan(part.images)) if not Path(name).name.startswith('.')]
-    kinds = Counter(path.suffix for path in images if path.suffix.lower() in _SUFFIXES)
+    kinds = Counter(path.suffix for path in images if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(kinds) != 1:
-        got = ', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items())) or f'no {"/".join(_SUFFIXES)}'
+        got = ', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items())) or f'no {"/".join(IMAGE_SUFFIXES)}'
         raise UserError(f'{part.images} must have images of one suffix, which mmseg reads by it; got {got}.')
     suffix = next(iter(kinds))
     stems = [path.as_posix().removesuffix(suffix) for path in images if path.suffix == suffix][:_SAMPLE]
-    maps = [name for name in scan(part.labels) if Path(name).suffix.lower() in _SUFFIXES]
+    maps = [name for name in scan(part.labels) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     endings = Counter(name.removeprefix(stem) for stem in stems for name in maps if name.startswith(stem))
     if not endings:
         raise UserError(

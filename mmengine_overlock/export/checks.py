@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmengine_overlock.export.quiet import quiet
 from mmengine_overlock.export.subjects import Subject
+from mmengine_overlock.predict.exported import open_session
 from overlock.utils.errors import UserError
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -91,12 +92,7 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 def open_onnx(path: Path) -> Run:
     """Open an ONNX file in onnxruntime, on the CPU, with as many threads as PyTorch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    session = open_session(path)
     return lambda image: [torch.from_numpy(out) for out in session.run(None, {'image': image.numpy()})]
 
 

@@ -47,6 +47,16 @@ def open_exported(path: Path, device: str | torch.device | None, tile: int | Non
     return Network(model.eval(), scope, pipeline, tuple(session.info.get('classes', ())), session.info.get('palette'))
 
 
+def open_session(path: Path, providers: Sequence[Any] = ('CPUExecutionProvider',)) -> Any:
+    """Return an `onnxruntime.InferenceSession` that is silent and has as many threads as PyTorch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=list(providers))
+
+
 class Session:
     """An exported file in onnxruntime.
 
@@ -74,11 +84,8 @@ class Session:
         providers: list[Any] = ['CPUExecutionProvider']
         if kind == 'cuda':
             providers.insert(0, (cuda, {'device_id': index or '0'}))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+            self._session = open_session(path, providers)
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise UserError(f'onnxruntime cannot open {path} ({reason}); export it again.') from None

@@ -12,8 +12,8 @@ import numpy as np
 
 from mmengine_overlock.data.files import read_image
 from overlock.utils.errors import UserError
+from overlock.utils.files import IMAGE_SUFFIXES
 
-_IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 _VIDEOS = ('.avi', '.mkv', '.mov', '.mp4', '.webm')
 # Headers of some containers estimate the number of frames; a video with fewer than this share of them is cut off.
 _SHARE = 0.9
@@ -106,8 +106,8 @@ def _files(name: str) -> list[Path]:
         if path.is_dir()
         else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
     )
-    found = [file for file in found if file.suffix.lower() in _IMAGES + _VIDEOS and file.is_file()]
+    found = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES + _VIDEOS and file.is_file()]
     if not found:
-        kinds = ', '.join(_IMAGES + _VIDEOS)
+        kinds = ', '.join(IMAGE_SUFFIXES + _VIDEOS)
         raise UserError(f'{name} is no image, video, or folder or pattern of them; expected files that end in {kinds}.')
     return found

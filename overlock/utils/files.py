@@ -14,6 +14,9 @@ from typing import BinaryIO
 
 from overlock.utils.errors import UserError
 
+# Of the images that are found in folders.
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+
 _SUFFIX = '.draft'
 
 
