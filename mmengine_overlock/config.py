@@ -17,6 +17,9 @@ from overlock.utils.configs import find_config
 from overlock.utils.errors import UserError
 from overlock.utils.files import check_writable
 
+# Of the data: what the names of loaders, loops and evaluators begin with.
+SPLITS = ('train', 'val', 'test')
+
 
 def load_config(
     path: str | Path, options: dict[str, Any] | None = None, work_dir: str | Path | None = None, launcher: str = 'none'
@@ -85,7 +88,7 @@ def set_data_root(cfg: Config, data_root: str | Path) -> None:
     """
     if not Path(data_root).is_dir():
         raise UserError(f'The folder {data_root} given by --data-root does not exist.')
-    names = [f'{split}_{part}' for split in ('train', 'val', 'test') for part in ('dataloader', 'evaluator')]
+    names = [f'{split}_{part}' for split in SPLITS for part in ('dataloader', 'evaluator')]
     parts = {name: cfg[name] for name in names if cfg.get(name)}
     roots = {node['data_root'] for node in nodes(list(parts.values())) if node.get('data_root')}
     if not roots:

@@ -10,11 +10,11 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmengine_overlock.config import as_list, enable_auto_scale_lr, nodes
+from mmengine_overlock.config import SPLITS, as_list, enable_auto_scale_lr, nodes
 from mmengine_overlock.data.classes import HEADS, class_heads
 from mmengine_overlock.data.find_coco import find_coco
 from mmengine_overlock.data.find_masks import find_masks
-from mmengine_overlock.data.folders import SPLITS, DataFolder, listed
+from mmengine_overlock.data.folders import DataFolder, listed
 from mmengine_overlock.launch import processes
 from mmengine_overlock.terminal import tell
 from overlock.utils.distributed import local_rank

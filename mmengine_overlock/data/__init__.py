@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmengine_overlock.config import nodes
+from mmengine_overlock.config import SPLITS, nodes
 from mmengine_overlock.data.cache import Outcome
 from mmengine_overlock.data.classes import read_classes
 from mmengine_overlock.data.findings import REFUSED, REPAIRED, Finding, write_list
@@ -23,7 +23,6 @@ from overlock.utils.distributed import local_rank
 from overlock.utils.errors import UserError
 
 LISTING = 'data_check.txt'
-SPLITS = ('train', 'val', 'test')
 
 
 def check_data(cfg: Config, *splits: str) -> dict[str, list[Finding]]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine_overlock.config import SPLITS
 from mmengine_overlock.data.coco import read_coco
 from mmengine_overlock.data.findings import LayoutError
-from mmengine_overlock.data.folders import SPLITS, DataFolder, Part, existing, listed, split_of, subfolders
+from mmengine_overlock.data.folders import DataFolder, Part, existing, listed, split_of, subfolders
 from overlock.utils.errors import UserError
 
 EXPECTED = (

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mmengine_overlock.config import SPLITS
 from mmengine_overlock.data.files import read_maps, scan
 from mmengine_overlock.data.folders import DataFolder, Part, existing, listed, split_of, subfolders
 from overlock.utils.errors import UserError
@@ -73,7 +74,7 @@ def _parts(root: Path) -> dict[str, Part]:
             same = theirs[:place] + theirs[place + 1 :] == parts[:place] + parts[place + 1 :]
             if same and len(theirs) == len(parts) and theirs[place].lower() in _MAPS:
                 found.setdefault(split, []).append(Part(folder, other))
-    for split in ('train', 'val', 'test'):
+    for split in SPLITS:
         pairs = found.get(split, [])
         if not pairs and split != 'test':
             raise UserError(
@@ -86,7 +87,7 @@ def _parts(root: Path) -> dict[str, Part]:
                 f'{root} has several folders of images or label maps for {split} '
                 f'({listed(several, root)}), expected one of each; move the others out.'
             )
-    return {split: found[split][0] for split in ('train', 'val', 'test') if split in found}
+    return {split: found[split][0] for split in SPLITS if split in found}
 
 
 def _suffixes(part: Part) -> tuple[str, str]:

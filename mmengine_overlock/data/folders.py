@@ -12,7 +12,6 @@ from typing import Any
 
 from overlock.utils.errors import UserError
 
-SPLITS = ('train', 'val', 'test')
 _WORDS = {'train': 'train|training', 'val': 'val|valid|validation', 'test': 'test|testing'}
 _DEPTH = 3
 

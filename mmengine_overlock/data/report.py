@@ -12,8 +12,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmengine_overlock.config import nodes
-from mmengine_overlock.data import SPLITS, examine
+from mmengine_overlock.config import SPLITS, nodes
+from mmengine_overlock.data import examine
 from mmengine_overlock.data.cache import Outcome
 from mmengine_overlock.data.find_coco import find_coco
 from mmengine_overlock.data.find_masks import NAME_FILES, find_masks
