@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine_overlock.data.classes import find_misspelt, set_classes
+from mmengine_overlock.data.categories import check_categories
+from mmengine_overlock.data.classes import set_classes
 from mmengine_overlock.data.files import check_files, read_image, read_images
 from mmengine_overlock.data.findings import SHOWN, LayoutError
 from mmengine_overlock.data.folders import listed
@@ -102,33 +103,6 @@ def check_coco(
     ignore = compare_sizes(files, sizes, rotate, found)
     used = check_annotations(content, classes, masks, found) if content.get('annotations') else []
     return ignore, count_boxes(content, used, classes)
-
-
-def check_categories(content: dict[str, Any], classes: Sequence[str], found: dict[str, list[str]]) -> None:
-    """Put the categories into the order of the classes, and add those that lack.
-
-    mmdet numbers the categories that are classes in the order of the file and without gaps, so that one in another
-    place, or one that lacks, gives others a wrong label.
-    """
-    by_name: dict[Any, dict] = {}
-    ids = set()
-    for category in content['categories']:
-        name, number = category.get('name'), category.get('id')
-        if not isinstance(number, int) or not isinstance(name, str) or number in ids or name in by_name:
-            found['classes'].append(f'category {name} with id {number}')
-            continue
-        ids.add(number)
-        by_name[name] = category
-    if found['classes']:
-        return
-    theirs, ours = [name for name in by_name if name in classes], [name for name in classes if name in by_name]
-    found['order'] += [f'{name} for {right}' for name, right in zip(theirs, ours, strict=True) if name != right]
-    found['unknown'] += [name for name in by_name if name not in classes]
-    absent = [name for name in classes if name not in by_name]
-    found['absent'] += absent
-    found['misspelt'] += find_misspelt(absent, found['unknown'])
-    by_name |= {name: dict(id=max(ids) + place, name=name) for place, name in enumerate(absent, 1)}
-    content['categories'] = [by_name.pop(name) for name in classes] + list(by_name.values())
 
 
 def check_evaluator(path: Path, content: dict[str, Any], classes: Sequence[str], found: dict[str, list[str]]) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mmengine_overlock.config import SPLITS
+from mmengine_overlock.data.categories import leave_out_doubles
 from mmengine_overlock.data.coco import read_coco
 from mmengine_overlock.data.findings import LayoutError
-from mmengine_overlock.data.folders import DataFolder, Part, existing, listed, split_of, subfolders
+from mmengine_overlock.data.folders import NO_VAL, DataFolder, Part, existing, listed, split_of, subfolders
 from overlock.utils.errors import UserError
 
 EXPECTED = (
@@ -33,7 +34,7 @@ def find_coco(root: str | Path) -> DataFolder:
     root = existing(root)
     files = _annotation_files(root)
     contents, parts, remarks = {}, {}, list[str]()
-    folders = [root, *subfolders(root)]
+    folders, doubles = [root, *subfolders(root)], list[str]()
     for split, path in files.items():
         try:
             contents[split] = read_coco(path, None, labeled=True)
@@ -42,11 +43,12 @@ def find_coco(root: str | Path) -> DataFolder:
                 raise UserError(f'{error}; expected an annotation file of boxes or masks in COCO format.') from None
             remarks.append(f'No test split, val is tested: {error}.')
             continue
+        doubles += leave_out_doubles(contents[split])
         labeled = {str(item.get('image_id')) for item in contents[split]['annotations'] if isinstance(item, dict)}
         parts[split] = Part(_image_folder(path, contents[split], split, folders), path, len(labeled))
     classes = _classes(files, contents, remarks)
     names = [[category.get('name') for category in content['categories']] for content in contents.values()]
-    ordered = all([name for name in some if name in classes] == list(classes) for some in names)
+    ordered = not doubles and all([name for name in some if name in classes] == list(classes) for some in names)
     masks = _have_masks(contents, remarks)
     return DataFolder('coco', root, parts, classes, masks, ordered=ordered, remarks=tuple(remarks))
 
@@ -70,7 +72,7 @@ def _annotation_files(root: Path) -> dict[str, Path]:
         if not paths and split != 'test':
             raise UserError(
                 f'{root} has no annotation file for {split}: expected {EXPECTED}; got '
-                f'{listed(every, root) or "no .json file"}.'
+                f'{listed(every, root) or "no .json file"}{NO_VAL * bool(found["train"])}.'
             )
         if paths:
             chosen[split] = paths[0]

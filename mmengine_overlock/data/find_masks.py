@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from mmengine_overlock.config import SPLITS
 from mmengine_overlock.data.files import read_maps, scan
-from mmengine_overlock.data.folders import DataFolder, Part, existing, listed, split_of, subfolders
+from mmengine_overlock.data.folders import NO_VAL, DataFolder, Part, existing, listed, split_of, subfolders
 from overlock.utils.errors import UserError
 from overlock.utils.files import IMAGE_SUFFIXES
 
@@ -19,6 +20,8 @@ EXPECTED = 'images/train, images/val, masks/train, masks/val, or train/images, t
 _IMAGES = ('image', 'images', 'img', 'img_dir', 'imgs')
 _MAPS = ('ann_dir', 'annotation', 'annotations', 'gt', 'label', 'label_maps', 'labels', 'mask', 'masks')
 NAME_FILES = ('classes.txt', 'labels.txt', 'names.txt', 'classes.json', 'labels.json', 'objectInfo150.txt')
+# Of Roboflow, which puts label maps of this ending and this file of names beside the images of each split.
+ROBOFLOW, _BESIDE = '_classes.csv', '_mask.png'
 _SAMPLE = 20
 IGNORED = 255
 
@@ -27,8 +30,8 @@ def find_masks(root: str | Path) -> DataFolder:
     """Find images and label maps of one channel, whose values are classes and 255 what is ignored.
 
     Classes are named by a file: a name a line (`classes.txt`, `labels.txt`, `names.txt`) or a JSON list, from value 0
-    on; a JSON object of names by value; or ADE20K's `objectInfo150.txt`. Names that start at value 1 make value 0 mean
-    unlabeled, as in ADE20K. Without a file, the values in the maps are the classes.
+    on; a JSON object of names by value; ADE20K's `objectInfo150.txt`; or Roboflow's `_classes.csv`. Names that start at
+    value 1 make value 0 mean unlabeled, as in ADE20K. Without a file, the values in the maps are the classes.
 
     Raises:
         UserError: A split is missing, is there twice, or does not fit the others; one sentence says what was expected.
@@ -42,7 +45,7 @@ def find_masks(root: str | Path) -> DataFolder:
     if len(set(suffixes.values())) > 1:
         theirs = '; '.join(f'{split} {" and ".join(pair)}' for split, pair in suffixes.items())
         raise UserError(f'{root} has files of other suffixes in each split ({theirs}), expected the same in all.')
-    names = _names(root)
+    names = _names([*(root / name for name in NAME_FILES), parts['train'].labels / ROBOFLOW])
     remarks = []
     if names is None:
         names = _names_by_value(parts, suffixes['train'][1])
@@ -60,7 +63,7 @@ def find_masks(root: str | Path) -> DataFolder:
 
 
 def _parts(root: Path) -> dict[str, Part]:
-    """Pair folders whose paths differ only in `images` and `masks` or the like, by their split."""
+    """Pair folders whose paths differ only in `images` and `masks` or the like, by their split; Roboflow has one."""
     found: dict[str, list[Part]] = {}
     folders = subfolders(root)
     for folder in folders:
@@ -74,12 +77,15 @@ def _parts(root: Path) -> dict[str, Part]:
             same = theirs[:place] + theirs[place + 1 :] == parts[:place] + parts[place + 1 :]
             if same and len(theirs) == len(parts) and theirs[place].lower() in _MAPS:
                 found.setdefault(split, []).append(Part(folder, other))
+    for folder in folders:
+        if (folder / ROBOFLOW).is_file() and (split := split_of(folder, root)):
+            found.setdefault(split, []).append(Part(folder, folder))
     for split in SPLITS:
         pairs = found.get(split, [])
         if not pairs and split != 'test':
             raise UserError(
                 f'{root} has no images with label maps for {split}: expected {EXPECTED}; got '
-                f'{listed(folders, root) or "no folders"}.'
+                f'{listed(folders, root) or "no folders"}{NO_VAL * ("train" in found)}.'
             )
         if len(pairs) > 1:
             several = sorted({path for pair in pairs for path in (pair.images, pair.labels)})
@@ -92,14 +98,22 @@ def _parts(root: Path) -> dict[str, Part]:
 
 def _suffixes(part: Part) -> tuple[str, str]:
     """Return what the names of images and of their label maps end in."""
+    beside = part.images == part.labels
     images = [Path(name) for name in sorted(scan(part.images)) if not Path(name).name.startswith('.')]
+    images = [path for path in images if not (beside and path.name.endswith(_BESIDE))]
     kinds = Counter(path.suffix for path in images if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(kinds) != 1:
         got = ', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items())) or f'no {"/".join(IMAGE_SUFFIXES)}'
         raise UserError(f'{part.images} must have images of one suffix, which mmseg reads by it; got {got}.')
     suffix = next(iter(kinds))
+    if beside and suffix == '.png':
+        raise UserError(
+            f'{part.images} has images and label maps of one suffix, {suffix}, which mmseg takes all for images; move '
+            'them to images and masks, as in images/train and masks/train.'
+        )
     stems = [path.as_posix().removesuffix(suffix) for path in images if path.suffix == suffix][:_SAMPLE]
     maps = [name for name in scan(part.labels) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    maps = [name for name in maps if not beside or name.endswith(_BESIDE)]
     endings = Counter(name.removeprefix(stem) for stem in stems for name in maps if name.startswith(stem))
     if not endings:
         raise UserError(
@@ -118,13 +132,13 @@ def _suffixes(part: Part) -> tuple[str, str]:
     return suffix, most[0]
 
 
-def _names(root: Path) -> dict[int, str] | None:
-    """Return the names of the classes by value from a file, if there is one."""
-    files = [root / name for name in NAME_FILES if (root / name).is_file()]
+def _names(paths: Sequence[Path]) -> dict[int, str] | None:
+    """Return the names of the classes by value from that of these files that exists, if one does."""
+    files = [path for path in paths if path.is_file()]
     if not files:
         return None
     if len(files) > 1:
-        raise UserError(f'{root} has several files of class names ({listed(files, root)}), expected one.')
+        raise UserError(f'There are several files of class names, {listed(files)}, expected one; remove the others.')
     try:
         names = _read_names(files[0])
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -146,6 +160,9 @@ def _read_names(path: Path) -> dict[int, str]:
     if path.name == 'objectInfo150.txt':
         # Idx, Ratio, Train, Val, Stuff, Name.
         return {int(line.split('\t')[0]): line.split('\t')[-1].strip() for line in lines[1:]}
+    if path.name == ROBOFLOW:
+        # Pixel Value, Class.
+        return {int(value): name for value, name in csv.reader(lines[1:], skipinitialspace=True)}
     if path.suffix == '.txt':
         _check_lines(lines)
     content = json.loads(text) if path.suffix == '.json' else lines

@@ -37,6 +37,7 @@ KINDS = {
         'or the other; where both are meant, add the class to the categories of the file)',
     ),
     'order': (REPAIRED, 'categories in another order than the classes, put into theirs'),
+    'double': (REPAIRED, 'categories without annotations that have the name of another one, left out'),
     'absent': (REPAIRED, 'classes without a category in the file, added without annotations'),
     'unknown': (TOLD, 'categories that are no class, left out by mmdet'),
     'renamed': (TOLD, 'classes of another name than in training'),
@@ -71,7 +72,7 @@ KINDS = {
     'orphan': (TOLD, 'label maps without an image'),
 }
 # Their items are names of classes.
-NAMING = {'order', 'absent', 'unknown', 'renamed', 'unseen'}
+NAMING = {'order', 'double', 'absent', 'unknown', 'renamed', 'unseen'}
 SHOWN = 10
 
 

@@ -14,6 +14,8 @@ from overlock.utils.errors import UserError
 
 _WORDS = {'train': 'train|training', 'val': 'val|valid|validation', 'test': 'test|testing'}
 _DEPTH = 3
+# What follows where images are there for training alone.
+NO_VAL = '; validation needs images of its own: move a tenth of them, with their labels, into a split val'
 
 
 @dataclass(frozen=True)

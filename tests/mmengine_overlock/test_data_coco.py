@@ -203,7 +203,16 @@ CASES = {
         'no category of',
         lambda d: [category.update(name=category['name'].upper()) for category in d.categories],
     ),
-    'two categories of one name': ('refused', 'classes', lambda d: d.categories.append(dict(id=4, name='cat'))),
+    'two categories of one name': (
+        'refused',
+        'classes',
+        lambda d: (d.categories.append(dict(id=4, name='cat')), d.box(category_id=4)),
+    ),
+    'two categories of one name, one of them without annotations': (
+        'repaired',
+        'double',
+        lambda d: d.categories.insert(0, dict(id=0, name='cat')),
+    ),
     'two categories of one id': ('refused', 'classes', lambda d: d.categories[2].update(id=1)),
     'category without an id': ('refused', 'classes', lambda d: d.categories[2].pop('id')),
     'class named twice': ('refused', 'classes', lambda d: d.dataset.metainfo.update(classes=(*CLASSES, 'cat'))),

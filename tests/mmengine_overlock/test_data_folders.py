@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,10 @@ from PIL import Image
 
 from mmengine_overlock.data.find_coco import find_coco
 from mmengine_overlock.data.find_masks import find_masks
+from mmengine_overlock.data.report import report_folder
 from overlock.utils.errors import UserError
 from tests.mmengine_overlock.data_sets import annotation, write_image, write_map
+from tests.testing import ROOT
 
 NAMES = {7: '猫 cat', 3: 'Hund', 900: 'پرنده'}
 UNLABELED = ('image_info_test2017', 'image_info_test-dev2017')
@@ -93,11 +98,37 @@ def test_a_supercategory_that_is_exported_as_category_is_no_class(tmp_path):
     assert find_coco(tmp_path).classes == ('animal', 'cat', 'dog')
 
 
+def test_one_file_is_split_as_the_docs_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = [f'{number}.jpg' for number in range(20)]
+    write(tmp_path, ['annotations/all.json'], ['images'], names={n: f'name {n}' for n in range(1, 21)}, images=images)
+    code = re.search(r'```python\n(.*?)```', (ROOT / 'docs/own_data.md').read_text(), re.DOTALL)[1]
+    subprocess.run([sys.executable, '-c', code], check=True)
+    found = find_coco(tmp_path)
+    assert [part.count for part in found.parts.values()] == [18, 2] and len(found.classes) == 20
+
+
+def test_a_supercategory_of_the_name_of_a_class_is_none(tmp_path):
+    files = ['train/_annotations.coco.json', 'valid/_annotations.coco.json']
+    write(tmp_path, files, ['train', 'valid'], names={1: 'cat'})
+    assert find_coco(tmp_path).ordered
+    for file in files:
+        content = json.loads((tmp_path / file).read_text())
+        content['categories'].insert(0, dict(id=0, name='cat', supercategory='none'))
+        (tmp_path / file).write_text(json.dumps(content))
+    found = find_coco(tmp_path)
+    # The check repairs the files, and without it mmdet counts two classes.
+    assert found.classes == ('cat',) and not found.ordered
+
+
 @pytest.mark.parametrize(
     ('damage', 'said'),
     [
         (lambda root, train, val: shutil.rmtree(root), 'does not exist'),
-        (lambda root, train, val: val.unlink(), 'no annotation file for val: .* got annotations/train.json'),
+        (
+            lambda root, train, val: val.unlink(),
+            'no annotation file for val: .* got annotations/train.json; validation needs images of its own: move a',
+        ),
         (lambda root, train, val: shutil.copy(train, train.with_name('b_train.json')), '2 annotation files for train'),
         (lambda root, train, val: train.write_text('['), 'is not JSON'),
         (lambda root, train, val: shutil.rmtree(root / 'train'), 'is in no folder of .* for train or for all'),
@@ -161,10 +192,29 @@ def test_names_of_classes_come_from_a_file_by_value(tmp_path, file, text, zero):
     assert len(found.remarks) == zero
 
 
+def test_label_maps_beside_their_images_are_found_as_roboflow_exports_them(tmp_path):
+    write_masks(tmp_path, ('{}', '{}'), ('train', 'valid'), values=(0, 1, 2), ending='_mask.png')
+    for split in ('train', 'valid'):
+        (tmp_path / split / '_classes.csv').write_text('Pixel Value, Class\n0, background\n1, "road, wet"\n2, 木\n')
+    found = find_masks(tmp_path)
+    assert found.classes == ('background', 'road, wet', '木') and not found.reduce_zero_label
+    assert found.suffixes == ('.jpg', '_mask.png') and [part.count for part in found.parts.values()] == [2, 2]
+    assert found.dataset('test')['data_prefix'] == dict(img_path='valid', seg_map_path='valid')
+    report = report_folder(tmp_path)
+    assert report.usable and report.outcomes['val'].statistics.images == 2
+    for image in tmp_path.glob('train/*.jpg'):
+        image.rename(image.with_suffix('.png'))
+    with pytest.raises(UserError, match='images and label maps of one suffix, .png, .* move them to images and masks'):
+        find_masks(tmp_path)
+
+
 @pytest.mark.parametrize(
     ('damage', 'said'),
     [
-        (lambda root: shutil.rmtree(root / 'masks/val'), 'no images with label maps for val: expected .*; got images'),
+        (
+            lambda root: shutil.rmtree(root / 'masks/val'),
+            'no images with label maps for val: expected .*; got images.*; validation needs images of its own: move a',
+        ),
         (lambda root: shutil.copytree(root / 'masks', root / 'labels'), 'several folders of images or label maps'),
         (lambda root: write_image(root / 'images/val/a.png', format='PNG'), '2 .jpg, 1 .png'),
         (lambda root: write_map(root / 'masks/train/1.png', mode='RGB'), r'several channels \(1.png\)'),
