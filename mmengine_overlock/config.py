@@ -11,14 +11,11 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmengine_overlock.options import check_options
+from mmengine_overlock.options import SPLITS, check_options
 from overlock.checkpoint import find_file
 from overlock.utils.configs import find_config
 from overlock.utils.errors import UserError
 from overlock.utils.files import check_writable
-
-# Of the data: what the names of loaders, loops and evaluators begin with.
-SPLITS = ('train', 'val', 'test')
 
 
 def load_config(

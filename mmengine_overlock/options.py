@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from overlock.utils.errors import UserError
 
+# Of the data: what the names of loaders, loops and evaluators begin with.
+SPLITS = ('train', 'val', 'test')
 # What builders take out of a part before its class gets the rest.
 _BUILDERS = {'type', '_scope_', '_delete_', 'constructor', 'paramwise_cfg', 'priority', 'convert_to_iter_based'}
 # What Runner reads from the whole configuration, beside its arguments.
@@ -30,8 +32,8 @@ _LOADER: _Readers = [DataLoader, {'num_batch_per_epoch', 'disable_subprocess_war
 _MULTIPLIERS = ('bias_lr', 'bias_decay', 'norm_decay', 'flat_decay', 'dwconv_decay', 'dcn_offset_lr')
 # The readers of parts without a `type`: functions, and names that they read themselves.
 _READERS: dict[str, _Readers] = {
-    **{f'{split}_dataloader': _LOADER for split in ('train', 'val', 'test')},
-    **{f'{split}_cfg': _LOOPS for split in ('train', 'val', 'test')},
+    **{f'{split}_dataloader': _LOADER for split in SPLITS},
+    **{f'{split}_cfg': _LOOPS for split in SPLITS},
     'optim_wrapper': [OptimWrapper],
     'optim_wrapper.paramwise_cfg': [
         {f'{name}_mult' for name in _MULTIPLIERS}
