@@ -29,6 +29,8 @@ from mmengine_overlock.launch import is_first
 # Where there is no terminal to rewrite a bar on.
 _LINE = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
 _STEP = '{desc} [{elapsed}]'
+# Of warnings: a deprecation is news for the authors of a package, and MLflow's database has no server.
+_IDLE = ('deprecated', 'mlflow server is running')
 
 
 class _Bar(tqdm):
@@ -94,7 +96,8 @@ class Terminal(logging.Handler):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(level)
-        self._stream, self._patience, self._clock = stream, patience, clock
+        # mmengine's backend for MLflow asks every handler for its stream.
+        self.stream, self._patience, self._clock = stream, patience, clock
         self.shows_progress = level <= logging.INFO
         # Some tools open a terminal without a size, which fits no bar.
         self._live = self.shows_progress and stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
@@ -130,8 +133,7 @@ class Terminal(logging.Handler):
         if self._early is not None:
             self._early.append(record)
         message = record.getMessage()
-        # A deprecation is news for the authors of a package.
-        notable = record.levelno >= logging.WARNING and 'deprecated' not in message
+        notable = record.levelno >= logging.WARNING and not any(words in message for words in _IDLE)
         if getattr(record, 'terminal', notable):
             self.write(f'{record.levelname.lower()}: {message}' if record.levelno > logging.INFO else message)
 
@@ -140,8 +142,8 @@ class Terminal(logging.Handler):
         assert self.lock is not None
         with self.lock, suppress(OSError):
             # Where the reader went away, the run and its log file go on; bars see to that themselves.
-            _Bar.write(text, self._stream)
-            self._stream.flush()
+            _Bar.write(text, self.stream)
+            self.stream.flush()
         self._last = self._clock()
 
     def begin(self, what: str, total: int | None = None, done: int = 0) -> None:
@@ -154,7 +156,7 @@ class Terminal(logging.Handler):
                 desc=what,
                 total=total,
                 initial=done,
-                file=self._stream if self._live else io.StringIO(),
+                file=self.stream if self._live else io.StringIO(),
                 bar_format=layout,
                 dynamic_ncols=True,
                 leave=False,
@@ -218,7 +220,7 @@ class _Prints:
         pass
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._terminal._stream, name)
+        return getattr(self._terminal.stream, name)
 
 
 _PACKAGES = tuple({sysconfig.get_path(name) for name in ('purelib', 'platlib')})

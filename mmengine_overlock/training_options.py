@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -15,6 +17,8 @@ _BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend',
 
 def add_backend(cfg: Config, name: str) -> None:
     """Log to another program too; local files are below `<work_dir>/<time>/vis_data`.
+
+    MLflow logs to the server of the variable `MLFLOW_TRACKING_URI`, or else to `<work_dir>/mlflow.db`.
 
     Args:
         cfg: The configuration.
@@ -28,10 +32,15 @@ def add_backend(cfg: Config, name: str) -> None:
         raise UserError(f'--{name} needs the package {name}, which is not installed; run: pip install {name}')
     visualizer = cfg.get('visualizer') or dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
     backends = as_list(visualizer.get('vis_backends'))
-    added = dict(type=_BACKENDS[name])
+    added: dict[str, Any] = dict(type=_BACKENDS[name])
+    # mmengine would write files in any case, which MLflow 3 refuses.
     if name == 'mlflow' and 'MLFLOW_TRACKING_URI' in os.environ:
-        # mmengine would write files instead.
         added['tracking_uri'] = os.environ['MLFLOW_TRACKING_URI']
+    elif name == 'mlflow':
+        folder = Path(cfg.get('work_dir') or '.').absolute()
+        added |= dict(tracking_uri=f'sqlite:///{folder}/mlflow.db', exp_name=folder.name)
+        # At the end of a run mmengine copies files of these suffixes out of the work folder, earlier copies too.
+        added |= dict(artifact_location=(folder / 'mlflow').as_uri(), artifact_suffix=())
     if not any(backend['type'] == added['type'] for backend in backends):
         visualizer['vis_backends'] = [*backends, added]
     cfg.visualizer = visualizer

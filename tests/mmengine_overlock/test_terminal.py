@@ -247,3 +247,9 @@ def test_the_loggers_get_their_handlers_back_after_a_mistake(write_toy, tmp_path
     with pytest.raises(CheckpointError):
         train(write_toy(), work_dir=tmp_path / 'a', weights='absent.pth')
     assert logger.handlers == before
+
+
+def test_every_handler_of_a_run_has_an_open_stream_as_the_backend_for_mlflow_expects():
+    with calm():
+        handlers = MMLogger.get_current_instance().handlers
+        assert handlers and not any(handler.stream.closed for handler in handlers)
