@@ -1,7 +1,6 @@
 """Export networks to formats that run without this project, and check each file before it takes its name.
 
-A file has one input, `image` (B, 3, H, W), RGB: float32, normalized and padded at the right and the bottom, or with
-`preprocessing` uint8 pixels. Its outputs:
+A file has one input, `image` (B, 3, H, W), RGB: float32, normalized, or with `preprocessing` uint8 pixels. Its outputs:
 
 - classifiers: `logits` (B, classes)
 - backbones: `stride4`, `stride8`, `stride16`, `stride32`
@@ -11,9 +10,10 @@ A file has one input, `image` (B, 3, H, W), RGB: float32, normalized and padded 
   each box
 
 Its metadata, strings or JSON: `task` ('classifier', 'backbone', 'segmenter', 'detector'), `outputs`, `input` (what it
-takes, in words), `mean` and `std` of R, G, B, `pad_size_divisor`; of a model with a configuration also `pipeline` (the
-transforms between reading and packing an image), `smallest_side` (in pixels), `classes`, `palette`; of a detector with
-masks `mask_threshold`.
+takes, in words), `mean` and `std` of R, G, B, `pad_size_divisor` (sides have to be multiples of it, padded at the right
+and the bottom; 1 for detectors, which pad inside); of a model with a configuration also `pipeline` (the transforms
+between reading and packing an image), `smallest_side` (in pixels), `classes`, `palette`; of a detector with masks
+`mask_threshold`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from mmengine_overlock.export.graph import metadata, to_openvino, trace, write_o
 from mmengine_overlock.export.modules import in_half
 from mmengine_overlock.export.scores import score, test_config
 from mmengine_overlock.export.subjects import Subject, make_subject
+from mmengine_overlock.predict.exported import fit_inside
+from mmengine_overlock.quiet import quiet
 from overlock.utils.errors import UserError
 from overlock.utils.files import check_writable, drafted
 
@@ -78,7 +80,7 @@ def export(
         size: 'dynamic' for every batch, height and width, or 'HxW' for one image of this size.
         images: An image file, or a folder of which the first four are compared; none for random pixels alone.
         data_root: Folder of the configuration's data; the file and PyTorch are scored on its test set.
-        preprocessing: Whether the file takes RGB pixels (uint8), and normalizes and pads them.
+        preprocessing: Whether the file takes RGB pixels (uint8) and normalizes them.
         label_map: Whether a segmenter gives the label of each pixel instead of logits.
         fp16: Whether backbone, neck and a segmenter's head compute in float16, and all weights are stored in it; for
             ONNX and OpenVINO. Inputs and outputs stay float32.
@@ -100,30 +102,36 @@ def export(
     if fixed and min(fixed) < subject.least:
         raise UserError(f'--size must be at least {subject.least}x{subject.least} for this model, got {size}')
     test = test_config(subject, data_root, fixed) if data_root else None
-    program = trace(replace(subject, module=in_half(subject.module)) if fp16 else subject, fixed)
     # An int8 file is compared on the images of the folder that come last, beside those that it is calibrated on.
     paths = _image_files(images)[:4] if images else _image_files(int8)[-4:]
     inputs = _inputs(subject, fixed, paths)
-    with drafted(*_files(out, format)) as drafts:
-        if format == 'exported-program':
-            torch.export.save(program, drafts[0], extra_files={'info.json': json.dumps(metadata(subject))})
-        else:
-            onnx = drafts[0].with_suffix('.onnx')
-            nodes = write_onnx(program, subject, onnx)
-            if fp16 or int8:
-                _narrow(onnx, subject, int8, fixed)
-            if format == 'openvino':
-                to_openvino(onnx, drafts[0])
+    with drafted(*_files(out, format)) as drafts, quiet():
+        nodes = _write(subject, format, drafts[0], fixed, fp16, int8)
         runtime, run = _open(format, drafts[0])
         report = compare(run, runtime, subject, inputs)
         if not int8:
             require(report, subject, Limits(5e-2, 0.9) if fp16 else Limits(), out)
         scores = f'\n{score(run, runtime, subject, test, fixed)}' if test else ''
-        note = f'{sum(draft.stat().st_size for draft in drafts) / 2**20:.1f} MiB'
-    if format != 'exported-program':
-        note += f', {nodes} nodes'
+        note = f'{sum(draft.stat().st_size for draft in drafts) / 2**20:.1f} MiB' + f', {nodes} nodes' * bool(nodes)
     weights = checkpoint or 'random weights: no checkpoint was given'
     return f'{subject.kind} of {config}, {weights}\n{report}{scores}\nwrote {out}, {note}'
+
+
+def _write(
+    subject: Subject, format: str, file: Path, fixed: tuple[int, int] | None, fp16: bool, int8: str | Path | None
+) -> int:
+    """Trace a subject, write it in a format, and return the number of nodes, 0 for one without."""
+    program = trace(replace(subject, module=in_half(subject.module)) if fp16 else subject, fixed)
+    if format == 'exported-program':
+        torch.export.save(program, file, extra_files={'info.json': json.dumps(metadata(subject))})
+        return 0
+    onnx = file.with_suffix('.onnx')
+    nodes = write_onnx(program, subject, onnx)
+    if fp16 or int8:
+        _narrow(onnx, subject, int8, fixed)
+    if format == 'openvino':
+        to_openvino(onnx, file)
+    return nodes
 
 
 def _open(format: str, file: Path) -> tuple[str, Run]:
@@ -149,10 +157,12 @@ def _inputs(subject: Subject, fixed: tuple[int, int] | None, paths: Sequence[Pat
 
 
 def _fit(image: torch.Tensor, fixed: tuple[int, int] | None) -> torch.Tensor:
-    """Stretch an image to the fixed size, if there is one."""
-    if fixed is None or tuple(image.shape[2:]) == fixed:
+    """Bring an image inside the fixed size, if there is one, and pad it to that, as predictions do."""
+    if fixed is None:
         return image
-    return F.interpolate(image.float(), fixed, mode='bilinear').to(image.dtype)
+    sides = fit_inside((image.shape[2], image.shape[3]), fixed)
+    image = F.interpolate(image.float(), sides, mode='bilinear').to(image.dtype)
+    return F.pad(image, (0, fixed[1] - sides[1], 0, fixed[0] - sides[0]))
 
 
 def _narrow(onnx: Path, subject: Subject, int8: str | Path | None, fixed: tuple[int, int] | None) -> None:

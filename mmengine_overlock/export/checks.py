@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmengine_overlock.export.quiet import quiet
 from mmengine_overlock.export.subjects import Subject
 from mmengine_overlock.predict.exported import open_session
+from mmengine_overlock.quiet import quiet
 from overlock.utils.errors import UserError
 
 Run = Callable[[Tensor], Sequence[Tensor]]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
 
+from mmengine_overlock.export.modules import pad
+
 # The score of what is left out: below every sigmoid and softmax.
 NONE = -1.0
 
@@ -24,28 +26,25 @@ class Detector(nn.Module):
 
     Args:
         model: mmdet's detector, in evaluation.
+        divisor: Sides are padded to multiples of this, and boxes clipped to those before.
     """
 
     model: Any  # nn.Module does not tell the types of its children
 
-    def __init__(self, model: BaseModel) -> None:
+    def __init__(self, model: BaseModel, divisor: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.divisor = model, divisor
 
-    def forward(self, image: Tensor, height: int | None = None, width: int | None = None) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Detect objects in a normalized image (B, 3, H, W).
-
-        Args:
-            image: The image, padded at the right and the bottom.
-            height, width: Its size before it was padded, to which boxes are clipped; by default H and W.
 
         Returns:
             boxes (B, N, 4), x1, y1, x2, y2 in pixels; scores (B, N), sorted, -1 where there are fewer than N objects;
             labels (B, N), int64, from 0; with a mask head masks (B, N, M, M), each the probabilities inside its box.
         """
-        size = (height or image.shape[2], width or image.shape[3])
-        limits = torch.stack([torch.scalar_tensor(side, dtype=image.dtype) for side in size[::-1]]).repeat(2)
-        feats = self.model.backbone(image)
+        height, width = image.shape[2:]
+        limits = torch.stack([torch.scalar_tensor(side, dtype=image.dtype) for side in (width, height)]).repeat(2)
+        feats = self.model.backbone(pad(image, self.divisor))
         return self.detect(self.model.neck(feats) if self.model.with_neck else feats, limits)
 
     def detect(self, feats: Sequence[Tensor], limits: Tensor) -> tuple[Tensor, ...]:

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mmengine_overlock.export.quiet import quiet
 from mmengine_overlock.export.subjects import Subject
+from mmengine_overlock.quiet import quiet
 from overlock.models.network import Network
 from overlock.ops.resize import adaptive_avg_pool2d
 

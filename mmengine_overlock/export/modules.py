@@ -12,24 +12,20 @@ from torch.nn import functional as F
 
 
 class Preprocessed(nn.Module):
-    """A network behind its preprocessing: it takes RGB pixels, uint8.
+    """A network that takes RGB pixels, uint8.
 
     Args:
-        network: Takes a normalized image; a padded one comes with its height and width before.
+        network: Takes a normalized image.
         mean, std: Of each channel, in RGB.
-        divisor: The sides are padded to a multiple of this, at the right and the bottom; 1 for no padding.
     """
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], divisor: int) -> None:
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.network, self.mean, self.std, self.divisor = network, tuple(mean), tuple(std), divisor
+        self.network, self.mean, self.std = network, tuple(mean), tuple(std)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Run the network on pixels (B, 3, H, W)."""
-        x = normalize(image, self.mean, self.std)
-        if self.divisor == 1:
-            return self.network(x)
-        return self.network(pad(x, self.divisor), *image.shape[2:])
+        return self.network(normalize(image, self.mean, self.std))
 
 
 class Outputs(nn.Module):

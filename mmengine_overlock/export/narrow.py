@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from torch import Tensor
 
-from mmengine_overlock.export.quiet import quiet
+from mmengine_overlock.quiet import quiet
 
 # The second input of these is a weight, and nearly all of a file.
 _WEIGHTED = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')

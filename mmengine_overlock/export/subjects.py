@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from mmengine_overlock.config import load_config
 from mmengine_overlock.deploy import build
 from mmengine_overlock.export.modules import Outputs, Preprocessed, Segmenter, normalize, pad
-from mmengine_overlock.export.quiet import quiet
 from mmengine_overlock.predict import dataset_meta, test_pipeline
+from mmengine_overlock.quiet import quiet
 from overlock import ARCHS, MOGANET_ARCHS, MogaNet, OverLoCK
 from overlock.checkpoint import find_file, load
 from overlock.checkpoint.convert import read_classes
@@ -117,10 +117,8 @@ def make_subject(
         subject = _dense(cfg, model, part, label_map)
         subject.info |= _classes(cfg, source)
     if preprocessing:
-        info = subject.info
-        divisor = info['pad_size_divisor'] if subject.kind == 'detector' else 1
-        subject.module = Preprocessed(subject.module, info['mean'], info['std'], divisor)
-        info['input'] = 'RGB pixels, uint8, (B, 3, H, W)'
+        subject.module = Preprocessed(subject.module, subject.info['mean'], subject.info['std'])
+        subject.info['input'] = 'RGB pixels, uint8, (B, 3, H, W)'
     subject.module.eval()
     return subject
 
@@ -174,14 +172,17 @@ def _detector(cfg: Config, model: BaseModel, info: dict[str, Any]) -> Subject:
     from mmengine_overlock.export.detectors import OneStage, TwoStage
 
     names: tuple[str, ...] = ('boxes', 'scores', 'labels')
+    divisor = info['pad_size_divisor']
+    # Of what is left to do outside.
+    info['pad_size_divisor'] = 1
     if type(model).__name__ in ('MaskRCNN', 'CascadeRCNN', 'FasterRCNN'):
-        module: nn.Module = TwoStage(model)
+        module: nn.Module = TwoStage(model, divisor)
         strides = [stride for stride, _ in model.rpn_head.prior_generator.strides]
         if model.roi_head.with_mask:
             names += ('masks',)
             info['mask_threshold'] = model.roi_head.test_cfg.mask_thr_binary
     elif type(model).__name__ == 'RetinaNet':
-        module = OneStage(model)
+        module = OneStage(model, divisor)
         strides = [stride for stride, _ in model.bbox_head.prior_generator.strides]
     else:
         raise UserError(
@@ -190,18 +191,19 @@ def _detector(cfg: Config, model: BaseModel, info: dict[str, Any]) -> Subject:
         )
     # A map of one pixel would be taken for a constant.
     subject = Subject('detector', module, names, max(strides) + 1, info=info)
-    subject.reference = lambda image: _detect(model, image, subject)
+    subject.reference = lambda image: _detect(model, image, subject, divisor)
     return subject
 
 
 @torch.no_grad()
-def _detect(model: BaseModel, image: Tensor, subject: Subject) -> tuple[Tensor, ...]:
+def _detect(model: BaseModel, image: Tensor, subject: Subject, divisor: int) -> tuple[Tensor, ...]:
     """Return boxes (N, 4), scores and labels (N,) that mmdet's own code finds in one image."""
     from mmdet.structures import DetDataSample
 
     shape = tuple(image.shape[2:])
     if isinstance(subject.module, Preprocessed):
-        image = pad(normalize(image, subject.info['mean'], subject.info['std']), subject.info['pad_size_divisor'])
+        image = normalize(image, subject.info['mean'], subject.info['std'])
+    image = pad(image, divisor)
     sample = DetDataSample(
         metainfo=dict(
             img_shape=shape, ori_shape=shape, batch_input_shape=tuple(image.shape[2:]), scale_factor=(1.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,26 @@ class Answers:
 
     - A detector's boxes and masks go into `predictions.json`, in COCO's format of results with the names of files and
       classes beside the numbers; `category_id` is the label, from 0.
-    - A segmenter's label maps go into `labels/NAME.png`, those of a video into `labels/NAME/FRAME.png`, and the names
-      of the labels into `labels.json`.
+    - A segmenter's label maps go into `labels/NAME.png`, those of a video into `labels/VIDEO.mp4/FRAME.png`, and the
+      names of the labels into `labels.json`.
     - Pictures go into `pictures/`, those of a video into a video.
+
+    Images in several folders get the same folders here.
 
     What belongs to all images together is written at the end, also where the run breaks off.
 
     Args:
         folder: Made where it is missing.
         predictor: Where the predictions come from.
+        root: The folder around all images and videos.
         draw: Whether to draw.
 
     Raises:
         UserError: If the folder cannot be written to or holds an earlier run, or OpenCV cannot write videos.
     """
 
-    def __init__(self, folder: str | Path, predictor: Predictor, draw: bool = True) -> None:
-        self.folder, self.predictor = Path(folder).expanduser(), predictor
+    def __init__(self, folder: str | Path, predictor: Predictor, root: Path, draw: bool = True) -> None:
+        self.folder, self.predictor, self.root = Path(folder).expanduser(), predictor, root
         check_writable(self.folder / 'predictions.json')
         if earlier := [name for name in _NAMES if (self.folder / name).exists()]:
             raise UserError(
@@ -68,7 +72,8 @@ class Answers:
     def add(self, picture: Picture, sample: Any) -> None:
         """Write what was found in an image."""
         name = self._name(picture.source)
-        name = name if picture.frame is None else f'{name}/{picture.frame:06d}'
+        if picture.frame is not None:
+            name = f'{name}{picture.source.suffix}/{picture.frame:06d}'
         if 'pred_instances' in sample:
             self.results += self._boxes(picture, sample.pred_instances)
         else:
@@ -83,8 +88,8 @@ class Answers:
 
     def _name(self, source: Path) -> str:
         """Return a name for the files of an image or video: its own, with a number where another file has it too."""
-        number = 1
-        while self.names.setdefault(name := source.stem + f'_{number}' * (number > 1), source) != source:
+        own, number = Path(os.path.relpath(source, self.root)).with_suffix('').as_posix(), 1
+        while self.names.setdefault(name := own + f'_{number}' * (number > 1), source) != source:
             number += 1
         return name
 
@@ -119,11 +124,11 @@ class Answers:
             self._write(folder / f'{name}.jpg', drawn)
             return
         if picture.source not in self.videos:
-            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f'{self._name(picture.source)}.mp4'
+            path.parent.mkdir(parents=True, exist_ok=True)
             rate = cv2.VideoCapture(str(picture.source)).get(cv2.CAP_PROP_FPS) or 25
             code = cv2.VideoWriter.fourcc(*'mp4v')
-            path, size = str(folder / f'{self._name(picture.source)}.mp4'), drawn.shape[1::-1]
-            self.videos[picture.source] = cv2.VideoWriter(path, code, rate, size)
+            self.videos[picture.source] = cv2.VideoWriter(str(path), code, rate, drawn.shape[1::-1])
             if not self.videos[picture.source].isOpened():
                 raise UserError(f'OpenCV cannot write the video {path}; draw nothing by --no-pictures.')
         self.videos[picture.source].write(drawn)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,22 @@ def open_exported(path: Path, device: str | torch.device | None, tile: int | Non
     Raises:
         UserError: It is no such file, cannot run on the device, or does not fit the tiles.
     """
-    session = Session(path, device)
-    detector = session.info['task'] == 'detector'
+    exported = _open(path, device)
+    info, size, detector = exported.info, exported.size, exported.info['task'] == 'detector'
     scope = 'mmdet' if detector else 'mmseg'
     import_module(scope)
-    if tile and not detector and session.size and tile > min(session.size):
+    if tile and not detector and size and tile > min(size):
         raise UserError(
-            f'{path} takes images of {session.size[0]}x{session.size[1]}: tiles can have at most '
-            f'{min(session.size)} pixels a side, got {tile}.'
+            f'{path} takes images of {size[0]}x{size[1]}: tiles can have at most {min(size)} pixels a side, got {tile}.'
         )
     pack: dict[str, Any] = dict(type='PackSegInputs')
     if detector:
         pack = dict(type='PackDetInputs', meta_keys=('img_id', 'ori_shape', 'img_shape', 'scale_factor'))
-    steps = [ResizeInside(session.size)] if session.size else session.steps()
+    steps = [ResizeInside(size)] if size else _steps(info)
     pipeline = [dict(type='LoadImageFromNDArray'), *steps, pack]
     with DefaultScope.overwrite_default_scope(scope):
-        model = Detector(session) if detector else _make_segmenter(session)
-    return Network(model.eval(), scope, pipeline, tuple(session.info.get('classes', ())), session.info.get('palette'))
+        model = make_model(exported)
+    return Network(model, scope, pipeline, tuple(info.get('classes', ())), info.get('palette'))
 
 
 def open_session(path: Path, providers: Sequence[Any] = ('CPUExecutionProvider',)) -> Any:
@@ -57,74 +57,83 @@ def open_session(path: Path, providers: Sequence[Any] = ('CPUExecutionProvider',
     return onnxruntime.InferenceSession(path, options, providers=list(providers))
 
 
-class Session:
-    """An exported file in onnxruntime.
+def _open(path: Path, device: str | torch.device | None) -> Exported:
+    """Open a file in onnxruntime, by default on a GPU where it has one."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError(f'{path} needs onnxruntime; install it with `pip install onnxruntime`.') from None
+    if not path.is_file():
+        raise UserError(f'The model {path} does not exist; give a file that `overlock export` wrote.')
+    cuda, present = 'CUDAExecutionProvider', onnxruntime.get_available_providers()
+    kind, _, index = str(device or ('cuda' if cuda in present else 'cpu')).partition(':')
+    if kind not in ('cpu', 'cuda') or (kind == 'cuda' and cuda not in present):
+        raise UserError(f'onnxruntime has no device {device} here, only {", ".join(present)}; give cpu.')
+    providers: list[Any] = ['CPUExecutionProvider']
+    if kind == 'cuda':
+        providers.insert(0, (cuda, {'device_id': index or '0'}))
+    try:
+        session = open_session(path, providers)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f'onnxruntime cannot open {path} ({reason}); export it again.') from None
+    # It goes on without CUDA where its libraries are missing.
+    if device is not None and kind == 'cuda' and cuda not in session.get_providers():
+        raise UserError(
+            f'onnxruntime cannot use the device {device}: it lacks libraries of CUDA or cuDNN that it needs, or there '
+            'is no such GPU; mend that, or give cpu.'
+        )
+    info = {name: _parse(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+    if info.get('task') not in ('detector', 'segmenter'):
+        raise UserError(
+            f'{path} must be a detector or segmenter written by `overlock export`, but its metadata says '
+            f'{"it is a " + str(info["task"]) if "task" in info else "nothing"}.'
+        )
+    needed = ['mean', 'std', 'pad_size_divisor', 'smallest_side']
+    needed += ['classes'] if info['task'] == 'segmenter' else []
+    if lacking := [name for name in needed if name not in info]:
+        raise UserError(f'The metadata of {path} lack {", ".join(lacking)}; export it again, with its checkpoint.')
+    image = session.get_inputs()[0]
+    height, width = image.shape[2:]
+    size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
-    Args:
-        path: The file.
-        device: Such as 'cuda' or 'cpu'; by default a GPU where onnxruntime has one.
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(out) for out in session.run(None, {'image': images.numpy()})]
+
+    return Exported(run, info, size, 'uint8' in image.type)
+
+
+def _steps(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the transforms that bring an image to the size that the network was tested at.
+
+    Raises:
+        UserError: The file does not have them, or they are none of those in the configurations of this package.
+    """
+    steps = info.get('pipeline')
+    if not isinstance(steps, list) or not all(isinstance(step, dict) and 'type' in step for step in steps):
+        steps = None
+    if steps is None or strangers(steps):
+        raise UserError(f'The metadata of the model lack its test pipeline, got {steps}; export it again.')
+    return [
+        {name: tuple(value) if isinstance(value, list) else value for name, value in step.items()} for step in steps
+    ]
+
+
+@dataclass
+class Exported:
+    """An exported detector or segmenter.
 
     Attributes:
-        info: What the file says about itself.
-        size: Height and width of all images, where they are fixed.
+        run: Gives its outputs for images.
+        info: What the file says about itself, see `mmengine_overlock.export`.
+        size: Height and width of its one image, where they are fixed.
         pixels: Whether it takes pixels and normalizes them itself.
     """
 
-    def __init__(self, path: Path, device: str | torch.device | None) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError(f'{path} needs onnxruntime; install it with `pip install onnxruntime`.') from None
-        if not path.is_file():
-            raise UserError(f'The model {path} does not exist; give a file that `overlock export` wrote.')
-        cuda, present = 'CUDAExecutionProvider', onnxruntime.get_available_providers()
-        kind, _, index = str(device or ('cuda' if cuda in present else 'cpu')).partition(':')
-        if kind not in ('cpu', 'cuda') or (kind == 'cuda' and cuda not in present):
-            raise UserError(f'onnxruntime has no device {device} here, only {", ".join(present)}; give cpu.')
-        providers: list[Any] = ['CPUExecutionProvider']
-        if kind == 'cuda':
-            providers.insert(0, (cuda, {'device_id': index or '0'}))
-        try:
-            self._session = open_session(path, providers)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f'onnxruntime cannot open {path} ({reason}); export it again.') from None
-        # It goes on without CUDA where its libraries are missing.
-        if device is not None and kind == 'cuda' and cuda not in self._session.get_providers():
-            raise UserError(
-                f'onnxruntime cannot use the device {device}: it lacks libraries of CUDA or cuDNN that it needs, or '
-                'there is no such GPU; mend that, or give cpu.'
-            )
-        meta = self._session.get_modelmeta().custom_metadata_map
-        self.info: dict[str, Any] = {name: _parse(value) for name, value in meta.items()}
-        if self.info.get('task') not in ('detector', 'segmenter'):
-            raise UserError(
-                f'{path} must be a detector or segmenter written by `overlock export`, but its metadata says '
-                f'{"it is a " + str(self.info["task"]) if "task" in self.info else "nothing"}.'
-            )
-        needed = ['mean', 'std', 'pad_size_divisor', 'smallest_side']
-        needed += ['classes'] if self.info['task'] == 'segmenter' else []
-        if lacking := [name for name in needed if name not in self.info]:
-            raise UserError(f'The metadata of {path} lack {", ".join(lacking)}; export it again, with its checkpoint.')
-        batch, _, *size = self._session.get_inputs()[0].shape
-        self.size: tuple[int, int] | None = tuple(size) if all(isinstance(side, int) for side in size) else None
-        self._one_by_one = isinstance(batch, int)
-        self.pixels = 'uint8' in self._session.get_inputs()[0].type
-
-    def steps(self) -> list[dict[str, Any]]:
-        """Return the transforms that bring an image to the size that the network was tested at.
-
-        Raises:
-            UserError: The file does not have them, or they are none of those in the configurations of this package.
-        """
-        steps = self.info.get('pipeline')
-        if not isinstance(steps, list) or not all(isinstance(step, dict) and 'type' in step for step in steps):
-            steps = None
-        if steps is None or strangers(steps):
-            raise UserError(f'The metadata of the model lack its test pipeline, got {steps}; export it again.')
-        return [
-            {name: tuple(value) if isinstance(value, list) else value for name, value in step.items()} for step in steps
-        ]
+    run: Callable[[Tensor], Sequence[Tensor]]
+    info: dict[str, Any]
+    size: tuple[int, int] | None
+    pixels: bool
 
     def preprocessor(self, kind: str) -> dict[str, Any]:
         """Return the settings of the toolbox's data preprocessor, for what the file does not do itself."""
@@ -141,9 +150,20 @@ class Session:
         images = F.pad(images, (0, target[1] - sides[1], 0, target[0] - sides[0]), value=value).cpu()
         if self.pixels:
             images = images.round().to(torch.uint8)
-        batches = images.split(1 if self._one_by_one else len(images))
-        outs = [self._session.run(None, {'image': batch.numpy()}) for batch in batches]
-        return [torch.cat([torch.from_numpy(part) for part in parts]) for parts in zip(*outs, strict=True)]
+        outs = [self.run(batch) for batch in images.split(1 if self.size else len(images))]
+        return [torch.cat(parts) for parts in zip(*outs, strict=True)]
+
+
+def make_model(exported: Exported) -> BaseModel:
+    """Return a model with the interface of mmdet's or mmseg's, in evaluation; their scope must be the default."""
+    return (Detector(exported) if exported.info['task'] == 'detector' else _make_segmenter(exported)).eval()
+
+
+def fit_inside(sides: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the largest height and width of the same ratio within a size."""
+    ratio = min(most / side for most, side in zip(size, sides, strict=True))
+    height, width = (max(1, min(most, round(side * ratio))) for most, side in zip(size, sides, strict=True))
+    return height, width
 
 
 class ResizeInside(Resize):
@@ -155,43 +175,28 @@ class ResizeInside(Resize):
 
     def transform(self, results: dict) -> dict:
         """Resize `img`, and tell its new size and scale."""
-        sides = results['img'].shape[:2]
-        ratio = min(most / side for most, side in zip(self.size, sides, strict=True))
-        height, width = (max(1, min(most, round(side * ratio))) for most, side in zip(self.size, sides, strict=True))
+        height, width = fit_inside(results['img'].shape[:2], self.size)
         results['scale'] = width, height
         self._resize_img(results)
         return results
 
 
 class Detector(BaseModel):
-    """An exported detector with the interface of mmdet's.
+    """An exported detector with the interface of mmdet's."""
 
-    A file that does not pad by itself takes padding for a part of the image, and may place boxes in it before they are
-    clipped here; one exported with `--preprocessing` detects what mmdet does.
-
-    Args:
-        session: The file.
-    """
-
-    def __init__(self, session: Session) -> None:
-        super().__init__(session.preprocessor('DetDataPreprocessor'))
-        self.session = session
+    def __init__(self, exported: Exported) -> None:
+        super().__init__(exported.preprocessor('DetDataPreprocessor'))
+        self.exported = exported
 
     def forward(self, inputs: Tensor, data_samples: list[Any], mode: str = 'predict') -> list[Any]:
         """Detect objects in images (B, 3, H, W): `data_samples` with `pred_instances`, in pixels of the files."""
-        for sample, *outs in zip(data_samples, *self.session(inputs), strict=True):
-            sample.pred_instances = to_instances(outs, sample, self.session.info.get('mask_threshold'))
+        for sample, *outs in zip(data_samples, *self.exported(inputs), strict=True):
+            sample.pred_instances = _instances(outs, sample, self.exported.info.get('mask_threshold'))
         return data_samples
 
 
-def to_instances(outs: Sequence[Tensor], sample: Any, mask_threshold: float | None) -> InstanceData:
-    """Return what an exported detector found in one image, in pixels of its file.
-
-    Args:
-        outs: Boxes, scores, labels and perhaps masks, as `mmengine_overlock.export` describes them, without batch.
-        sample: mmdet's data sample of the image.
-        mask_threshold: From which probability on a pixel belongs to a mask.
-    """
+def _instances(outs: Sequence[Tensor], sample: Any, mask_threshold: float | None) -> InstanceData:
+    """Return what was found in one image, in pixels of its file."""
     boxes, scores, labels, *masks = outs
     height, width = sample.img_shape[:2]
     boxes = boxes.minimum(boxes.new_tensor([width, height, width, height]))
@@ -215,19 +220,19 @@ def _paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float
     return pasted
 
 
-def _make_segmenter(session: Session) -> BaseModel:
+def _make_segmenter(exported: Exported) -> BaseModel:
     from mmseg.models import EncoderDecoder
 
     class Segmenter(EncoderDecoder):
         """An exported segmenter: mmseg's way to whole images and windows around another network."""
 
         def __init__(self) -> None:
-            BaseModel.__init__(self, session.preprocessor('SegDataPreProcessor'))
+            BaseModel.__init__(self, exported.preprocessor('SegDataPreProcessor'))
             self.test_cfg, self.align_corners = ConfigDict(mode='whole'), False
-            self.out_channels = len(session.info['classes'])
+            self.out_channels = len(exported.info['classes'])
 
         def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
-            (out,) = session(inputs)
+            (out,) = exported(inputs)
             out = out[..., : inputs.shape[2], : inputs.shape[3]]
             return out if out.ndim == 4 else F.one_hot(out, self.out_channels).movedim(-1, 1).float()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +39,11 @@ class Picture:
 class Pictures:
     """The images below files, folders, patterns, and in videos, read one after another.
 
-    A folder stands for the images and videos in it, sorted, without those in its folders.
+    A folder stands for the images and videos in it and in its folders, sorted, without hidden ones.
 
     Attributes:
         inputs: What was asked for.
+        root: The folder around all files.
         unreadable: The files that could not be decoded and why, filled while the images are read.
 
     Raises:
@@ -52,7 +54,11 @@ class Pictures:
     unreadable: dict[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.files = [*dict.fromkeys(file for name in self.inputs for file in _files(str(name)))]
+        files: dict[str, Path] = {}
+        for file in (file for name in self.inputs for file in _files(str(name))):
+            files.setdefault(os.path.abspath(file), file)
+        self.files = [*files.values()]
+        self.root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
 
     def __len__(self) -> int:
         """Return the number of images and frames, as far as the headers tell."""
@@ -101,11 +107,9 @@ def _files(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    found = (
-        sorted(path.iterdir())
-        if path.is_dir()
-        else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-    )
+    # Neither finds what is hidden.
+    pattern = os.path.join(glob.escape(str(path)), '**') if path.is_dir() else str(path)
+    found = [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]
     found = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES + _VIDEOS and file.is_file()]
     if not found:
         kinds = ', '.join(IMAGE_SUFFIXES + _VIDEOS)

@@ -17,6 +17,7 @@ from mmengine.registry import DefaultScope
 from mmengine_overlock.predict.network import open_checkpoint
 from mmengine_overlock.predict.pictures import Picture, Pictures
 from mmengine_overlock.predict.tiles import OVERLAP, merge, places
+from mmengine_overlock.quiet import quiet
 from overlock.utils.errors import UserError
 
 # Tiles of fewer pixels have too little around an object.
@@ -65,6 +66,8 @@ class Predictor:
             raise UserError(f'The batch must be at least 1 image, got {batch}.')
         if tile is not None and tile < _LEAST_TILE:
             raise UserError(f'Tiles must have sides of at least {_LEAST_TILE} pixels, got {tile}.')
+        if Path(model).suffix in ('.engine', '.pt2', '.xml'):
+            raise UserError(f'{model} is for other programs; export with --format onnx to predict here.')
         if Path(model).suffix == '.onnx':
             from mmengine_overlock.predict.exported import open_exported
 
@@ -109,7 +112,7 @@ class Predictor:
 
     def _run(self, images: Sequence[np.ndarray], pipeline: Compose) -> list[Any]:
         samples: list[Any] = []
-        with DefaultScope.overwrite_default_scope(self.scope):
+        with DefaultScope.overwrite_default_scope(self.scope), quiet():
             # One after another: a large image has thousands of tiles.
             items = (pipeline(dict(img=image, img_id=index)) for index, image in enumerate(images))
             for _, same in groupby(items, key=lambda item: item['inputs'].shape):

@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option('--size', default='dynamic', metavar='HxW', help=sizes)
     option('--images', metavar='PATH', help='an image, or a folder of them, to compare on too')
     option('--data-root', metavar='DIR', help='folder of the data: score the file and PyTorch on the test set too')
-    option('--preprocessing', action='store_true', help='take RGB pixels (uint8); normalize and pad inside')
+    option('--preprocessing', action='store_true', help='take RGB pixels (uint8); normalize inside')
     option('--label-map', action='store_true', help='segmenters: give labels instead of logits')
     option('--fp16', action='store_true', help='ONNX, OpenVINO: store weights in float16')
     option('--int8', metavar='DIR', help='ONNX: convolutions in int8, calibrated on the images of a folder')

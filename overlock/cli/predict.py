@@ -45,7 +45,7 @@ def run(inputs: list[str], model: str, config: str | None, out: str, draw: bool,
     # Where nobody watches, a line now and then.
     interval = 0.1 if sys.stderr.isatty() else 30
     stopped = False
-    with Answers(out, predictor, draw) as answers:
+    with Answers(out, predictor, pictures.root, draw) as answers:
         bar = tqdm(predictor.predict(pictures), total=len(pictures), unit='image', mininterval=interval)
         try:
             for picture, sample in bar:
@@ -53,7 +53,8 @@ def run(inputs: list[str], model: str, config: str | None, out: str, draw: bool,
         except KeyboardInterrupt:
             bar.close()
             stopped = True
-    print(f'{"stopped: " * stopped}{answers.images} images predicted, results in {out}')
+    objects = f', {len(answers.results)} objects of score {predictor.score:g} or more' * (predictor.scope == 'mmdet')
+    print(f'{"stopped: " * stopped}{answers.images} images predicted{objects}, results in {out}')
     if answers.drawing and answers.drawing.note:
         print(answers.drawing.note)
     if pictures.unreadable:

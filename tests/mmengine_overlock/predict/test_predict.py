@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import cv2
 import numpy as np
@@ -34,6 +35,14 @@ def test_a_detector_writes_coco_results_and_pictures(checkpoints, images, tmp_pa
     torch.testing.assert_close(sample.pred_instances.scores, torch.tensor([result['score'] for result in expected]))
 
 
+def test_remarks_of_the_toolboxes_are_kept_from_the_user(checkpoints, images, recwarn):
+    predictor = Predictor(checkpoints['segmenter'], device='cpu')
+    recwarn.clear()
+    predictor.model.register_forward_hook(lambda *_: warnings.warn('of no use', stacklevel=2))
+    next(predictor.predict(images / 'a.png'))
+    assert not recwarn.list
+
+
 def test_a_segmenter_writes_label_maps_and_their_names(checkpoints, images, tmp_path, run_tool):
     code, _, err = run_tool(
         'predict', images / '*.png', '--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out'
@@ -45,14 +54,18 @@ def test_a_segmenter_writes_label_maps_and_their_names(checkpoints, images, tmp_
     assert json.loads((tmp_path / 'out/labels.json').read_text())['0'] == 'cat'
 
 
-def test_images_of_one_name_get_files_of_their_own(checkpoints, images, tmp_path, run_tool):
+def test_images_of_one_name_and_of_folders_get_files_of_their_own(checkpoints, images, tmp_path, run_tool):
     (images / 'inner').mkdir()
-    (images / 'inner/a.jpg').write_bytes((images / 'a.png').read_bytes())
+    (images / '.thumbnails').mkdir()
+    for name in ('a.jpg', 'inner/a.jpg', '.thumbnails/a.jpg'):
+        (images / name).write_bytes((images / 'a.png').read_bytes())
+    (images / 'broken.jpg').unlink()
     # The first one is given twice.
-    given = (images / 'a.png', images / '**/a.*', '--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out')
+    given = (images / 'inner/../a.png', images, '--checkpoint', checkpoints['segmenter'], '--out', tmp_path / 'out')
     code, out, _ = run_tool('predict', *given, '--no-pictures')
-    assert code == 0 and out.startswith('2 images predicted')
-    assert {path.name for path in (tmp_path / 'out/labels').iterdir()} == {'a.png', 'a_2.png'}
+    assert code == 0 and out.startswith('4 images predicted')
+    written = {str(path.relative_to(tmp_path / 'out/labels')) for path in (tmp_path / 'out/labels').rglob('*.png')}
+    assert written == {'a.png', 'a_2.png', 'inner/a.png', 'überholt 木.png'}
     assert not (tmp_path / 'out/pictures').exists()
 
 
@@ -74,7 +87,7 @@ def test_a_video_becomes_a_video(kind, checkpoints, tmp_path, run_tool):
         frames = {result['frame'] for result in json.loads((tmp_path / 'out/predictions.json').read_text())}
         assert frames == {0, 1, 2}
     else:
-        assert len([*(tmp_path / 'out/labels/video').glob('00000?.png')]) == 3
+        assert len([*(tmp_path / 'out/labels/video.avi').glob('00000?.png')]) == 3
 
 
 def test_unreadable_files_are_named_with_the_reason_and_the_others_predicted(images, checkpoints, tmp_path, run_tool):
@@ -93,13 +106,13 @@ def test_unreadable_files_are_named_with_the_reason_and_the_others_predicted(ima
     assert reasons.pop('cut.jpg').startswith('cannot be read (')
     assert reasons.pop('cut.avi').startswith('ends after ')
     assert reasons == {'broken.jpg': 'is not an image', 'empty.png': 'is empty', 'noise.mp4': 'is no video'}
-    assert {'a.png', 'überholt 木.png', 'cut'} == {path.name for path in (tmp_path / 'out/labels').iterdir()}
+    assert {'a.png', 'überholt 木.png', 'cut.avi'} == {path.name for path in (tmp_path / 'out/labels').iterdir()}
 
 
 def test_a_picture_that_jpeg_cannot_hold_is_told(checkpoints, tmp_path):
     from mmdet.structures import DetDataSample
 
-    answers = Answers(tmp_path / 'out', Predictor(checkpoints['detector'], device='cpu'))
+    answers = Answers(tmp_path / 'out', Predictor(checkpoints['detector'], device='cpu'), tmp_path)
     pixels = np.zeros((2, 65501, 3), np.uint8)
     found = InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64))
     with pytest.raises(UserError, match='OpenCV cannot write .*a.jpg of 65501x2 pixels'):
@@ -128,7 +141,10 @@ def test_what_was_found_before_ctrl_c_is_written(checkpoints, images, tmp_path, 
     monkeypatch.setattr(Predictor, 'predict', stop)
     options = ('--checkpoint', checkpoints['detector'], '--out', tmp_path / 'out', '--score', 0)
     code, out, _ = run_tool('predict', images, *options)
-    assert (code, out) == (130, f'stopped: 1 images predicted, results in {tmp_path}/out\n')
+    assert (code, out) == (
+        130,
+        f'stopped: 1 images predicted, 20 objects of score 0 or more, results in {tmp_path}/out\n',
+    )
     assert len(json.loads((tmp_path / 'out/predictions.json').read_text())) == 20
 
 
@@ -142,6 +158,7 @@ def test_what_was_found_before_ctrl_c_is_written(checkpoints, images, tmp_path, 
             ('--model', 'a.onnx', '--config', 'upernet_overlock_s_160k'),
             'a.onnx carries all .*; leave the configuration',
         ),
+        (('--model', 'a.xml'), 'a.xml is for other programs; export with --format onnx to predict here.'),
         (('--checkpoint', 'a.pth', '--tile', '8'), 'Tiles must have sides of at least 64 pixels, got 8.'),
         (('--checkpoint', 'a.pth', '--batch', '0'), 'The batch must be at least 1 image, got 0.'),
     ],

@@ -141,5 +141,5 @@ def test_tiles_are_an_option(checkpoints, tmp_path, run_tool):
     Image.fromarray(blots(130, 200)).save(image)
     options = ('--checkpoint', checkpoints['detector'], '--out', tmp_path / 'out', '--tile', 96, '--score', 0)
     code, out, error = run_tool('predict', image, *options)
-    assert code == 0 and out == f'1 images predicted, results in {tmp_path}/out\n'
+    assert code == 0 and out.startswith('1 images predicted, ')
     assert 'slice' not in error.lower()
