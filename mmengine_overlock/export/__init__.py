@@ -36,7 +36,7 @@ from mmengine_overlock.export.subjects import Subject, make_subject
 from mmengine_overlock.predict.exported import fit_inside
 from mmengine_overlock.quiet import quiet
 from overlock.utils.errors import UserError
-from overlock.utils.files import check_writable, drafted
+from overlock.utils.files import IMAGE_SUFFIXES, check_writable, drafted
 
 # The suffix of each format, and the packages that it needs beside torch.
 FORMATS = {
@@ -47,7 +47,6 @@ FORMATS = {
 }
 # Of the images that an int8 file is calibrated on, at most.
 _CALIBRATED = 32
-_IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
 
 def export(
@@ -215,7 +214,11 @@ def _image_files(path: str | Path | None) -> list[Path]:
     if path is None:
         return []
     path = Path(path)
-    found = [path] if path.is_file() else sorted(file for file in path.rglob('*') if file.suffix.lower() in _IMAGES)
+    found = (
+        [path] if path.is_file() else sorted(file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES)
+    )
     if not found:
-        raise UserError(f'{path} holds no images ({", ".join(_IMAGES)}); give an image file, or a folder of some')
+        raise UserError(
+            f'{path} holds no images ({", ".join(IMAGE_SUFFIXES)}); give an image file, or a folder of some'
+        )
     return found
