@@ -133,7 +133,8 @@ def to_openvino(onnx: Path, out: Path) -> None:
     """Write an ONNX file as OpenVINO's pair of files, .xml and .bin, in float32."""
     import openvino
 
-    openvino.save_model(openvino.convert_model(onnx), out, compress_to_fp16=False)
+    # convert_model takes a path with a comma for two.
+    openvino.save_model(openvino.Core().read_model(onnx), out, compress_to_fp16=False)
 
 
 def metadata(subject: Subject) -> dict[str, Any]:

@@ -161,10 +161,10 @@ def test_moganet_is_exported_too(format, tmp_path):
     if format == 'openvino' and importlib.util.find_spec('openvino') is None:
         pytest.skip('openvino is not installed')
     torch.save(MogaNet(MOGANET_TINY, num_classes=3).state_dict(), tmp_path / 'tiny.pth')
-    out = tmp_path / ('tiny.onnx' if format == 'onnx' else 'tiny.xml')
+    out = tmp_path / ('tiny.onnx' if format == 'onnx' else 'a, b.xml')
     text = export('moganet_xt', str(tmp_path / 'tiny.pth'), out=out, format=format)
     assert '224x320 x3' in text
-    written = ['tiny.onnx', 'tiny.pth'] if format == 'onnx' else ['tiny.bin', 'tiny.pth', 'tiny.xml']
+    written = ['tiny.onnx', 'tiny.pth'] if format == 'onnx' else ['a, b.bin', 'a, b.xml', 'tiny.pth']
     assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 
