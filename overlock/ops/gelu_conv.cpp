@@ -15,8 +15,8 @@ namespace {
 
 using namespace overlock;
 
-constexpr Index CACHE = 1024 * 1024; // bytes of rows that stay in a core's cache
-constexpr Index MIN_ROWS = 8;        // of a band: the rows around it are computed twice
+constexpr Index CACHE = 1024 * 1024;  // bytes of rows that stay in a core's cache
+constexpr Index MIN_ROWS = 8;          // of a band: the rows around it are computed twice
 
 // GELU and its derivative. The normal distribution's tail is exp(-t^2 / 2) times a smooth function of t, for which
 // stands a polynomial in 1 / (1 + 0.27 t): 2.4e-8 relative where t < 14.
@@ -283,8 +283,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& taps, const Te
   return {y, squares};
 }
 
-// The gradients where that of y is `by_grad * grad + by_map * y`, coefficients (B, D). Returns that of x, (B, H, W, C), and for each
-// sample and band those of the taps and, as the tenth, of the bias, (B, bands, 10, D).
+// The gradients where that of y is `by_grad * grad + by_map * y`, coefficients (B, D). Returns that of x, (B, H, W, C),
+// and for each sample and band those of the taps and, as the tenth, of the bias, (B, bands, 10, D).
 std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, const Tensor& taps, const Tensor& bias,
                                     const Tensor& by_grad, const Tensor& by_map) {
   check(x, taps, bias);
