@@ -2,8 +2,14 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_previous, set_conv
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether an operator may compute what this module does: no hooks watch it, and nothing replaced it."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class ConvNorm(nn.Module):
@@ -53,6 +59,10 @@ class ResidualDWConv(nn.Conv2d):
         """Map (B, C, H, W) to the same shape."""
         y = super().forward(x)
         return x + y if self.shortcut else y
+
+    def kernels(self) -> Tensor:
+        """Return the kernels (C, 1, 3, 3) with the shortcut."""
+        return self.weight + F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1)) if self.shortcut else self.weight
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:

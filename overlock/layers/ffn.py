@@ -4,8 +4,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from overlock.layers.conv import ResidualDWConv
+from overlock.layers.conv import ResidualDWConv, is_plain
 from overlock.layers.norm import GRN
+from overlock.ops import feed_forward
 from overlock.ops.tracing import is_eager
 
 
@@ -23,13 +24,17 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         hidden = self.fc1(x)
-        if hidden.requires_grad and is_eager():
+        if hidden.requires_grad and not self._fuses(hidden) and is_eager():
             # Keep one wide map for the backward pass: the four after it are cheap to compute again.
             return checkpoint(self.rest, hidden, use_reentrant=False, preserve_rng_state=False)
         return self.rest(hidden)
 
     def rest(self, hidden: Tensor) -> Tensor:
         """Map the output of `fc1` (B, hidden, H, W) to (B, C, H, W)."""
+        if self._fuses(hidden):
+            norm, last = self.grn, self.fc2
+            taps, bias = self.dwconv.kernels(), self.dwconv.bias
+            return feed_forward.feed_forward(hidden, taps, bias, norm.gamma, norm.beta, last.weight, last.bias)
         y = self.dwconv(self.act(hidden))
         if self.grn.beta is None and is_eager() and len(y) == 1:
             # One sample has one scale: it goes into the weights, which are smaller than the map. On two AVX-512 cores
@@ -37,6 +42,11 @@ class ConvFFN(nn.Module):
             weight = self.fc2.weight * self.grn.scale(y).view(1, -1, 1, 1)
             return F.conv2d(y, weight.to(self.fc2.weight.dtype), self.fc2.bias)
         return self.fc2(self.grn(y))
+
+    def _fuses(self, hidden: Tensor) -> bool:
+        """Return whether one operator computes what comes after `fc1`."""
+        kinds = {self.act: nn.GELU, self.dwconv: ResidualDWConv, self.grn: GRN, self.fc2: nn.Conv2d}
+        return feed_forward.takes(hidden) and all(is_plain(*pair) for pair in kinds.items())
 
     def switch_to_deploy(self) -> None:
         """Fold the shortcut of the depthwise convolution and the shift of GRN, in place and idempotently."""

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from overlock.layers.fold import fold_into_next
 from overlock.ops import spatial_norm
+from overlock.ops.feed_forward import grn_scale
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -56,8 +57,7 @@ class GRN(nn.Module):
 
     def scale(self, x: Tensor) -> Tensor:
         """Return `gamma * N + 1` (B, C, 1, 1) for a map (B, C, H, W), in float32 at least."""
-        response = spatial_norm(x)
-        return self.gamma * (response / (response.mean(dim=1, keepdim=True) + 1e-6)) + 1
+        return grn_scale(spatial_norm(x), self.gamma)
 
     def fold_beta_into(self, conv: nn.Conv2d) -> None:
         """Move beta into the bias of the 1x1 convolution that takes the output; nothing else may take it."""

@@ -113,7 +113,12 @@ def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
 def pack_taps(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return kernels (C, 1, k, k) as the C++ operators take them: (taps of all, C), zeros up to a multiple of LANES."""
     taps = torch.cat([weight.flatten(1) for weight in weights], 1).to(dtype)
-    return F.pad(taps, (0, 0, 0, -len(taps) % LANES)).T.contiguous()
+    return pad_lanes(taps.T)
+
+
+def pad_lanes(t: Tensor) -> Tensor:
+    """Return a tensor (..., C) with zeros up to a multiple of LANES."""
+    return F.pad(t, (0, -t.shape[-1] % LANES)).contiguous()
 
 
 # An operator, because torch.compile would decompose the complex arithmetic into slower code.

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import overlock.ops.dilated
 from overlock.ops import build
+from overlock.ops.feed_forward import feed_forward
 
 torch.ops.load_library(sys.argv[1])
 build.load = lambda: ''
@@ -49,6 +50,10 @@ def run_depthwise(size, dtype):
     operators.dilated_moments(x, weights, dilations)
     operators.dilated_backward(x, grad, weights, dilations, torch.randn(3, 3, size[1]))
     operators.depthwise_weight_gradient(x, grad, 5, 2)
+    b, c, h, w = size
+    shapes = [(c, 1, 3, 3), (c,), (1, c, 1, 1), (1, c, 1, 1), (2, c, 1, 1), (2,)]
+    out = feed_forward(x.requires_grad_(), *(torch.randn(shape, dtype=dtype) for shape in shapes))
+    torch.autograd.grad(out.sum(), x)
     done.append(size)
 
 run()

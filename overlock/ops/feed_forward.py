@@ -1,0 +1,124 @@
+"""The last four layers of a feed-forward part as one operator: GELU, depthwise 3x3 and 1x1 convolution, GRN between.
+
+    y = conv(GELU(x)),  s = gamma N / mean(N) + 1,  N = |y| over space (ConvNeXt V2),  out = W (s y + beta) + b.
+
+Each sample has scales of its own. They go into its weights, s W, which are smaller than a large map; so their gradient
+comes from that of these weights, dout y^T, which is computed anyway. Only x is kept: the backward pass computes y
+again, and its gradient, s W^T dout + (dN / N) y, row by row.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from overlock.ops.compiled import why_not_compiled
+from overlock.ops.depthwise import pack_taps, pad_lanes, pixels
+from overlock.ops.tracing import is_eager
+
+# Smaller maps are in the cache: on two AVX-512 cores the layers are as fast for 16 of 8x8.
+MIN_PIXELS = 64
+# From as many pixels a sample's scales go into weights of its own: its map is then larger than they are.
+OWN_WEIGHTS_PIXELS = 512
+
+
+def feed_forward(
+    x: Tensor, taps: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor | None, weight: Tensor, out_bias: Tensor
+) -> Tensor:
+    """Apply GELU, a depthwise 3x3 convolution, global response normalization and a 1x1 convolution.
+
+    Args:
+        x: (B, D, H, W), see `takes`.
+        taps, bias: (D, 1, 3, 3) and (D,) of the depthwise convolution.
+        gamma, beta: (1, D, 1, 1) of GRN; beta may be None.
+        weight, out_bias: (C, D, 1, 1) and (C,) of the 1x1 convolution.
+
+    Returns:
+        (B, C, H, W), channels_last.
+    """
+    out = _FeedForward.apply(x, taps, bias, gamma, beta, weight, out_bias)
+    return cast(Tensor, out)
+
+
+def takes(x: Tensor) -> bool:
+    """Return whether the operator takes this map: on a CPU, in float32 or float64, and not of few pixels."""
+    if x.device.type != 'cpu' or not is_eager() or why_not_compiled():
+        return False
+    is_kept = x.dtype == torch.float64 or (x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'))
+    return is_kept and len(x) > 0 and x.shape[2] * x.shape[3] >= MIN_PIXELS
+
+
+def grn_scale(norm: Tensor, gamma: Tensor) -> Tensor:
+    """Return the scale of GRN, `gamma * N / mean(N) + 1`, for norms N (B, D, 1, 1)."""
+    return gamma * (norm / (norm.mean(dim=1, keepdim=True) + 1e-6)) + 1
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        taps: Tensor,
+        bias: Tensor,
+        gamma: Tensor,
+        beta: Tensor | None,
+        weight: Tensor,
+        out_bias: Tensor,
+    ) -> Tensor:
+        y, squares = torch.ops.overlock_cpu.gelu_conv(*_pack(x, taps, bias))
+        norm = squares.sum(1)[:, : x.shape[1], None, None].sqrt().to(x.dtype)
+        scale = grn_scale(norm, gamma)
+        if beta is not None:
+            out_bias = torch.addmv(out_bias, weight.flatten(1), beta.flatten())
+        y = y.permute(0, 3, 1, 2)
+        ctx.save_for_backward(x, taps, bias, gamma, beta, weight, norm)
+        if len(x) > 1 and x.shape[2] * x.shape[3] < OWN_WEIGHTS_PIXELS:
+            return F.conv2d(y.mul_(scale), weight, out_bias)
+        scaled = weight * scale.view(len(x), 1, -1, 1, 1)
+        out = [F.conv2d(sample, kernels, out_bias) for sample, kernels in zip(y.split(1), scaled, strict=True)]
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps, bias, gamma, beta, weight, norm = ctx.saved_tensors
+        operands = _pack(x, taps, bias)
+        y, _ = torch.ops.overlock_cpu.gelu_conv(*operands)
+        slopes = pixels(grad, grad.dtype)
+        # Of the scaled weights of each sample, (B, C, D).
+        grad_scaled = slopes.flatten(1, 2).mT @ y.flatten(1, 2)
+        del y
+        with torch.enable_grad():
+            leaves = [t.detach().double().requires_grad_() for t in (norm, gamma)]
+            scales = grn_scale(*leaves)
+        matrix = weight.flatten(1)
+        grad_scale = (grad_scaled * matrix).sum(1, dtype=torch.float64)[..., None, None]
+        grad_norm, grad_gamma = torch.autograd.grad(scales, leaves, grad_scale)
+        scale = scales.detach().to(x.dtype).flatten(1)
+        by_map = (grad_norm / norm).masked_fill_(norm == 0, 0).to(x.dtype).flatten(1)
+        grad_z = F.conv2d(slopes.permute(0, 3, 1, 2), weight.transpose(0, 1))
+        grad_x, sums = torch.ops.overlock_cpu.gelu_conv_backward(
+            operands[0], pixels(grad_z, x.dtype), *operands[1:], pad_lanes(scale), pad_lanes(by_map)
+        )
+        grad_taps, grad_bias = sums.sum((0, 1))[:, : x.shape[1]].split((9, 1))
+        grad_out_bias = slopes.sum((0, 1, 2))
+        grad_weight = (grad_scaled * scale.unsqueeze(1)).sum(0)
+        grad_beta = None
+        if beta is not None:
+            grad_weight.addr_(grad_out_bias, beta.flatten())
+            grad_beta = (grad_out_bias @ matrix).view_as(beta)
+        return (
+            grad_x.permute(0, 3, 1, 2),
+            grad_taps.T.reshape_as(taps),
+            grad_bias[0],
+            grad_gamma.to(gamma.dtype),
+            grad_beta,
+            grad_weight.view_as(weight),
+            grad_out_bias,
+        )
+
+
+def _pack(x: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return map, taps and bias as the C++ operators take them."""
+    return pixels(x, x.dtype), pack_taps([taps], x.dtype), pad_lanes(bias)
