@@ -27,7 +27,7 @@ from benchmarks.rounds import Worker, compute_truth, deviation, is_timed, is_wit
 from overlock import ARCHS, contmix, get_arch
 from overlock.models.mixing import NUM_REGIONS
 from overlock.ops import explain
-from overlock.ops.contmix.proof import LIMITS
+from overlock.ops.proof import LIMITS
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # Relative to the largest magnitude of the output, and to the norm of each gradient.

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     'overlock.ops': ['overlock.utils', 'torch'],
     'overlock.ops.contmix.triton': ['overlock.utils', 'torch', 'triton'],
     'overlock.ops.contmix.triton_kernels': ['triton'],
+    'overlock.ops.dilated_kernels': ['triton'],
     'overlock.ops.contmix.natten': ['overlock.utils', 'torch', 'natten'],
     'overlock.layers': ['overlock.ops', 'overlock.utils', 'torch'],
     'overlock.models': ['overlock.layers', 'overlock.ops', 'overlock.utils', 'torch'],

@@ -1,6 +1,7 @@
-"""Check this machine: versions, ContMix's backends, mmcv's operators, GPUs, folders; end with "ready" or with remedies.
+"""Check this machine: versions, operators, mmcv's operators, GPUs, folders; end with "ready" or with remedies.
 
-Each backend of ContMix that can run is proved against the reference, forward and gradients, and timed at real shapes.
+Each backend of ContMix and of dilated branches that can run is proved against the reference, forward and gradients, and
+timed at real shapes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def run(quick: bool) -> int:
         ('versions', versions(remedies)),
         ('devices', devices(remedies)),
         ('ContMix', backends(remedies, quick)),
+        ('dilated branches in training', dilated_branches(remedies, quick)),
         ('mmcv', mmcv_operators(remedies)),
         ('folders', folders(remedies)),
     ):
@@ -111,12 +113,10 @@ def devices(remedies: list[str]) -> Iterator[str]:
 
 def backends(remedies: list[str], quick: bool) -> Iterator[str]:
     """Prove each backend of ContMix that can run here, and time it."""
-    import torch
 
     from overlock.ops.contmix.dispatch import FUSED, explain
-    from overlock.ops.contmix.proof import LIMITS, deviation
+    from overlock.ops.contmix.proof import deviation
 
-    names = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
     measured: dict[tuple[str, str, torch.dtype], dict[str, tuple[float, float]]] = {}
     for backend, reason in explain().items():
         if reason != 'available':
@@ -124,30 +124,19 @@ def backends(remedies: list[str], quick: bool) -> Iterator[str]:
             if FUSED['cpu'] == backend and 'python -m overlock.ops.build' in reason:
                 remedies.append('ContMix is slow on CPUs until its operator is compiled: python -m overlock.ops.build')
             continue
-        for device in names:
+        for device in _devices():
             if backend in FUSED.values() and FUSED[device] != backend or backend == 'natten' and device == 'cuda':
                 continue
-            dtypes = [torch.float32] if device == 'cpu' else [torch.float32, torch.float16, torch.bfloat16]
-            for dtype in dtypes:
+            for dtype in _dtypes(device):
                 name = f'{backend} on {device}, {str(dtype).removeprefix("torch.")}'
-                try:
-                    found = deviation(backend, device, dtype)
-                # A compiler of kernels fails in many ways.
-                except Exception as error:
-                    told = f'fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}'
-                else:
-                    told = '' if found <= LIMITS[dtype] else f'deviates from the reference by {found:.1e}'
-                if told:
-                    yield f'{name}: WRONG, {told}'
-                    remedies.append(
-                        f'{name} {told}, at most {LIMITS[dtype]:.0e} is right; '
-                        f'{"reinstall torch" if backend in ("reference", "eager") else "`auto` takes eager instead"}, '
-                        'and report this output'
-                    )
+                instead = 'reinstall torch' if backend in ('reference', 'eager') else '`auto` takes eager instead'
+                right, told = _proved(name, partial(deviation, backend, device, dtype), dtype, instead, remedies)
+                if not right:
+                    yield told
                     continue
                 timed = {} if quick or backend == 'reference' else times(backend, device, dtype)
                 measured[backend, device, dtype] = timed
-                yield f'{name}: right, deviation {found:.1e}' + ''.join(
+                yield told + ''.join(
                     f'; {key}: {alone:.2f} ms, with gradients {both:.2f} ms' for key, (alone, both) in timed.items()
                 )
                 slower = measured.get(('eager', device, dtype), {})
@@ -156,6 +145,63 @@ def backends(remedies: list[str], quick: bool) -> Iterator[str]:
                         f"{name} is slower than eager here; set contmix_backend='eager' in the backbone, and report "
                         'this output'
                     )
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
+
+
+def _dtypes(device: str) -> list[torch.dtype]:
+    """Return the dtypes that operators are proved in."""
+    import torch
+
+    return [torch.float32] if device == 'cpu' else [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _proved(
+    name: str, deviation: Callable[[], float], dtype: torch.dtype, instead: str, remedies: list[str]
+) -> tuple[bool, str]:
+    """Return whether the deviation of a call is that of a right one, and the line that tells it."""
+    from overlock.ops.proof import LIMITS
+
+    try:
+        found = deviation()
+    # A compiler of kernels fails in many ways.
+    except Exception as error:
+        told = f'fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}'
+    else:
+        if found <= LIMITS[dtype]:
+            return True, f'{name}: right, deviation {found:.1e}'
+        told = f'deviates from the reference by {found:.1e}'
+    remedies.append(f'{name} {told}, at most {LIMITS[dtype]:.0e} is right; {instead}, and report this output')
+    return False, f'{name}: WRONG, {told}'
+
+
+def dilated_branches(remedies: list[str], quick: bool) -> Iterator[str]:
+    """Prove the operator of the dilated branches on each device, and time a step of it beside one branch at a time."""
+    import torch
+
+    from overlock.layers.large_kernel import BRANCHES
+    from overlock.ops.dilated import BACKENDS
+    from overlock.ops.dilated_proof import deviation, make_inputs, step
+
+    for device in _devices():
+        backend = BACKENDS[device]
+        if reason := backend.why_unsupported(torch.zeros(1, 1, 1, 1, device=device)):
+            yield f'{backend.NAME}: {reason}'
+            continue
+        for dtype in _dtypes(device):
+            name = f'{backend.NAME} on {device}, {str(dtype).removeprefix("torch.")}'
+            instead = 'the branches run one by one instead'
+            right, told = _proved(name, partial(deviation, backend.NAME, device, dtype), dtype, instead, remedies)
+            if right and not quick:
+                branches = ((13, 1), *BRANCHES[13])
+                tensors = make_inputs(device, dtype, batch=1, channels=64, size=(64, 64), branches=branches)
+                fused, eager = (_seconds(partial(step, tensors, branches, on), device) * 1e3 for on in (True, False))
+                told += f'; a step of 1x64x64x64 takes {fused:.2f} ms, one by one {eager:.2f} ms'
+            yield told
 
 
 def times(backend: str, device: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:

@@ -5,9 +5,9 @@ from torch import Tensor, distributed, nn
 
 from overlock.layers.conv import ConvNorm
 from overlock.layers.fold import BatchNorm, bn_affine, fuse, set_conv
-from overlock.layers.sync_norm import CPUSyncBatchNorm, sum_over_processes, track
+from overlock.layers.sync_norm import CPUSyncBatchNorm, agrees, sum_over_processes, track
 from overlock.ops import dilated
-from overlock.ops.depthwise import depthwise_conv2d
+from overlock.ops.depthwise import depthwise_conv2d, taps_of
 from overlock.ops.tracing import is_eager
 
 # (kernel size, dilation) of the branches beside a large kernel.
@@ -58,15 +58,21 @@ class DilatedReparamConv(nn.Module):
     def _fuses(self, x: Tensor) -> bool:
         """Return whether one operator computes this step: all BatchNorms normalize by the batch, in the same way."""
         first, *others = self._norms()
-        if type(first) not in (nn.BatchNorm2d, CPUSyncBatchNorm) or not (first.training and first.affine):
+        synced = nn.SyncBatchNorm if x.is_cuda else CPUSyncBatchNorm
+        if type(first) not in (nn.BatchNorm2d, synced) or not (first.training and first.affine):
             return False
         kinds = {(type(norm), norm.training, norm.affine, norm.eps) for norm in (first, *others)}
-        # What is synchronized must not depend on the share of a process, or processes wait for each other.
-        is_enough = x.numel() > x.shape[1] or self._is_synced()
-        return len(kinds) == 1 and is_eager() and is_enough and not dilated.why_unsupported(x)
+        if len(kinds) > 1 or not is_eager():
+            return False
+        if not self._is_synced():
+            return x.numel() > x.shape[1] and not dilated.why_unsupported(x)
+        # Nothing may depend on the share or the machine of one process, or processes wait for each other.
+        if getattr(first, 'process_group', None) not in (None, distributed.group.WORLD):
+            return False
+        return agrees(not dilated.why_unsupported(x), (x.device.type, x.dtype), x.device)
 
     def _is_synced(self) -> bool:
-        return isinstance(self.bn, CPUSyncBatchNorm) and distributed.is_initialized()
+        return isinstance(self.bn, (CPUSyncBatchNorm, nn.SyncBatchNorm)) and distributed.is_initialized()
 
     def _fused(self, x: Tensor) -> Tensor:
         norms = self._norms()
@@ -94,7 +100,7 @@ class DilatedReparamConv(nn.Module):
         for branch in self.branches.values():
             assert isinstance(branch.bn, BatchNorm)
             branch_weight, branch_bias = fuse(branch.conv, *bn_affine(branch.bn))
-            dilated.taps_of(weight, branch.conv.kernel_size[0], branch.conv.dilation[0]).add_(branch_weight)
+            taps_of(weight, branch.conv.kernel_size[0], branch.conv.dilation[0]).add_(branch_weight)
             bias = bias + branch_bias
         set_conv(self.conv, weight, bias)
         self.bn = nn.Identity()

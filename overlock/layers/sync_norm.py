@@ -1,9 +1,13 @@
 """BatchNorm with the statistics of all processes of a run, on CPUs."""
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, distributed, nn
 
 from overlock.layers.fold import BatchNorm
+
+_agreed: dict[Hashable, bool] = {}
 
 
 class CPUSyncBatchNorm(BatchNorm):
@@ -55,6 +59,15 @@ def sum_over_processes(t: Tensor) -> Tensor:
     total = t.clone()
     distributed.all_reduce(total)
     return total
+
+
+def agrees(answer: bool, about: Hashable, device: torch.device) -> bool:
+    """Return whether all processes of a run answer yes; asked once about each thing, which all come to in one order."""
+    if about not in _agreed:
+        votes = torch.tensor(float(answer), device=device)
+        distributed.all_reduce(votes, distributed.ReduceOp.MIN)
+        _agreed[about] = bool(votes)
+    return _agreed[about]
 
 
 def synchronize_on_cpus(model: nn.Module) -> None:

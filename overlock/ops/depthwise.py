@@ -45,7 +45,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     device, kernel_size = x.device.type, weight.shape[-1]
     if device not in ('cpu', 'cuda'):
         return _conv(x, weight, dilation, bias)
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     # oneDNN (PyTorch 2.11) gives wrong, even infinite weight gradients for dilated kernels in bfloat16, channels_last.
     is_wrong = dilation > 1 and dtype in (torch.bfloat16, torch.float16)
     is_trained = torch.is_grad_enabled() and weight.requires_grad
@@ -60,7 +60,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that a convolution of `x` computes in: that of autocast where it is on, except for float64."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
@@ -119,6 +119,13 @@ def pack_taps(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def pad_lanes(t: Tensor) -> Tensor:
     """Return a tensor (..., C) with zeros up to a multiple of LANES."""
     return F.pad(t, (0, -t.shape[-1] % LANES)).contiguous()
+
+
+def taps_of(merged: Tensor, size: int, dilation: int) -> Tensor:
+    """Return a view (C, 1, k, k) of the taps of a branch among those of the largest kernel (C, 1, K, K)."""
+    margin = merged.shape[-1] // 2 - size // 2 * dilation
+    taps = slice(margin, merged.shape[-1] - margin, dilation)
+    return merged[..., taps, taps]
 
 
 # An operator, because torch.compile would decompose the complex arithmetic into slower code.

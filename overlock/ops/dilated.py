@@ -9,19 +9,23 @@ apart. So the forward pass computes the branches for their moments alone. The gr
 
     dz_i = g_i / s_i (dy - mean(dy) - (z_i - m_i) / s_i mean(dy (z_i - m_i) / s_i)),
 
-and the backward pass computes the branches again, 16 channels of a sample at a time: no map is kept but x. The sums of
-dy z_i come from the correlation of dy with x at the taps of the largest kernel, which holds those of all branches.
+and the backward pass computes the branches again, some channels at a time: no map is kept but x. `dilated_cpp.py` and
+`dilated_triton.py` do the work on CPUs and on GPUs.
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overlock.ops.compiled import why_not_compiled
-from overlock.ops.depthwise import pack_taps, pixels, weight_gradient
+from overlock.ops import dilated_cpp, dilated_triton
+from overlock.ops.depthwise import compute_dtype, taps_of
+
+# What computes `moments`, `products` and `backward` on each type of device, as `_moments`, `_products` and `_backward`.
+BACKENDS: dict[str, ModuleType] = {'cpu': dilated_cpp, 'cuda': dilated_triton}
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -54,17 +58,24 @@ def dilated_norm(
         reduce: Returns the sum of a tensor over all processes; for BatchNorms that are synchronized.
 
     Returns:
-        The sum (B, C, H, W), and the moments, which have no gradient.
+        The sum (B, C, H, W), in the dtype of autocast where it is on, and the moments, which have no gradient.
     """
+    x = x.to(compute_dtype(x))
     y, *moments = _DilatedNorm.apply(x, tuple(dilations), eps, reduce, *weights, *gains, *shifts)
     return y, Moments(*moments)
 
 
 def why_unsupported(x: Tensor) -> str:
-    """Return '' if the operator takes this map, else the reason why not."""
-    if x.device.type != 'cpu' or not x.numel():
-        return 'it takes maps on the CPU that are not empty'
-    return why_not_compiled()
+    """Return '' if the operator takes this map and was right in a small call for its device and dtype, or why not."""
+    backend = BACKENDS.get(x.device.type)
+    if backend is None or not x.numel():
+        return 'it takes maps on CPUs and CUDA devices that are not empty'
+    if reason := backend.why_unsupported(x):
+        return str(reason)
+    # It is built on `dilated_norm`.
+    from overlock.ops.dilated_proof import is_right
+
+    return '' if is_right(backend.NAME, x.device, compute_dtype(x)) else f'its backend {backend.NAME} is wrong here'
 
 
 def merge_kernels(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor]) -> Tensor:
@@ -79,13 +90,6 @@ def merge_kernels(weights: Sequence[Tensor], dilations: Sequence[int], scales: S
     for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
         taps_of(merged, weight.shape[-1], dilation).add_(weight * scale.view(-1, 1, 1, 1))
     return merged
-
-
-def taps_of(merged: Tensor, size: int, dilation: int) -> Tensor:
-    """Return a view (C, 1, k, k) of the taps of a branch among those of the largest kernel (C, 1, K, K)."""
-    margin = merged.shape[-1] // 2 - size // 2 * dilation
-    taps = slice(margin, merged.shape[-1] - margin, dilation)
-    return merged[..., taps, taps]
 
 
 class _DilatedNorm(torch.autograd.Function):
@@ -119,13 +123,8 @@ class _DilatedNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, inverse, count, gain, *weights = ctx.saved_tensors
-        taps = weight_gradient(x, grad, weights[0].shape[-1], 1).double()
-        products = [
-            (taps_of(taps, weight.shape[-1], dilation) * weight).sum((1, 2, 3))
-            for weight, dilation in zip(weights, ctx.dilations, strict=True)
-        ]
         grad_shift = grad.sum((0, 2, 3), dtype=torch.float64)
-        grad_gain = (torch.stack(products) - mean * grad_shift) * inverse
+        grad_gain = _products(x, grad, weights, ctx.dilations, mean, grad_shift) * inverse
         total = torch.stack([grad_shift, *grad_gain])
         average = (total if ctx.reduce is None else ctx.reduce(total)) / count
         by_grad = gain.double() * inverse
@@ -146,10 +145,7 @@ class _DilatedNorm(torch.autograd.Function):
 @torch.library.custom_op('overlock::dilated_moments', mutates_args=())
 def _moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return mean and sum of squared deviations, (B, branches, C), float64, of each branch and sample."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sizes = [weight.shape[-1] for weight in weights]
-    moments = torch.ops.overlock_cpu.depthwise_moments(pixels(x, wide), pack_taps(weights, wide), sizes, dilations)
-    mean, squares = (t[..., : x.shape[1]].contiguous() for t in moments)
+    mean, squares = BACKENDS[x.device.type].moments(x, weights, dilations)
     return mean, squares
 
 
@@ -157,6 +153,29 @@ def _moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> 
 def _(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor]:
     moments = x.new_empty((len(x), len(weights), x.shape[1]), dtype=torch.float64)
     return moments, torch.empty_like(moments)
+
+
+@torch.library.custom_op('overlock::dilated_products', mutates_args=())
+def _products(
+    x: Tensor, grad: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], mean: Tensor, grad_sum: Tensor
+) -> Tensor:
+    """Return the sum of grad (z_i - mean_i) over batch and pixels, (branches, C), float64.
+
+    Args:
+        x, weights, dilations: See `dilated_norm`.
+        grad: (B, C, H, W).
+        mean: (branches, C), float64.
+        grad_sum: (C,), float64, of grad.
+    """
+    sums: Tensor = BACKENDS[x.device.type].products(x, grad, weights, dilations, mean, grad_sum)
+    return sums
+
+
+@_products.register_fake
+def _(
+    x: Tensor, grad: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], mean: Tensor, grad_sum: Tensor
+) -> Tensor:
+    return torch.empty_like(mean)
 
 
 @torch.library.custom_op('overlock::dilated_backward', mutates_args=())
@@ -170,14 +189,8 @@ def _backward(
         grad: (B, C, H, W).
         coefficients: (3, branches, C): the gradient of branch z_i is c_0i dy + c_1i z_i + c_2i.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sizes = [weight.shape[-1] for weight in weights]
-    taps = pack_taps(weights, wide)
-    packed = F.pad(coefficients.to(wide), (0, taps.shape[1] - x.shape[1])).contiguous()
-    grad_x, grad_taps = torch.ops.overlock_cpu.depthwise_backward(
-        pixels(x, wide), pixels(grad, wide), taps, sizes, dilations, *packed
-    )
-    return grad_x.permute(0, 3, 1, 2).to(x.dtype), grad_taps.sum(0)[:, : x.shape[1]].T.contiguous()
+    grad_x, grad_taps = BACKENDS[x.device.type].backward(x, grad, weights, dilations, coefficients)
+    return grad_x, grad_taps
 
 
 @_backward.register_fake
@@ -186,5 +199,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     taps = sum(weight.shape[-1] ** 2 for weight in weights)
     wide = torch.promote_types(x.dtype, torch.float32)
-    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    is_packed = BACKENDS[x.device.type] is dilated_cpp
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last if is_packed else torch.preserve_format)
     return grad_x, x.new_empty((x.shape[1], taps), dtype=wide)

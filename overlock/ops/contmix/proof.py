@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from overlock.ops import proof
 from overlock.ops.contmix.dispatch import contmix
-
-# Largest deviations, relative to the largest magnitude of the output and of each gradient.
-LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-_logger = logging.getLogger(__name__)
-_proofs: dict[tuple[Any, ...], bool] = {}
-_lock = threading.Lock()
+from overlock.ops.proof import Claim, largest_deviation
 
 
 def make_inputs(
@@ -72,9 +65,7 @@ def deviation(
     tensors, options = make_inputs(device, dtype, **shape)
     found = _run(backend, tensors, options, backward)
     exact = _run('reference', [tensor.double().cpu() for tensor in tensors], options, backward)
-    deviations = [(a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True)]
-    # torch's maximum of a NaN is NaN, which is below no limit.
-    return float(torch.stack(deviations).max())
+    return largest_deviation(found, exact)
 
 
 def _run(backend: str, tensors: list[Tensor], options: dict[str, Any], backward: bool) -> list[Tensor]:
@@ -90,49 +81,10 @@ def _run(backend: str, tensors: list[Tensor], options: dict[str, Any], backward:
 
 
 def is_right(backend: str, device: torch.device, dtype: torch.dtype, backward: bool, **shape: Any) -> bool:
-    """Return whether a backend is within `LIMITS` of the reference: by a call of it, once a process for these four.
-
-    What is wrong is told by a warning. In a backward pass and while a CUDA graph is captured nothing can be proved: the
-    answer is then True, and the next call proves it.
+    """Return whether a backend is right; see `overlock.ops.proof.is_right`.
 
     Args:
         backend, device, dtype, backward, **shape: See `deviation`.
     """
-    proof = (backend, device, dtype, backward)
-    if proof in _proofs:
-        return _proofs[proof]
-    # Before the lock: what proves may need the thread that waits here.
-    busy = torch._C._current_graph_task_id() != -1
-    if busy or device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
-        return True
-    with _lock:
-        if proof not in _proofs:
-            _proofs[proof] = _prove(*proof, **shape)
-        return _proofs[proof]
-
-
-def _prove(backend: str, device: torch.device, dtype: torch.dtype, backward: bool, **shape: Any) -> bool:
-    told: list[str] = []
-
-    def call() -> None:
-        try:
-            found, limit = deviation(backend, device, dtype, backward=backward, **shape), LIMITS[dtype]
-            if not found <= limit:
-                # TF32, where it is allowed, makes the matrix product that all of them share coarser.
-                limit = max(limit, 4 * deviation('eager', device, dtype, backward=backward, **shape))
-            wrong = f'deviates from the reference by {found:.1e}, at most {limit:.0e} is right'
-            told.append('' if found <= limit else wrong)
-        # A compiler of kernels fails in many ways.
-        except Exception as error:
-            told.append(f'fails ({error})')
-
-    # Modes of torch are a thread's own: here nothing is traced, faked, autocast or without gradients.
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    if told[0]:
-        _logger.warning(
-            'The ContMix backend %s on %s in %s %s: the slower eager one runs instead; `overlock doctor` tells more.',
-            *(backend, device, str(dtype).removeprefix('torch.'), told[0]),
-        )
-    return not told[0]
+    claim = Claim('ContMix', backend, device, dtype, backward)
+    return proof.is_right(claim, lambda name: deviation(name, device, dtype, backward=backward, **shape))

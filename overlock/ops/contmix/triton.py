@@ -1,10 +1,5 @@
 """ContMix on GPUs: launches the fused kernels of `triton_kernels.py`; README.md beside this file describes them."""
 
-import importlib.metadata
-import importlib.util
-import os
-import shutil
-from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,9 +8,10 @@ from torch import Tensor
 
 from overlock.ops.contmix import library
 from overlock.ops.contmix.inputs import Half, Inputs, Projected
+from overlock.ops.gpu import interpreted, why_no_triton, why_not_on_gpu
 
-# The first that multiplies float64.
-OLDEST = (3, 5)
+why_unavailable = why_no_triton
+
 # Queries of one row in a tile: what a product on tensor cores takes.
 COLS = 16
 # Rows of queries away from the borders whose gradients of the position bias are summed together.
@@ -24,43 +20,9 @@ STEP = 4
 PARTIALS = 1024
 
 
-def why_unavailable() -> str:
-    """Return '' if Triton is installed and has a GPU, or its interpreter, to run on, else the reason why not."""
-    missing = _missing()
-    if missing or interpreted():
-        return missing
-    if torch.version.hip or not torch.cuda.is_available():
-        return 'no CUDA device'
-    if not os.environ.get('CC') and not any(map(shutil.which, ('gcc', 'clang', 'cc'))):
-        return 'Triton needs a C compiler, and there is no gcc, clang or cc; install one or set CC'
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f'CUDA capability {capability[0]}.{capability[1]} is below 8.0'
-    return ''
-
-
 def why_unsupported(inputs: Inputs) -> str:
     """Return '' if the maps are on a CUDA device, or the interpreter runs, else the reason why not."""
-    device = inputs.value.device.type
-    return '' if device == 'cuda' or interpreted() else f'it runs on CUDA devices and the maps are on {device}'
-
-
-@cache
-def _missing() -> str:
-    """Return what is wrong with the installed Triton, or '', without importing it."""
-    if importlib.util.find_spec('triton') is None:
-        return 'triton is not installed'
-    # Nightly builds of torch come with it under another name.
-    installed = [name for name in ('triton', 'pytorch-triton') if any(importlib.metadata.distributions(name=name))]
-    version = importlib.metadata.version(installed[0]) if installed else ''
-    if version and tuple(int(part) for part in version.split('.')[:2]) < OLDEST:
-        return f'triton {version} is older than {OLDEST[0]}.{OLDEST[1]}'
-    return ''
-
-
-def interpreted() -> bool:
-    """Return whether the environment asks for Triton's interpreter, which runs kernels on tensors of the CPU."""
-    return os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
+    return why_not_on_gpu(inputs.value)
 
 
 def _kernels() -> ModuleType:

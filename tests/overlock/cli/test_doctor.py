@@ -1,11 +1,15 @@
 """`overlock doctor`."""
 
+import re
+
 import pytest
 import torch
 
 from overlock.cli import doctor, main
+from overlock.ops import dilated, dilated_cpp
 from overlock.ops.contmix import cpp, eager
-from overlock.ops.contmix.proof import LIMITS, deviation
+from overlock.ops.contmix.proof import deviation
+from overlock.ops.proof import LIMITS
 
 
 def test_a_machine_of_the_tests_is_ready(capsys):
@@ -83,3 +87,21 @@ def test_other_versions_and_folders_get_remedies(monkeypatch, tmp_path):
 def test_times_are_those_of_both_variants():
     found = doctor.times('cpp', 'cpu', torch.float32)
     assert found.keys() == {'xt', 's'} and all(0 < alone < both for alone, both in found.values())
+
+
+@pytest.mark.skipif(bool(cpp.why_unavailable()), reason='the C++ operators are not compiled')
+def test_dilated_branches_are_proved_timed_and_told_where_wrong(monkeypatch):
+    remedies = []
+    (line,) = doctor.dilated_branches(remedies, quick=False)
+    assert re.fullmatch(
+        r'cpp on cpu, float32: right, deviation .*; a step of 1x64x64x64 takes .* ms, one by one .* ms', line
+    )
+    wrong = dilated_cpp.products
+    monkeypatch.setattr(dilated_cpp, 'products', lambda *arguments: wrong(*arguments) * 1.01)
+    (line,) = doctor.dilated_branches([], quick=True)
+    assert line.startswith('cpp on cpu, float32: WRONG, deviates from the reference by ')
+    monkeypatch.setattr(doctor, '_devices', lambda: ['cuda'])
+    monkeypatch.setitem(dilated.BACKENDS, 'cuda', dilated_cpp)
+    monkeypatch.setattr(dilated_cpp, 'why_unsupported', lambda x: 'no CUDA device')
+    monkeypatch.setattr(torch, 'zeros', lambda *size, device: None)
+    assert [*doctor.dilated_branches(remedies, quick=True)] == ['cpp: no CUDA device'] and not remedies

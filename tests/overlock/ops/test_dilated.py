@@ -8,10 +8,11 @@ from torch.nn import functional as F
 from overlock.layers import DilatedReparamConv
 from overlock.layers.large_kernel import BRANCHES
 from overlock.ops import dilated
+from overlock.ops.compiled import why_not_compiled
 from overlock.ops.depthwise import weight_gradient
 from tests.testing import TOLERANCES, assert_relative, randomise
 
-pytestmark = pytest.mark.skipif(bool(dilated.why_not_compiled()), reason='cpp: ' + dilated.why_not_compiled())
+pytestmark = pytest.mark.skipif(bool(why_not_compiled()), reason='cpp: ' + why_not_compiled())
 
 
 def training_step(layer, x, grad, fused, monkeypatch):
@@ -71,6 +72,23 @@ def test_narrow_maps_are_as_near_to_float64_as_the_branches_are(dtype, memory_fo
     assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
     for actual, expected in zip([y, *gradients], exact, strict=True):
         assert_relative(actual.double(), expected.double(), TOLERANCES[dtype])
+
+
+def test_autocast_decides_the_dtype_of_output_and_of_what_is_kept(monkeypatch):
+    one, other = pair(7, 12, torch.float32)
+    x, grad = maps(2, 12, 9, 11, dtype=torch.float32)
+    exact = training_step(pair(7, 12, torch.float64)[0], x.double(), grad.double(), False, monkeypatch)
+    kept = []
+    with (
+        torch.autocast('cpu', torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.dtype) or t if t.shape == x.shape else t, lambda t: t
+        ),
+    ):
+        y, grad_x, *others = training_step(one, x, grad, True, monkeypatch)
+    assert y.dtype == torch.bfloat16 and grad_x.dtype == torch.float32 and kept == [torch.bfloat16]
+    for actual, expected in zip([y, grad_x, *others], exact, strict=True):
+        assert_relative(actual.double(), expected, TOLERANCES[torch.bfloat16])
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -150,7 +168,7 @@ def test_norms_that_differ_run_one_by_one(monkeypatch):
     def fail(*arguments):
         raise AssertionError('fused')
 
-    monkeypatch.setattr(dilated, 'dilated_norm', fail)
+    monkeypatch.setattr(DilatedReparamConv, '_fused', fail)
     x = torch.randn(2, 4, 9, 9)
     for name, value in (('training', False), ('eps', 1.0), ('affine', False)):
         layer = DilatedReparamConv(4, 7).train()

@@ -15,7 +15,7 @@ from overlock.ops.contmix.inputs import Inputs
 from overlock.ops.contmix.reference import aggregate_windows, mix
 from overlock.ops.depthwise import weight_gradient
 from tests.overlock.ops.fuzz import Case, cases, error, fuzz, lay_out, same_bits
-from tests.overlock.ops.test_triton import needs_triton, repair_interpreter
+from tests.overlock.ops.triton_testing import needs_triton, repair_interpreter
 from tests.testing import TOLERANCES
 
 BACKENDS = [name for name in ('reference', 'eager', 'cpp') if explain()[name] == 'available']

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from overlock.ops import contmix, explain
-from overlock.ops.contmix import cpp, proof
+from overlock.ops import contmix, explain, proof
+from overlock.ops.contmix import cpp
+from overlock.ops.contmix import proof as contmix_proof
 from overlock.ops.contmix.dispatch import BACKENDS
 from overlock.ops.contmix.inputs import Inputs
-from overlock.ops.contmix.proof import LIMITS, deviation, make_inputs
+from overlock.ops.contmix.proof import deviation, make_inputs
+from overlock.ops.proof import LIMITS
 
 pytestmark = pytest.mark.skipif(explain()['cpp'] != 'available', reason='cpp: ' + explain()['cpp'])
 
@@ -109,7 +111,7 @@ def test_a_backend_asked_for_by_name_is_not_checked(wrong, ran):
 @pytest.mark.parametrize('dtype', LIMITS, ids=str)
 def test_the_right_one_is_proved_once_for_each_dtype_in_milliseconds(dtype, ran, monkeypatch):
     calls = []
-    monkeypatch.setattr(proof, 'deviation', lambda *a, f=proof.deviation, **k: calls.append(a) or f(*a, **k))
+    monkeypatch.setattr(contmix_proof, 'deviation', lambda *a, f=deviation, **k: calls.append(a) or f(*a, **k))
     call(dtype, grad=False)
     # Of processor time, whatever else the machine does.
     start = time.process_time()
@@ -150,7 +152,8 @@ def test_graphs_get_the_answer_of_real_calls(monkeypatch):
         return graph
 
     torch.compile(lambda *t: contmix(*t, **options), fullgraph=True, dynamic=True, backend=keep)(*tensors)
-    assert 'contmix_eager' in graphs[0] and proof._proofs.keys() == {('cpp', torch.device('cpu'), torch.float32, False)}
+    assert 'contmix_eager' in graphs[0]
+    assert proof._proofs.keys() == {('ContMix', 'cpp', torch.device('cpu'), torch.float32, False)}
 
 
 def test_nothing_is_proved_in_a_backward_pass(ran):
@@ -170,7 +173,7 @@ def test_nothing_is_proved_in_a_backward_pass(ran):
 
 def test_threads_prove_it_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(proof, 'deviation', lambda *a, f=proof.deviation, **k: calls.append(a) or f(*a, **k))
+    monkeypatch.setattr(contmix_proof, 'deviation', lambda *a, f=deviation, **k: calls.append(a) or f(*a, **k))
     threads = [threading.Thread(target=call) for _ in range(8)]
     for thread in threads:
         thread.start()

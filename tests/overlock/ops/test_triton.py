@@ -2,23 +2,18 @@
 
 import importlib.metadata
 import importlib.util
-import json
-import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from overlock.ops import contmix
+from overlock.ops import contmix, gpu
 from overlock.ops.contmix import triton as backend
 from overlock.ops.contmix.inputs import Projected
-from tests.testing import TOLERANCES, assert_relative
+from tests.overlock.ops.triton_testing import assert_compiles, needs_triton, newest
+from tests.testing import ROOT, TOLERANCES, assert_relative
 
-needs_triton = pytest.mark.skipif(bool(backend._missing()), reason=backend._missing() or 'triton is here')
-ROOT = Path(__file__).parents[3]
 WIDE, HALF, BRAIN = torch.float64, torch.float16, torch.bfloat16
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
@@ -41,42 +36,6 @@ SLOW_CASES = [
     (WIDE, (1, 1, 3, 19, 20, 3, 17), FIRST),
     (WIDE, (1, 1, 20, 7, 8, 5, 7), LAST),
 ]
-
-
-def repair_interpreter(patch):
-    """Let loops run: the interpreter has arrays of one element as bounds, which numpy 2.4 refuses as integers."""
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def repaired(tensor, *scope):
-        original(tensor, *scope)
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    patch.setattr(interpreter, '_patch_lang_tensor', repaired)
-
-
-@pytest.fixture(scope='module')
-def device():
-    """A GPU that the kernels run on, or the CPU with Triton's interpreter for the time of this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        if backend.why_unavailable() == 'no CUDA device':
-            patch.setenv('TRITON_INTERPRET', '1')
-        if reason := backend.why_unavailable():
-            pytest.skip(reason)
-        if backend.interpreted():
-            repair_interpreter(patch)
-        yield torch.device('cpu' if backend.interpreted() else 'cuda')
-
-
-@pytest.fixture
-def poisoned():
-    """Memory comes filled with NaN, so that what no kernel writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(100).isnan().all() and torch.empty_like(torch.zeros(100)).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def inputs(dtype, sizes, memory_format=FIRST, device=None):
@@ -262,10 +221,10 @@ def test_importing_the_backend_and_asking_whether_it_runs_leaves_triton_alone():
 def asked_afresh(monkeypatch):
     """Let `why_unavailable` look again at what is installed, before and after the test, with no interpreter."""
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
-    backend._missing.cache_clear()
+    gpu._missing.cache_clear()
     yield
     monkeypatch.undo()
-    backend._missing.cache_clear()
+    gpu._missing.cache_clear()
 
 
 def test_a_missing_triton_is_named(monkeypatch, asked_afresh):
@@ -291,51 +250,12 @@ def test_a_missing_or_old_gpu_is_named_and_the_interpreter_needs_none(monkeypatc
     assert backend.why_unavailable() == 'CUDA capability 7.5 is below 8.0'
 
 
-def compile_kernels(shapes: list[tuple]) -> None:
-    """Compile what both passes launch, for an H200 but without one; print shape, name, size, registers, spills."""
-    from triton import runtime
-    from triton.backends.compiler import GPUTarget
-
-    launch, compiled = runtime.jit.JITFunction.run, {}
-
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget('cuda', 90, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-    def run(self, *args, grid, warmup, **kwargs):
-        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled[shape, id(kernel)] = self.__name__, kernel
-
-    runtime.driver.set_active(Driver())
-    runtime.jit.JITFunction.run = run
-    for shape in shapes:
-        dtype, dims, large, channels_last = shape
-        sizes = (2, 16, dims, 50, 84, 3 if large == 5 else 5, large)
-        tensors = inputs(getattr(torch, dtype), sizes, LAST if channels_last else FIRST)
-        backend.backward(*backend.forward(tensors), tensors)
-    for (shape, _), (name, kernel) in compiled.items():
-        print(json.dumps([shape, name, len(kernel.asm['cubin']), *_registers_and_spills(kernel.asm['ptx'])]))
-
-
-def _registers_and_spills(ptx: str) -> tuple[int, int]:
-    import triton
-
-    ptxas = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'ptxas'
-    result = subprocess.run(
-        [ptxas, '-v', '--gpu-name=sm_90a', '-o', os.devnull, '/dev/stdin'],
-        input=ptx,
-        text=True,
-        capture_output=True,
-        check=True,
-    )
-    patterns = r'Used (\d+) registers', r'(\d+) bytes spill'
-    return tuple(int(re.search(pattern, result.stderr)[1]) for pattern in patterns)
+def launch(shape):
+    """Launch both passes."""
+    dtype, dims, large, channels_last = shape
+    sizes = (2, 16, dims, 50, 84, 3 if large == 5 else 5, large)
+    tensors = inputs(getattr(torch, dtype), sizes, LAST if channels_last else FIRST)
+    backend.backward(*backend.forward(tensors), tensors)
 
 
 # dtype, channels of a group, large kernel, whether channels are last: each of the network's, alternating the format.
@@ -346,6 +266,9 @@ SHAPES = [
     for large in (13, 7, 5)
 ]
 FAST_SHAPES = [shape for shape in SHAPES if shape[:3] in (('bfloat16', 10, 13), ('bfloat16', 16, 5))]
+
+
+NAMES = {'bias_table', 'forward', 'query_grad', 'tap_grad', 'value_grad'}
 
 
 @needs_triton
@@ -361,21 +284,12 @@ FAST_SHAPES = [shape for shape in SHAPES if shape[:3] in (('bfloat16', 10, 13), 
     ids=['two in bfloat16', 'others in bfloat16', 'float32'],
 )
 def test_kernels_compile_for_a_gpu_and_keep_to_its_registers(shapes, tmp_path):
-    code = f'from tests.overlock.ops.test_triton import *; compile_kernels({shapes!r})'
-    environ = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    result = subprocess.run(
-        [sys.executable, '-c', code],
-        capture_output=True,
-        text=True,
-        env=environ | dict(TRITON_CACHE_DIR=str(tmp_path)),
-        cwd=ROOT,
-    )
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    names = {'bias_table', 'forward', 'query_grad', 'tap_grad', 'value_grad'}
-    for shape in shapes:
-        assert names <= {name for at, name, *_ in kernels if at == list(shape)}
-    assert {name for _, name, *_ in kernels} == names | {'pack'}
-    for shape, name, size, registers, spilled in kernels:
-        assert size > 0 and 0 < registers <= 255
-        assert spilled == 0, f'{name} spills {spilled} bytes for {shape}'
+    assert_compiles(__name__, 90, shapes, NAMES, str(tmp_path))
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize('capability', [80, 86, 89, None], ids=lambda capability: str(capability or 'newest'))
+def test_kernels_compile_for_other_gpus(capability, tmp_path):
+    shapes = [('bfloat16', 10, 13, False), ('float16', 16, 7, False), ('float32', 16, 5, True)]
+    assert_compiles(__name__, capability or newest(), shapes, NAMES, str(tmp_path))
