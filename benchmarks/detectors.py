@@ -85,6 +85,8 @@ class DetectorCase:
             cfg.model[places[0]][places[1]] = CHANNELS
             if cfg.model.get('auxiliary_head'):
                 cfg.model.auxiliary_head.in_channels = CHANNELS[2]
+        if 'size' in cfg.model.data_preprocessor:  # of mmseg's crops, to which it pads
+            cfg.model.data_preprocessor.size = self.size
         torch.manual_seed(0)
         self.model = build_model(cfg)
         logging.disable()  # a line for each weight
