@@ -95,15 +95,15 @@ def main() -> int:
     return 0 if all(map(is_timed, rows)) else 1
 
 
-def compare(rows: list[dict[str, Any]], mode: str, batch: int) -> None:
-    """Add images a second, and the ratios of time and memory to those of `published`, to the rows."""
+def compare(rows: list[dict[str, Any]], mode: str, batch: int, base: str = 'published') -> None:
+    """Add images a second, and the ratios of time and memory to those of the row `base`, to the rows."""
     timed = {row['name']: row['modes'][mode] for row in rows if is_timed(row)}
-    base = timed.get('published')
+    other = timed.get(base)
     for result in timed.values():
         result['images_per_second'] = batch / result['seconds']['median']
-        if base:
-            result['speedup'] = base['seconds']['median'] / result['seconds']['median']
-            result['memory_ratio'] = result['memory']['above_base'] / max(base['memory']['above_base'], 1)
+        if other:
+            result['speedup'] = other['seconds']['median'] / result['seconds']['median']
+            result['memory_ratio'] = result['memory']['above_base'] / max(other['memory']['above_base'], 1)
 
 
 if __name__ == '__main__':

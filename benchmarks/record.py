@@ -21,7 +21,7 @@ from overlock.utils.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
-PACKAGES = ('torch', 'triton', 'natten', 'timm', 'numpy', 'onnxruntime', 'openvino')
+PACKAGES = ('torch', 'triton', 'natten', 'timm', 'mmcv', 'mmdet', 'mmsegmentation', 'numpy', 'onnxruntime', 'openvino')
 # What only some benchmarks add to the figures of a mode.
 EXTRA = ('kernel_seconds', 'images_per_second', 'speedup', 'memory_ratio')
 

@@ -31,18 +31,23 @@ class BFloat16OptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         if not self._outputs_are_float:
-            for name, module in model.named_modules():
-                # The heads of a cascade are numbered: `bbox_head.0`.
-                if name.rstrip('.0123456789').endswith(('neck', '_head')):
-                    module.register_forward_hook(lambda module, inputs, outputs: _float(outputs))
+            for module in heads(model):
+                module.register_forward_hook(lambda module, inputs, outputs: to_float(outputs))
             self._outputs_are_float = True
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield
 
 
-def _float(outputs: Any) -> Any:
+def heads(model: nn.Module) -> list[nn.Module]:
+    """Return the necks and heads of a model, those inside of others too."""
+    # The heads of a cascade are numbered: `bbox_head.0`.
+    return [module for name, module in model.named_modules() if name.rstrip('.0123456789').endswith(('neck', '_head'))]
+
+
+def to_float(outputs: Any) -> Any:
+    """Return tensors of floating point, in lists and tuples too, in float32."""
     if isinstance(outputs, (list, tuple)):
-        return type(outputs)(_float(item) for item in outputs)
+        return type(outputs)(to_float(item) for item in outputs)
     return outputs.float() if isinstance(outputs, torch.Tensor) and outputs.is_floating_point() else outputs
 
 

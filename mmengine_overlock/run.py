@@ -32,7 +32,7 @@ from mmengine_overlock.launch import agreed, is_first, prepare_launch
 from mmengine_overlock.nan import FiniteCheckpointHook, NonFiniteHook
 from mmengine_overlock.own_data import find_folder, fit_training, use_own_data
 from mmengine_overlock.resume import make_resumable
-from mmengine_overlock.speed import compile_backbones, narrow_backbones
+from mmengine_overlock.speed import TuneHook, compile_backbones, narrow_backbones
 from mmengine_overlock.stop import StopHook, shield_workers, tell_the_way_back
 from mmengine_overlock.terminal import Terminal, calm
 from mmengine_overlock.terminal_hook import TerminalHook
@@ -153,6 +153,7 @@ def test(
     show_dir: str | Path | None = None,
     show: bool = False,
     tta: bool = False,
+    fast: bool = False,
     amp: bool = False,
     compile: bool = False,
     data_root: str | Path | None = None,
@@ -172,7 +173,8 @@ def test(
         show_dir: Folder for images with the predictions drawn beside the ground truth.
         show: Show these images in windows.
         tta: Merge the predictions for several views of each image.
-        amp: Run the backbone in bfloat16.
+        fast: Tune the model for inference, see `tune_for_inference`.
+        amp: Run the backbone in bfloat16; with `fast` neck and heads too.
         work_dir, compile, data_root, coco, masks, check, cfg_options, launcher, verbose: See `train`.
 
     Returns:
@@ -198,7 +200,9 @@ def test(
             if check:
                 check_data(cfg, 'test')
         runner = _build_runner(cfg, terminal, strict=True)
-        if amp:
+        if fast:
+            runner.register_hook(TuneHook(amp))
+        elif amp:
             narrow_backbones(runner.model)
         if compile:
             compile_backbones(runner.model)

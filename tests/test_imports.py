@@ -42,6 +42,8 @@ MAY_IMPORT = {
         'overlock.utils',
     ],
     'mmengine_overlock': ['overlock', 'cv2', 'filelock', 'mmengine', 'numpy', 'PIL', 'pycocotools', 'torch', 'tqdm'],
+    # mmcv folds the BatchNorms of heads.
+    'mmengine_overlock.speed': ['mmengine_overlock', 'overlock', 'mmcv', 'mmengine', 'torch'],
     # mmdet's data sample, where a detector is exported; the packages of the extra `export`, where they are needed.
     'mmengine_overlock.export': [
         *['mmengine_overlock', 'overlock', 'mmdet', 'mmengine', 'numpy', 'PIL', 'torch', 'torchvision'],

@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 
 from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.embedded import embedded_config
+from mmengine_overlock.speed import tune_for_inference
 from overlock.checkpoint import WEIGHTS, find_file
 from overlock.checkpoint.fitting import compare_weights
 from overlock.utils.errors import UserError
@@ -54,9 +55,6 @@ def open_checkpoint(
     tensors = content.get('state_dict', content)
     compare_weights(model, tensors, str(file)).require('give the configuration that it was trained with')
     model.load_state_dict(tensors)
-    backbone: Any = getattr(model, 'backbone', None)
-    if deploy and hasattr(backbone, 'switch_to_deploy'):
-        backbone.switch_to_deploy()
     try:
         model.to(torch.device(device or get_device()))
     # Of a name that is none, and of CUDA where there is none.
@@ -64,6 +62,8 @@ def open_checkpoint(
         raise UserError(
             f'The device {device} cannot be used here ({str(error).splitlines()[0]}); give cpu, or leave it out.'
         ) from None
+    if deploy:
+        tune_for_inference(model)
     meta = {key.lower(): value for key, value in (content.get('meta', {}).get('dataset_meta') or {}).items()}
     meta = meta or dataset_meta(cfg)
     pipeline = test_pipeline(cfg, dict(type='LoadImageFromNDArray'))

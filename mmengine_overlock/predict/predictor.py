@@ -39,7 +39,7 @@ class Predictor:
             the image's own resolution: mmseg's inference by sliding windows, which averages logits.
         batch: Images or tiles of a step, at most; those of different sizes go in steps of their own, so that none is
             padded for another.
-        deploy: Whether to fold the backbone, which predicts the same, faster.
+        deploy: Whether to tune the network for inference, which predicts the same up to rounding, faster.
 
     Attributes:
         model: The network, in evaluation, on the device.

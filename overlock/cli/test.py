@@ -18,7 +18,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option('--show-dir', metavar='DIR', help='folder for images with predictions drawn beside the ground truth')
     option('--show', action='store_true', help='show these images in windows')
     option('--tta', action='store_true', help='merge the predictions for several views of each image')
-    option('--amp', action='store_true', help='run the backbone in bfloat16')
+    option('--fast', action='store_true', help='tune the model for inference: the same predictions up to rounding')
+    option('--amp', action='store_true', help='run the backbone in bfloat16, with --fast neck and heads too')
 
 
 def run(config: str, local_rank: str | None = None, **options: Any) -> None:

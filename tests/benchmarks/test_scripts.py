@@ -100,3 +100,32 @@ def test_exported_networks_are_timed_beside_the_deploy_form(run):
         assert row['check']['passed'] and row['modes']['forward']['seconds']['median'] > 0
         assert (row['arch'], row['image']) == ('xt', [64, 96])
     assert exported['facts']['bytes'] > 2**20 and record['versions']['onnxruntime']
+
+
+@pytest.mark.slow
+def test_detectors_are_timed_part_by_part_when_the_tuned_one_agrees(run, monkeypatch):
+    pytest.importorskip('mmdet')
+    monkeypatch.delenv('OVERLOCK_DATA', raising=False)
+    from benchmarks import detector
+
+    options = '--size 160x192 --rounds 1 --config mask_rcnn_overlock_xt_1x --rows tuned'
+    status, record = run(detector, *options.split())
+    assert status == 0, record['rows']
+    built, tuned = record['rows']
+    assert built['check']['passed'] and tuned['check']['passed']
+    assert 0 < tuned['check']['deviation']['fp32']['output'] < 1e-4
+    for row in record['rows']:
+        assert {'backbone', 'neck', 'RPN', 'RoIAlign', 'box heads', 'mask heads', 'post-processing'} < set(row['parts'])
+        assert row['modes']['test']['speedup'] > 0 and row['modes']['test']['memory']['above_base'] > 0
+
+
+@pytest.mark.slow
+def test_training_steps_of_segmenters_are_timed_part_by_part(run):
+    pytest.importorskip('mmseg')
+    from benchmarks import detector
+
+    options = '--mode train --size 64x64 --batch 2 --rounds 1 --config upernet_overlock_xt_160k --rows built'
+    status, record = run(detector, *options.split())
+    (built,) = record['rows']
+    parts = {'data', 'backbone', 'head', 'auxiliary head', 'head, backward', 'backbone, backward', 'optimizer'}
+    assert status == 0 and parts < set(built['parts']), built

@@ -1,14 +1,24 @@
-"""Compiled blocks compute the same, and backbones in bfloat16 nearly the same."""
+"""Tuned models and compiled blocks compute the same, and those in bfloat16 nearly the same."""
 
 import copy
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from mmengine_overlock.speed import compile_backbones, narrow_backbones
+from benchmarks.detectors import confide
+from mmengine_overlock import speed
+from mmengine_overlock.config import load_config
+from mmengine_overlock.deploy import build, compare, predict
+from mmengine_overlock.speed import TuneHook, compile_backbones, narrow_backbones, tune_for_inference
 from overlock import MogaNetBackbone, OverLoCKBackbone
+from overlock.models.names import form_of
 from overlock.utils.errors import UserError
+from tests.mmengine_overlock.test_deploy import CONFIGS, MOGANET
+from tests.testing import randomise
 
 TINY = dict(
     embed_dims=(8, 16, 32, 48), base_depths=(1, 1, 2), overview_depth=1, focus_depths=(3, 1), focus_groups=(2, 2)
@@ -33,6 +43,104 @@ class Detector(nn.Module):
 
 def image(height=256, width=224, batch=2):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+@pytest.fixture
+def open_model(tmp_path):
+    """Return the configuration of a text, its model with weights that find something, and a picture."""
+
+    def open_model(text):
+        path, picture = tmp_path / 'config.py', tmp_path / 'scene.png'
+        path.write_text(text)
+        pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+        Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(picture)
+        cfg = load_config(path)
+        model = randomise(build(cfg, None))
+        confide(model)
+        return cfg, model, picture
+
+    return open_model
+
+
+@pytest.mark.parametrize(
+    ('text', 'uses'),
+    # A negative threshold asks for probabilities, from 0 to 255.
+    [
+        (CONFIGS['detector'].replace('max_per_img=20', 'max_per_img=20, mask_thr_binary=-1'), {'roi_align', 'conv3x3'}),
+        (CONFIGS['segmenter'], {'conv3x3'}),
+        (MOGANET, {'conv3x3'}),
+    ],
+    ids=['detector', 'segmenter', 'moganet'],
+)
+def test_tuned_model_predicts_the_same(open_model, monkeypatch, text, uses):
+    used = set()
+
+    def watched(name, inner):
+        return lambda *args: used.add(name) or inner(*args)
+
+    for name in ('roi_align', 'conv3x3'):
+        monkeypatch.setattr(speed, name, watched(name, getattr(speed, name)))
+    monkeypatch.setattr(speed, '_WINOGRAD_CHANNELS', 8)
+    cfg, model, picture = open_model(text)
+    truth = predict(model, cfg, picture)
+    assert tune_for_inference(model) is model
+    found = predict(model, cfg, picture)
+    same, account = compare(found, truth)
+    assert same and used == uses, account
+    if 'pred_instances' in truth[1]:
+        masks, exact = (sample.pred_instances.masks.int() for _, sample in (found, truth))
+        assert len(exact) == 20 and exact.any() and (masks - exact).abs().max() <= 1
+    else:
+        logits = truth[1].seg_logits.data
+        assert (found[1].seg_logits.data - logits).abs().max() <= 1e-4 * logits.abs().max()
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in model.decode_head.modules())
+
+
+def test_model_tuned_to_bfloat16_predicts_nearly_the_same_in_float32(open_model):
+    cfg, model, picture = open_model(
+        CONFIGS['segmenter']
+        .replace('(8, 16, 16, 32)', '(64, 64, 64, 64)')
+        .replace('[8, 16, 24, 40]', '[64, 64, 80, 80]')
+        .replace('in_channels=24', 'in_channels=80')
+    )
+    truth = predict(model, cfg, picture)
+    tune_for_inference(model, torch.bfloat16)
+    found = predict(model, cfg, picture)
+    assert model.decode_head.conv_seg.weight.dtype == torch.bfloat16
+    for ours, exact in zip([*found[0], found[1].seg_logits.data], [*truth[0], truth[1].seg_logits.data], strict=True):
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - exact).abs().max() < 5e-2 * exact.abs().max()
+
+
+def test_detector_tuned_to_bfloat16_gives_boxes_in_float32(open_model):
+    wide = CONFIGS['detector'].replace('(8, 16, 16, 32)', '(64, 64, 64, 64)')
+    cfg, model, picture = open_model(wide.replace('[8, 16, 24, 40]', '[64, 64, 80, 80]'))
+    found = predict(tune_for_inference(model, torch.bfloat16), cfg, picture)[1].pred_instances
+    assert found.bboxes.dtype == found.scores.dtype == torch.float32 and len(found) == 20
+
+
+def test_tuned_copy_uses_its_own_weights(open_model):
+    cfg, model, picture = open_model(MOGANET)
+    tune_for_inference(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in other.state_dict(keep_vars=True).values():
+            tensor.zero_()
+    assert predict(other, cfg, picture)[1].seg_logits.data.abs().max() == 0
+    assert predict(model, cfg, picture)[1].seg_logits.data.abs().max() > 0
+
+
+def test_hook_tunes_the_model_behind_wrappers():
+    wrapper = nn.Module()
+    wrapper.module = Detector()
+    TuneHook(amp=True).before_test(SimpleNamespace(model=wrapper))
+    assert form_of(wrapper.module.backbone.state_dict()) == 'folded' and not wrapper.module.training
+    assert wrapper.module.backbone.narrow_dtype == torch.bfloat16
+
+
+def test_dtype_that_the_device_does_not_compute_in_is_refused():
+    with pytest.raises(UserError, match=r'dtype must be torch.bfloat16, .* or None; got torch.float16 on cpu'):
+        tune_for_inference(nn.Linear(1, 1), torch.float16)
 
 
 @pytest.mark.parametrize('network', [OverLoCKBackbone, MogaNetBackbone])

@@ -3,6 +3,7 @@
 `OVERLOCK_DATA` names the folder that holds `coco_tiny` and `ade_tiny`, a few images in COCO's and ADE20K's layouts.
 """
 
+import json
 import os
 import pickle
 import re
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pycocotools.mask import area
 
+from benchmarks.detectors import confide
+from mmengine_overlock.config import load_config
+from mmengine_overlock.predict import build_model
 from overlock import OverLoCK
-from tests.testing import ROOT
+from tests.testing import ROOT, randomise
 
 DATA = Path(os.environ.get('OVERLOCK_DATA', 'not set'))
 
@@ -123,6 +128,34 @@ def test_a_detector_trains_from_imagenet_weights_on_two_processes_and_tests_and_
 
     resumed = run('train', config, *data, '--work-dir', 'a', '--resume', '--amp')
     assert 'resumed epoch: 1, iter: 2' in resumed and 'Epoch(val) [2][4/4]' in resumed and 'loss: nan' not in resumed
+
+
+def test_a_tuned_detector_has_the_average_precision_of_the_model_as_built(run):
+    config, data = Path('config.py'), ('--data-root', DATA / 'coco_tiny', '--no-check')
+    # Scores are those of sure heads.
+    config.write_text(DETECTION.replace('score_thr=0.0, max_per_img=5', 'score_thr=0.05, max_per_img=20'))
+    model = randomise(build_model(load_config(config)))
+    confide(model)
+    torch.save({'state_dict': model.state_dict()}, 'random.pth')
+    run('test', config, 'random.pth', *data, '--out', 'found.pkl')
+    # Random weights find none of the labelled objects: what the model as built finds is the truth.
+    names = json.loads((DATA / 'coco_tiny/annotations/instances_val2017.json').read_text())
+    truth = []
+    for image in pickle.loads(Path('found.pkl').read_bytes()):
+        found = image['pred_instances']
+        for box, label, mask in zip(found['bboxes'].tolist(), found['labels'].tolist(), found['masks'], strict=True):
+            place = dict(bbox=[*box[:2], box[2] - box[0], box[3] - box[1]], area=int(area(mask)), iscrowd=0)
+            mask = dict(mask, counts=mask['counts'].decode())
+            category = dict(category_id=names['categories'][label]['id'], image_id=image['img_id'])
+            truth.append(dict(id=len(truth) + 1, segmentation=mask, **place, **category))
+    Path('truth.json').write_text(json.dumps(dict(names, annotations=truth)))
+    truth = f'test_evaluator.ann_file={Path("truth.json").resolve()}'
+    built, tuned = (
+        run('test', config, 'random.pth', *data, *fast, '--cfg-options', truth) for fast in ((), ('--fast',))
+    )
+    for name in ('coco/bbox_mAP', 'coco/segm_mAP'):
+        assert float(score(built, name)) > 0.5
+        assert abs(float(score(tuned, name)) - float(score(built, name))) <= 1e-4
 
 
 def test_a_segmenter_trains_and_tests_alike_on_two_processes(run):

@@ -78,7 +78,7 @@ def test_every_option_reaches_its_function(toy, run_tool, monkeypatch):
     launch = ['--launcher', 'slurm', '--local-rank', '1']
     train = ['--resume', '--auto-scale-lr', '--tensorboard', '--weights', 'f', '--on-nan', 'skip']
     train += ['--wandb', '--mlflow', '--ema', '--early-stop', '3']
-    test = ['--out', 'o.pkl', '--show-dir', 's', '--show', '--tta']
+    test = ['--out', 'o.pkl', '--show-dir', 's', '--show', '--tta', '--fast']
     assert run_tool('train', 'c.py', *common, *launch, *train) == (0, '', '')
     assert run_tool('test', 'c.py', 'c.pth', *common, *launch, *test) == (0, '', '')
     both = dict(config='c.py', work_dir='w', data_root='d', check=False, compile=True, amp=True, verbose=True)
@@ -87,7 +87,7 @@ def test_every_option_reaches_its_function(toy, run_tool, monkeypatch):
     logged = dict(tensorboard=True, wandb=True, mlflow=True, ema=True, early_stop=3)
     assert calls == [
         dict(both, launcher='slurm', resume='auto', auto_scale_lr=True, weights='f', on_nan='skip', **logged),
-        dict(both, launcher='slurm', checkpoint='c.pth', out='o.pkl', show_dir='s', show=True, tta=True),
+        dict(both, launcher='slurm', checkpoint='c.pth', out='o.pkl', show_dir='s', show=True, tta=True, fast=True),
     ]
 
 

@@ -1,0 +1,65 @@
+"""RoIAlign for inference on CPUs, by two small matrix products for each region.
+
+mmcv's operator for CPUs visits one channel of one sample at a time, on one thread, and takes every map for a contiguous
+one: of maps in channels_last it returns wrong values, and says nothing.
+"""
+
+import torch
+from torch import Tensor
+
+
+def roi_align(
+    x: Tensor, rois: Tensor, size: tuple[int, int], scale: float, sampling_ratio: int = 0, aligned: bool = True
+) -> Tensor:
+    """Average bilinear samples of a map in a grid of bins for each region (Mask R-CNN, He et al., 2017).
+
+    Samples are a grid, and bilinear weights are products: a bin's value is its weights of rows, times the map, times
+    its weights of columns.
+
+    Args:
+        x: (B, C, H, W), any float dtype; fastest in channels_last.
+        rois: (N, 5): index in the batch, then x1, y1, x2, y2 in pixels of the image.
+        size: Rows and columns of bins.
+        scale: Pixels of the map in a pixel of the image.
+        sampling_ratio: Samples of a bin along each axis; 0 for about one per pixel of the map.
+        aligned: Whether the center of the first pixel lies at half a pixel; else at 0, and no region is below 1 pixel.
+
+    Returns:
+        (N, C, *size), of x's dtype, in channels_last.
+    """
+    channels, height, width = x.shape[1:]
+    out = x.new_zeros((len(rois), *size, channels))
+    if len(rois):
+        corners = rois[:, 1:].to(x.dtype) * scale - (0.5 if aligned else 0.0)
+        rows, top, bottom = _weights(corners[:, 1], corners[:, 3], height, size[0], sampling_ratio, aligned)
+        columns, left, right = _weights(corners[:, 0], corners[:, 2], width, size[1], sampling_ratio, aligned)
+        lines = x.permute(0, 2, 3, 1).contiguous().flatten(2)
+        bounds = torch.stack([rois[:, 0].long(), top, bottom, left, right], 1).tolist()
+        for i, (image, y1, y2, x1, x2) in enumerate(bounds):
+            if y1 < y2 and x1 < x2:
+                part = rows[i, :, y1:y2] @ lines[image, y1:y2, x1 * channels : x2 * channels]
+                torch.matmul(columns[i, :, x1:x2], part.view(size[0], x2 - x1, channels), out=out[i])
+    return out.permute(0, 3, 1, 2)
+
+
+def _weights(
+    start: Tensor, end: Tensor, length: int, bins: int, sampling_ratio: int, aligned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of an axis for each region, (N, bins, length), and where they begin and end, (N,)."""
+    extent = end - start if aligned else (end - start).clamp(min=1)
+    # NaN has no samples.
+    count = (torch.full_like(extent, sampling_ratio) if sampling_ratio else (extent / bins).ceil()).nan_to_num(0)
+    count = count.clamp(min=0)[:, None, None]
+    sample = torch.arange(int(count.max()), device=start.device)
+    place = torch.arange(bins, device=start.device)[:, None] + (sample + 0.5) / count.clamp(min=1)
+    position = start[:, None, None] + place * (extent / bins)[:, None, None]
+    inside = (sample < count) & (position >= -1) & (position <= length)
+    position = torch.where(inside, position, 0).clamp(0, length - 1)
+    low = position.long()
+    high = (low + 1).clamp(max=length - 1)
+    share = inside / count.clamp(min=1)
+    weights = start.new_zeros((len(start), bins, length))
+    weights.scatter_add_(2, low, share * (1 - (position - low)))
+    weights.scatter_add_(2, high, share * (position - low))
+    seen = weights.any(1).long()
+    return weights, seen.argmax(1), (seen * torch.arange(1, length + 1, device=start.device)).amax(1)

@@ -1,0 +1,35 @@
+"""RoIAlign gives what mmcv's operator gives."""
+
+import pytest
+import torch
+
+from overlock.ops.roi_align import roi_align
+from tests.testing import TOLERANCES, assert_relative
+
+HEIGHT, WIDTH, SCALE = 13, 17, 0.25
+# Inside, across every border, outside, wide, empty.
+BOXES = [[4, 5, 40, 30], [-30, -20, 90, 80], [200, 200, 300, 300], [0, 20, 68, 21], [9, 9, 9, 9]]
+
+
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('sampling_ratio', [0, 2])
+@pytest.mark.parametrize('size', [(7, 7), (2, 3)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_regions_get_the_values_of_mmcv(aligned, sampling_ratio, size, memory_format):
+    mmcv = pytest.importorskip('mmcv.ops')
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, HEIGHT, WIDTH, generator=generator, dtype=torch.float64)
+    corners = torch.rand(40, 4, generator=generator) * 30
+    boxes = torch.cat([torch.tensor(BOXES), torch.cat([corners[:, :2], corners.view(-1, 2, 2).sum(1)], 1)])
+    rois = torch.cat([torch.arange(len(boxes))[:, None] % 2, boxes], 1).double()
+    expected = mmcv.roi_align(x, rois, size, SCALE, sampling_ratio, 'avg', aligned)
+    actual = roi_align(x.contiguous(memory_format=memory_format), rois, size, SCALE, sampling_ratio, aligned)
+    assert actual.dtype == x.dtype and expected[0].abs().max() > 0
+    assert_relative(actual, expected, TOLERANCES[torch.float64])
+
+
+def test_no_regions_and_regions_that_are_not_finite_give_no_values():
+    x = torch.randn(1, 5, HEIGHT, WIDTH)
+    assert roi_align(x, torch.zeros(0, 5), (7, 7), SCALE).shape == (0, 5, 7, 7)
+    rois = torch.tensor([[0, torch.nan, 1, 4, 5]])
+    assert roi_align(x, rois, (7, 7), SCALE).abs().max() == 0
