@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,21 @@ def test_exported_networks_are_timed_beside_the_deploy_form(run):
         assert row['check']['passed'] and row['modes']['forward']['seconds']['median'] > 0
         assert (row['arch'], row['image']) == ('xt', [64, 96])
     assert exported['facts']['bytes'] > 2**20 and record['versions']['onnxruntime']
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_every_step_dry_and_keeps_nothing():
+    results = ROOT / 'benchmarks' / 'results'
+    before = sorted(results.iterdir())
+    command = ['bash', str(ROOT / 'benchmarks' / 'gpu.sh'), '--dry-run', 'doctor', 'operator', 'backbone', 'inference']
+    done = subprocess.run(command, env={**os.environ, 'PYTHON': sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for step in ('overlock doctor', 'contmix.py', '--mode train', '--mode forward'):
+        assert any(line.startswith('== ') and step in line for line in done.stdout.splitlines()), step
+    assert done.stdout.count('.json') == 3 and 'convnext_tiny+compile' in done.stdout
+    assert sorted(results.iterdir()) == before
+
+
+def test_gpu_script_names_its_steps_where_one_is_unknown():
+    done = subprocess.run(['bash', str(ROOT / 'benchmarks' / 'gpu.sh'), 'all'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'doctor tests operator backbone train inference detector, got all' in done.stderr
