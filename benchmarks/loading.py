@@ -35,8 +35,9 @@ DECODERS = ('cv2', 'turbojpeg', 'pillow')
 # Largest difference of a pixel from OpenCV's, of 255.
 LIMIT = 2
 # Images a second that comparable networks train with on a GPU. Published: Mask R-CNN with ResNet-50 on 8 V100, 0.261 s
-# for 16 images (Detectron2's model zoo). Estimated as a third of published inference, as backward takes twice as long as
-# forward: UPerNet with Swin-T on a V100, 21.06 (MMSegmentation's table), ConvNeXt-T on an A100, 1943.5 (its paper).
+# for 16 images (Detectron2's model zoo). Estimated, a third of published inference, as backward takes twice as
+# long as forward: UPerNet with Swin-T on a V100, 21.06 (MMSegmentation's table), ConvNeXt-T on an A100, 1943.5 (its
+# paper).
 COCO = (16 / 0.261 / 8, 'Mask R-CNN with ResNet-50, V100')
 GPU = {
     'COCO, one scale': COCO,
