@@ -77,7 +77,10 @@ for step in "${steps[@]}"; do
         ;;
     detector)
         if [ -e benchmarks/detector.py ] && has mmdet; then
-            run "$python" benchmarks/detector.py --results "$results" "${common[@]}"
+            for mode in test train; do
+                run "$python" benchmarks/detector.py --mode "$mode" --batch 2 --results "$results" \
+                    "${common[@]}" ${common:+--size 64x96}
+            done
         fi
         ;;
     esac
