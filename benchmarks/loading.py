@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,9 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         makers: dict[str, Callable[[], Any]] = {
-            name: lambda config=config, part=part: build(config, args.data / part)
-            for name, (config, part) in CONFIGS.items()
+            name: partial(build, config, args.data / part) for name, (config, part) in CONFIGS.items()
         }
-        makers['ImageNet'] = lambda: build_imagenet(photographs, Path(folder))
+        makers['ImageNet'] = partial(build_imagenet, photographs, Path(folder))
         for name, make in makers.items():
             rows.append(measure(name, make(), args.rounds))
             print(name)

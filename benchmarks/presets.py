@@ -125,7 +125,7 @@ def checkpointed(model: Trunk) -> Trunk:
 def compile_blocks(model: Trunk) -> Trunk:
     """Compile each block by itself, in a fraction of the time; the preset 'benchmarks.presets:compile_blocks'."""
     # One graph for each stage, dtype and size; torch's limit of 8 would leave the others as they are without a word.
-    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+    torch._dynamo.config.recompile_limit = 64
     for block in deploy(model).modules():
         if isinstance(block, Block):
             block.compile(dynamic=False)
@@ -161,7 +161,7 @@ def beside(preset: str, network: str, size: tuple[int, int], training: bool) -> 
     model = timm.create_model(name, pretrained=False, **options).train(training)
     if not preset.endswith('+compile'):
         return model
-    return torch.compile(model, mode='default' if training else 'reduce-overhead', dynamic=False)
+    return torch.compile(model, mode='default' if training else 'reduce-overhead', dynamic=False)  # type: ignore[return-value]
 
 
 def outputs(found: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:

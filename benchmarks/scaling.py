@@ -152,8 +152,8 @@ def check(model: nn.Module, rank: int, processes: int, size: tuple[int, int]) ->
     found = {name.replace('module.', '', 1): grad for name, grad in step(parallel, images[rank : rank + 1]).items()}
     if rank:
         return {}
-    found = deviation(found, step(alone, images))
-    return {'passed': is_within(found, LIMIT), 'deviation': found, 'limit': LIMIT, 'size': list(size)}
+    deviates = deviation(found, step(alone, images))
+    return {'passed': is_within(deviates, LIMIT), 'deviation': deviates, 'limit': LIMIT, 'size': list(size)}
 
 
 def measure(task: dict[str, Any], processes: int) -> dict[str, Any]:
