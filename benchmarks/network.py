@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.presets import BESIDE, FORWARD, TRAIN, NetworkCase
+from benchmarks.presets import BESIDE, FORWARD, TRAIN, NetworkCase, is_beside
 from benchmarks.record import make_parser, show, size, write_result
 from benchmarks.rounds import Worker, compute_truth, deviation, is_timed, is_within, measure
 from overlock import ARCHS
@@ -45,7 +45,7 @@ def make_check(task: dict[str, Any], threads: int | None) -> Callable[[dict[str,
     single_limits = {kind: max(TOLERANCE, ALLOWANCE * own) for kind, own in deviation(single, exact).items()}
 
     def check(row: dict[str, Any], worker: Worker) -> dict[str, Any] | None:
-        if row['name'] in BESIDE:
+        if is_beside(row['name']):
             return None
         dtypes = list(dict.fromkeys(('fp32', row['task']['dtype'])))
         found = {dtype: deviation(worker.results(**change, dtype=dtype), exact) for dtype in dtypes}
@@ -73,7 +73,8 @@ def parse_args() -> argparse.Namespace:
         'the mode has'
     )
     parser.add_argument('--presets', nargs='+', metavar='NAME', help=presets)
-    parser.add_argument('--beside', action='store_true', help=f'measure {", ".join(BESIDE)} too')
+    others = f"measure these too, without a name all of them: {', '.join(BESIDE)}; each may end in '+compile'"
+    parser.add_argument('--beside', nargs='*', metavar='NAME', help=others)
     return parser.parse_args()
 
 
@@ -84,7 +85,7 @@ def main() -> int:
     task = {key: getattr(args, key) for key in ('arch', 'network', 'mode', 'size', 'batch', 'dtype', 'device')}
     names = ['published', *(args.presets or (TRAIN if args.mode == 'train' else FORWARD))]
     tasks = {}
-    for name in names + (list(BESIDE) if args.beside else []):
+    for name in names + (list(BESIDE) if args.beside == [] else args.beside or []):
         preset = name.removesuffix('+bf16')
         tasks[name] = {**task, 'preset': preset, 'dtype': task['dtype'] if preset == name else 'bf16'}
     rows = measure(NetworkCase, tasks, make_check(task, args.threads), {args.mode: {}}, args)

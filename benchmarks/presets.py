@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.published import aggregation, published
 from overlock import OverLoCK, OverLoCKBackbone, keep_freed_memory
+from overlock.models.network import Block
 from overlock.models.overlock import Trunk
 
 FORWARD = ('published', 'train', 'deploy', 'compile')
@@ -29,7 +30,7 @@ BESIDE = {
 class NetworkCase:
     """One network, one mode, one shape; see `benchmarks.rounds`."""
 
-    preset: str  # as `prepare` takes it, or a key of `BESIDE`
+    preset: str  # as `prepare` takes it, or as `beside` does
     arch: str
     network: str  # 'backbone' or 'classifier'
     mode: str  # 'forward' (evaluation, no gradients) or 'train' (forward, mean of squares of the outputs, backward)
@@ -41,8 +42,8 @@ class NetworkCase:
     def __post_init__(self) -> None:
         self.device, training = torch.device(self.device), self.mode == 'train'
         torch.manual_seed(0)
-        if self.preset in BESIDE:
-            self.model = beside(BESIDE[self.preset], self.network, self.size, training).to(self.device)
+        if is_beside(self.preset):
+            self.model = beside(self.preset, self.network, self.size, training).to(self.device)
         else:
             model = (OverLoCK if self.network == 'classifier' else OverLoCKBackbone)(self.arch)
             randomise(model)
@@ -121,21 +122,46 @@ def checkpointed(model: Trunk) -> Trunk:
     return model
 
 
-def beside(name: str, network: str, size: tuple[int, int], training: bool) -> nn.Module:
+def compile_blocks(model: Trunk) -> Trunk:
+    """Compile each block by itself, in a fraction of the time; the preset 'benchmarks.presets:compile_blocks'."""
+    # One graph for each stage, dtype and size; torch's limit of 8 would leave the others as they are without a word.
+    torch._dynamo.config.recompile_limit = 64
+    for block in deploy(model).modules():
+        if isinstance(block, Block):
+            block.compile(dynamic=False)
+    return model
+
+
+def cuda_graphs(model: Trunk) -> nn.Module:
+    """Compile and replay as CUDA graphs; the preset 'benchmarks.presets:cuda_graphs'."""
+    return torch.compile(deploy(model), mode='reduce-overhead', dynamic=False)  # type: ignore[return-value]
+
+
+def is_beside(preset: str) -> bool:
+    """Return whether a preset is a network of timm's registry, see `beside`."""
+    return preset.removesuffix('+compile') in BESIDE
+
+
+def beside(preset: str, network: str, size: tuple[int, int], training: bool) -> nn.Module:
     """Return a network of timm with random weights: its four maps beside a backbone, else its classifier.
 
+    The preset is a key of `BESIDE`. With '+compile' at its end the network is compiled, in evaluation with CUDA graphs.
     MogaNet, which is ours, has the form of `deploy`.
     """
     import timm
 
     import overlock.timm  # noqa: F401  (registers)
 
+    name = BESIDE[preset.removesuffix('+compile')]
     options: dict[str, Any] = {'features_only': True} if network == 'backbone' else {}
     if name.startswith('swin'):
         options |= {'img_size': size, 'strict_img_size': False}
     if name.startswith('moganet'):
         options |= {'deploy': not training}
-    return timm.create_model(name, pretrained=False, **options).train(training)
+    model = timm.create_model(name, pretrained=False, **options).train(training)
+    if not preset.endswith('+compile'):
+        return model
+    return torch.compile(model, mode='default' if training else 'reduce-overhead', dynamic=False)  # type: ignore[return-value]
 
 
 def outputs(found: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -75,6 +75,12 @@ def write_result(what: str, args: argparse.Namespace, rows: list[dict[str, Any]]
     return path
 
 
+def latest(pattern: str) -> list[dict[str, Any]]:
+    """Return the newest result in `RESULTS` whose file fits a pattern; empty where there is none."""
+    found = sorted(RESULTS.glob(pattern), key=lambda path: path.stem.rpartition('-')[2])
+    return [json.loads(path.read_text()) for path in found[-1:]]
+
+
 def describe_machine(device: str, threads: int | None) -> dict[str, Any]:
     """Return processor, cores, threads of a worker and memory in bytes, and the GPU if it is used."""
     names = re.findall(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())

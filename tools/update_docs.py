@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the generated parts of documents: tables of weights, model-index.yml and figures of the architecture."""
+"""Write the generated parts of documents: tables of weights and measurements, model-index.yml and figures."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A plain clone works too, without `pip install -e .` and from any folder.
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import links, loading
 from mmengine_overlock.complexity import Complexity, count, count_config
 from overlock import ARCHS, MogaNet, OverLoCK, OverLoCKBackbone
 from overlock.checkpoint import WEIGHTS, Weights
@@ -166,6 +167,8 @@ def parts() -> dict[str, str]:
         'table: moganet_dense': dense_table('MogaNet', '../configs'),
         'figure: packages': package_figure(),
         'figure: network': network_figure(),
+        **links.tables(),
+        **loading.tables(),
     }
 
 
@@ -310,7 +313,7 @@ def main() -> int:
     parser.add_argument('--check', action='store_true', help='write nothing; the exit code is 1 if something is stale')
     check = parser.parse_args().check
     generated = parts()
-    names = ('README.md', 'docs/architecture.md', 'docs/complexity.md', 'docs/moganet.md')
+    names = ('README.md', *(f'docs/{name}.md' for name in ('architecture', 'complexity', 'moganet', 'scaling')))
     documents = [ROOT / name for name in names]
     contents = {path: fill_in(path.read_text(encoding='utf-8'), generated) for path in documents}
     contents[COMPLEXITY] = json.dumps(complexity(), indent=1) + '\n'

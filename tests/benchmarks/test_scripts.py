@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,21 @@ def test_training_steps_of_segmenters_are_timed_part_by_part(run):
     (built,) = record['rows']
     parts = {'data', 'backbone', 'head', 'auxiliary head', 'head, backward', 'backbone, backward', 'optimizer'}
     assert status == 0 and parts < set(built['parts']), built
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_every_step_dry_and_keeps_nothing():
+    results = ROOT / 'benchmarks' / 'results'
+    before = sorted(results.iterdir())
+    command = ['bash', str(ROOT / 'benchmarks' / 'gpu.sh'), '--dry-run', 'doctor', 'operator', 'backbone', 'inference']
+    done = subprocess.run(command, env={**os.environ, 'PYTHON': sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for step in ('overlock doctor', 'contmix.py', '--mode train', '--mode forward'):
+        assert any(line.startswith('== ') and step in line for line in done.stdout.splitlines()), step
+    assert done.stdout.count('.json') == 3 and 'convnext_tiny+compile' in done.stdout
+    assert sorted(results.iterdir()) == before
+
+
+def test_gpu_script_names_its_steps_where_one_is_unknown():
+    done = subprocess.run(['bash', str(ROOT / 'benchmarks' / 'gpu.sh'), 'all'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'doctor tests operator backbone train inference detector, got all' in done.stderr
