@@ -34,6 +34,7 @@ class ConvFFN(nn.Module):
         if self._fuses(hidden):
             norm, last = self.grn, self.fc2
             taps, bias = self.dwconv.kernels(), self.dwconv.bias
+            assert last.bias is not None
             return feed_forward.feed_forward(hidden, taps, bias, norm.gamma, norm.beta, last.weight, last.bias)
         y = self.dwconv(self.act(hidden))
         if self.grn.beta is None and is_eager() and len(y) == 1:

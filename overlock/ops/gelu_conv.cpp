@@ -85,7 +85,8 @@ void for_each_share(const Tensor& x, const Split& split, Index rows, const F& wo
   at::parallel_for(0, split.batch * split.groups * split.bands, 1, [&](Index from, Index to) {
     Tensor scratch = at::zeros({rows * split.size()}, x.options());
     for (Index i = from; i < to; ++i) {
-      const Index band = i % split.bands, group = i / split.bands % split.groups, sample = i / split.bands / split.groups;
+      const Index band = i % split.bands, group = i / split.bands % split.groups;
+      const Index sample = i / split.bands / split.groups;
       const Share share = {sample,
                            group * split.blocks / split.groups * LANES,
                            (group + 1) * split.blocks / split.groups * LANES,
@@ -111,7 +112,8 @@ struct Rows {
 
 // Adds to a tile of neighboring outputs the 3x3 convolution of three rows, each at the tile's first pixel less one.
 template <typename T, bool TRANSPOSED>
-inline void convolve(const std::array<const T*, 3>& rows, Index step, const T* taps, Index lanes, Channels<T> sums[TILE]) {
+inline void convolve(const std::array<const T*, 3>& rows, Index step, const T* taps, Index lanes,
+                     Channels<T> sums[TILE]) {
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) {
     const Channels<T> weight = load<Channels<T>>(taps + (TRANSPOSED ? 8 - t : t) * lanes);
@@ -122,7 +124,8 @@ inline void convolve(const std::array<const T*, 3>& rows, Index step, const T* t
 
 // Adds the products of a tile of gradients with the shifted inputs to the sums of nine taps, and its sum to the tenth.
 template <typename T>
-inline void correlate(const std::array<const T*, 3>& rows, Index step, const Channels<T> slopes[TILE], T* sums, Index lanes) {
+inline void correlate(const std::array<const T*, 3>& rows, Index step, const Channels<T> slopes[TILE], T* sums,
+                      Index lanes) {
   Channels<T> totals[10];
   for (int t = 0; t < 10; ++t) totals[t] = load<Channels<T>>(sums + t * lanes);
 #pragma GCC unroll 8
@@ -240,7 +243,8 @@ void run_backward(const Split& split, const Tensor& x, const Tensor& taps, const
       const bool is_own = share.begin <= r && r < share.end;
       pass.template for_each_tile<false>(
           pass.activated, r, [&](Index p, Index pixels, Index channel, const auto& tile, Channels<T>* y) {
-            const auto a = load<Channels<T>>(by_grad + column + channel), b = load<Channels<T>>(by_map + column + channel);
+            const auto a = load<Channels<T>>(by_grad + column + channel);
+            const auto b = load<Channels<T>>(by_map + column + channel);
             for (Index i = 0; i < TILE; ++i) {
               y[i] = i < pixels ? a * load_some(grad + pass.at(r, p + i, channel), pass.left(channel)) + b * y[i]
                                 : Channels<T>{};
@@ -298,7 +302,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, const T
   Tensor grad_x = at::empty_like(x), sums = at::zeros({split.batch, split.bands, 10, split.lanes()}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "gelu_conv_backward", [&] {
     run_backward(split, x, taps, bias, grad.const_data_ptr<scalar_t>(), by_grad.const_data_ptr<scalar_t>(),
-                 by_map.const_data_ptr<scalar_t>(), grad_x.mutable_data_ptr<scalar_t>(), sums.mutable_data_ptr<scalar_t>());
+                 by_map.const_data_ptr<scalar_t>(), grad_x.mutable_data_ptr<scalar_t>(),
+                 sums.mutable_data_ptr<scalar_t>());
   });
   return {grad_x, sums};
 }
@@ -308,7 +313,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, const T
 TORCH_LIBRARY_FRAGMENT(overlock_cpu, library) {
   library.def("gelu_conv(Tensor x, Tensor taps, Tensor bias) -> (Tensor, Tensor)");
   library.def(
-      "gelu_conv_backward(Tensor x, Tensor grad, Tensor taps, Tensor bias, Tensor by_grad, Tensor by_map) -> (Tensor, Tensor)");
+      "gelu_conv_backward(Tensor x, Tensor grad, Tensor taps, Tensor bias, Tensor by_grad, Tensor by_map) "
+      "-> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(overlock_cpu, CPU, library) {
