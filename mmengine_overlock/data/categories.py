@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +12,22 @@ from mmengine_overlock.data.classes import find_misspelt
 def leave_out_doubles(content: dict[str, Any]) -> list[str]:
     """Leave out categories without annotations that have the name of another one, in place, and return their names.
 
-    Roboflow exports one where a project is named as its class.
+    Roboflow exports one, before the class, where a project is named as its class. Of those of a name that all have no
+    annotations the last one stays.
     """
-    annotations = [item for item in content.get('annotations') or () if isinstance(item, dict)]
-    used = {str(item.get('category_id')) for item in annotations}
-    names = [category.get('name') for category in content['categories']]
-    stays = [
-        str(category.get('id')) in used or names.count(name) == 1
-        for category, name in zip(content['categories'], names, strict=True)
-    ]
-    content['categories'] = [category for category, kept in zip(content['categories'], stays, strict=True) if kept]
-    return [name for name, kept in zip(names, stays, strict=True) if not kept]
+    used = {str(item.get('category_id')) for item in content.get('annotations') or () if isinstance(item, dict)}
+    # A name of another type is refused later.
+    left = Counter(name for category in content['categories'] if isinstance(name := category.get('name'), str))
+    kept, doubles = [], []
+    for category in content['categories']:
+        name = category.get('name')
+        if isinstance(name, str) and left[name] > 1 and str(category.get('id')) not in used:
+            left[name] -= 1
+            doubles.append(name)
+        else:
+            kept.append(category)
+    content['categories'] = kept
+    return doubles
 
 
 def check_categories(content: dict[str, Any], classes: Sequence[str], found: dict[str, list[str]]) -> None:

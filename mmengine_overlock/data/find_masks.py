@@ -46,6 +46,9 @@ def find_masks(root: str | Path) -> DataFolder:
         theirs = '; '.join(f'{split} {" and ".join(pair)}' for split, pair in suffixes.items())
         raise UserError(f'{root} has files of other suffixes in each split ({theirs}), expected the same in all.')
     names = _names([*(root / name for name in NAME_FILES), parts['train'].labels / ROBOFLOW])
+    for part in parts.values():
+        if _names([part.labels / ROBOFLOW]) not in (None, names):
+            raise UserError(f'{part.labels / ROBOFLOW} has other values or names than train, expected the same in all.')
     remarks = []
     if names is None:
         names = _names_by_value(parts, suffixes['train'][1])
@@ -77,8 +80,9 @@ def _parts(root: Path) -> dict[str, Part]:
             same = theirs[:place] + theirs[place + 1 :] == parts[:place] + parts[place + 1 :]
             if same and len(theirs) == len(parts) and theirs[place].lower() in _MAPS:
                 found.setdefault(split, []).append(Part(folder, other))
+    paired = {*found}
     for folder in folders:
-        if (folder / ROBOFLOW).is_file() and (split := split_of(folder, root)):
+        if (folder / ROBOFLOW).is_file() and (split := split_of(folder, root)) and split not in paired:
             found.setdefault(split, []).append(Part(folder, folder))
     for split in SPLITS:
         pairs = found.get(split, [])
@@ -109,7 +113,7 @@ def _suffixes(part: Part) -> tuple[str, str]:
     if beside and suffix == '.png':
         raise UserError(
             f'{part.images} has images and label maps of one suffix, {suffix}, which mmseg takes all for images; move '
-            'them to images and masks, as in images/train and masks/train.'
+            f'them to images and masks, as in images/train and masks/train, and {ROBOFLOW} with the maps.'
         )
     stems = [path.as_posix().removesuffix(suffix) for path in images if path.suffix == suffix][:_SAMPLE]
     maps = [name for name in scan(part.labels) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
@@ -161,8 +165,8 @@ def _read_names(path: Path) -> dict[int, str]:
         # Idx, Ratio, Train, Val, Stuff, Name.
         return {int(line.split('\t')[0]): line.split('\t')[-1].strip() for line in lines[1:]}
     if path.name == ROBOFLOW:
-        # Pixel Value, Class.
-        return {int(value): name for value, name in csv.reader(lines[1:], skipinitialspace=True)}
+        rows = csv.reader(lines, skipinitialspace=True)
+        return {int(value): name for value, name in rows if value != 'Pixel Value'}
     if path.suffix == '.txt':
         _check_lines(lines)
     content = json.loads(text) if path.suffix == '.json' else lines

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmengine_overlock.data.categories import leave_out_doubles
 from mmengine_overlock.data.find_coco import find_coco
 from mmengine_overlock.data.find_masks import find_masks
 from mmengine_overlock.data.report import report_folder
@@ -121,6 +122,18 @@ def test_a_supercategory_of_the_name_of_a_class_is_none(tmp_path):
     assert found.classes == ('cat',) and not found.ordered
 
 
+def test_of_categories_of_one_name_without_annotations_the_last_one_stays(tmp_path):
+    write(tmp_path, ['train.json', 'val.json'], ['images'], names={1: 'dog', 2: 'cat'}, images=['1.jpg'])
+    for file in ('train.json', 'val.json'):
+        content = json.loads((tmp_path / file).read_text())
+        content['categories'].insert(0, dict(id=0, name='cat'))
+        (tmp_path / file).write_text(json.dumps(content))
+    assert find_coco(tmp_path).classes == ('dog', 'cat')
+    unlabeled = dict(categories=[dict(id=0, name='cat'), dict(id=1, name='cat'), dict(id=2), dict(id=3)])
+    assert leave_out_doubles(unlabeled) == ['cat']
+    assert unlabeled['categories'] == [dict(id=1, name='cat'), dict(id=2), dict(id=3)]
+
+
 @pytest.mark.parametrize(
     ('damage', 'said'),
     [
@@ -202,10 +215,30 @@ def test_label_maps_beside_their_images_are_found_as_roboflow_exports_them(tmp_p
     assert found.dataset('test')['data_prefix'] == dict(img_path='valid', seg_map_path='valid')
     report = report_folder(tmp_path)
     assert report.usable and report.outcomes['val'].statistics.images == 2
+    names = tmp_path / 'valid/_classes.csv'
+    text = names.read_text()
+    for other in (text.replace('木', 'tree'), text.replace('1, "road, wet"\n', '')):
+        names.write_text(other)
+        with pytest.raises(UserError, match='valid/_classes.csv (has other values or names than train|names the)'):
+            find_masks(tmp_path)
+    names.write_text(text)
     for image in tmp_path.glob('train/*.jpg'):
         image.rename(image.with_suffix('.png'))
     with pytest.raises(UserError, match='images and label maps of one suffix, .png, .* move them to images and masks'):
         find_masks(tmp_path)
+    # As that message says; files of names that stay behind do not matter.
+    for split in ('train', 'valid'):
+        for file in [*(tmp_path / split).glob('*')]:
+            if file.name != '_classes.csv':
+                folder = tmp_path / ('masks' if '_mask' in file.name else 'images') / split
+                folder.mkdir(parents=True, exist_ok=True)
+                file.rename((folder / file.name).with_suffix('.png'))
+        shutil.copy(tmp_path / split / '_classes.csv', tmp_path / 'masks' / split)
+    assert find_masks(tmp_path).classes == found.classes
+    # Without its heading.
+    for file in tmp_path.glob('masks/*/_classes.csv'):
+        file.write_text(text.partition('\n')[2])
+    assert find_masks(tmp_path).classes == found.classes
 
 
 @pytest.mark.parametrize(
