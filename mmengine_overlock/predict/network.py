@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 
 from mmengine_overlock.config import load_config, nodes
 from mmengine_overlock.embedded import embedded_config
+from mmengine_overlock.quiet import quiet
 from mmengine_overlock.speed import tune_for_inference
 from overlock.checkpoint import WEIGHTS, find_file
 from overlock.checkpoint.fitting import compare_weights
@@ -75,7 +76,7 @@ def build_model(cfg: Config) -> BaseModel:
     settings = deepcopy(cfg.model)
     for node in nodes(settings):
         node.pop('init_cfg', None)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')), quiet():
         return revert_sync_batchnorm(MODELS.build(settings)).eval()
 
 

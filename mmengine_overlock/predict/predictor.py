@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import groupby, islice
@@ -17,7 +18,6 @@ from mmengine.registry import DefaultScope
 from mmengine_overlock.predict.network import open_checkpoint
 from mmengine_overlock.predict.pictures import Picture, Pictures
 from mmengine_overlock.predict.tiles import OVERLAP, merge, places
-from mmengine_overlock.quiet import quiet
 from overlock.utils.errors import UserError
 
 # Tiles of fewer pixels have too little around an object.
@@ -76,6 +76,8 @@ class Predictor:
             network = open_exported(Path(model), device, tile)
         else:
             network = open_checkpoint(model, config, device, deploy)
+        # Cascade's masks make it say so.
+        warnings.filterwarnings('ignore', 'To copy construct from a tensor', UserWarning, r'mmdet\.')
         if tile and network.scope == 'mmdet' and find_spec('sahi') is None:
             raise UserError('Tiles need sahi; install it with `pip install sahi`, or predict whole images.')
         self.model: Any = network.model
@@ -112,10 +114,11 @@ class Predictor:
 
     def _run(self, images: Sequence[np.ndarray], pipeline: Compose) -> list[Any]:
         samples: list[Any] = []
-        with DefaultScope.overwrite_default_scope(self.scope), quiet():
+        with DefaultScope.overwrite_default_scope(self.scope):
             # One after another: a large image has thousands of tiles.
             items = (pipeline(dict(img=image, img_id=index)) for index, image in enumerate(images))
-            for _, same in groupby(items, key=lambda item: item['inputs'].shape):
+            # mmseg warns of a batch of images that had other sizes.
+            for _, same in groupby(items, key=lambda item: (item['inputs'].shape, item['data_samples'].ori_shape)):
                 while step := list(islice(same, self.batch)):
                     samples += self.model.test_step(pseudo_collate(step))
         return samples

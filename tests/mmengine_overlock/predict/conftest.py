@@ -7,6 +7,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from mmengine_overlock.predict import build_model
+from tests.mmengine_overlock.export.conftest import small  # noqa: F401
 from tests.mmengine_overlock.test_deploy import CLASSES, CONFIGS
 from tests.testing import randomise
 

@@ -1,8 +1,8 @@
 """Predictions from a checkpoint, which carries its configuration, into files."""
 
 import json
+import logging
 import re
-import warnings
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ from mmengine_overlock.embedded import embedded_config
 from mmengine_overlock.predict import Picture, Pictures, Predictor
 from mmengine_overlock.predict.answers import Answers
 from overlock.utils.errors import UserError
+from tests.mmengine_overlock.predict.conftest import blots
 
 
 def test_a_detector_writes_coco_results_and_pictures(checkpoints, images, tmp_path, run_tool):
@@ -35,12 +36,23 @@ def test_a_detector_writes_coco_results_and_pictures(checkpoints, images, tmp_pa
     torch.testing.assert_close(sample.pred_instances.scores, torch.tensor([result['score'] for result in expected]))
 
 
-def test_remarks_of_the_toolboxes_are_kept_from_the_user(checkpoints, images, recwarn):
-    predictor = Predictor(checkpoints['segmenter'], device='cpu')
-    recwarn.clear()
-    predictor.model.register_forward_hook(lambda *_: warnings.warn('of no use', stacklevel=2))
-    next(predictor.predict(images / 'a.png'))
-    assert not recwarn.list
+def test_remarks_of_the_toolboxes_are_kept_from_the_user_and_those_on_kernels_are_not(
+    checkpoints, small, recwarn, monkeypatch, caplog
+):
+    told = []
+    monkeypatch.setattr('mmseg.models.segmentors.encoder_decoder.print_log', lambda text, **_: told.append(text))
+    predictor = Predictor(checkpoints['segmenter'], device='cpu', batch=2)
+    # Both are brought to one size.
+    predictor([blots(64, 96), blots(128, 192)])
+    cascade = Predictor(*small('cascade')[::-1], device='cpu')
+    assert len(cascade([blots(64, 96)])[0].pred_instances)
+    assert not recwarn.list and not told
+    hook = predictor.model.backbone.register_forward_hook(
+        lambda *_: logging.getLogger('overlock').warning('The ContMix backend fails')
+    )
+    predictor([blots(64, 96)])
+    hook.remove()
+    assert caplog.messages == ['The ContMix backend fails']
 
 
 def test_a_segmenter_writes_label_maps_and_their_names(checkpoints, images, tmp_path, run_tool):
