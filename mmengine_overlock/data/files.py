@@ -65,8 +65,8 @@ def scan(folder: Path) -> dict[str, tuple[int, int]]:
         return {'': (folder.stat().st_size, folder.stat().st_mtime_ns)}
     for path, folders, names in os.walk(folder, followlinks=True):
         # Links may form circles.
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(path, name)) not in seen]
         seen.add(os.path.realpath(path))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(path, name)) not in seen]
         relative = os.path.relpath(path, folder).replace(os.sep, '/')
         for name in names:
             try:

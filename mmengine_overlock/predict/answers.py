@@ -11,15 +11,13 @@ import cv2
 import numpy as np
 
 from mmengine_overlock.predict.drawing import Drawing
-from mmengine_overlock.predict.pictures import Picture
+from mmengine_overlock.predict.pictures import RESULT_FOLDERS, RESULTS, Picture
 from mmengine_overlock.predict.predictor import Predictor
 from overlock.utils.errors import UserError
 from overlock.utils.files import check_writable, whole_file
 
 # Of the legend below a video.
 _ROWS = 2
-# What a run writes.
-_NAMES = ('predictions.json', 'labels.json', 'labels', 'pictures')
 
 
 class Answers:
@@ -48,7 +46,7 @@ class Answers:
     def __init__(self, folder: str | Path, predictor: Predictor, root: Path, draw: bool = True) -> None:
         self.folder, self.predictor, self.root = Path(folder).expanduser(), predictor, root
         check_writable(self.folder / 'predictions.json')
-        if earlier := [name for name in _NAMES if (self.folder / name).exists()]:
+        if earlier := [name for name in (*RESULTS, *RESULT_FOLDERS) if (self.folder / name).exists()]:
             raise UserError(
                 f'{folder} holds {" and ".join(earlier)} of an earlier run; give another folder, or delete them.'
             )

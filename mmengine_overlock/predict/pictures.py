@@ -11,11 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmengine_overlock.data.files import read_image
+from mmengine_overlock.data.files import read_image, scan
 from overlock.utils.errors import UserError
 from overlock.utils.files import IMAGE_SUFFIXES
 
 _VIDEOS = ('.avi', '.mkv', '.mov', '.mp4', '.webm')
+# What a run writes: files, and folders of images beside them.
+RESULTS, RESULT_FOLDERS = ('predictions.json', 'labels.json'), ('labels', 'pictures')
 # Headers of some containers estimate the number of frames; a video with fewer than this share of them is cut off.
 _SHARE = 0.9
 
@@ -47,7 +49,8 @@ class Pictures:
         unreadable: The files that could not be decoded and why, filled while the images are read.
 
     Raises:
-        UserError: An input does not exist, or there is nothing to predict.
+        UserError: An input does not exist, there is nothing to predict, or a folder holds pictures that an earlier run
+            drew.
     """
 
     inputs: Sequence[str | Path]
@@ -57,6 +60,8 @@ class Pictures:
         files: dict[str, Path] = {}
         for file in (file for name in self.inputs for file in _files(str(name))):
             files.setdefault(os.path.abspath(file), file)
+        if not files:
+            raise UserError('There is nothing to predict; give images, videos, or folders or patterns of them.')
         self.files = [*files.values()]
         self.root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
 
@@ -107,11 +112,24 @@ def _files(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    # Neither finds what is hidden.
-    pattern = os.path.join(glob.escape(str(path)), '**') if path.is_dir() else str(path)
-    found = [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]
+    # Neither takes what is hidden.
+    found = _below(path) if path.is_dir() else [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
     found = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES + _VIDEOS and file.is_file()]
     if not found:
         kinds = ', '.join(IMAGE_SUFFIXES + _VIDEOS)
         raise UserError(f'{name} is no image, video, or folder or pattern of them; expected files that end in {kinds}.')
     return found
+
+
+def _below(folder: Path) -> list[Path]:
+    """Return the files of a folder and of its folders, sorted."""
+    names = sorted(name for name in scan(folder) if '/.' not in f'/{name}')
+    for name in names:
+        above, _, own = name.rpartition('/')
+        written = tuple(os.path.join(above, other, '') for other in RESULT_FOLDERS)
+        if own in RESULTS and any(other.startswith(written) for other in names):
+            raise UserError(
+                f'{folder / name} is of an earlier run, whose pictures would be predicted, too; move its results out '
+                f'of {folder}, or give a pattern, as {folder / "*.jpg"}.'
+            )
+    return [folder / name for name in names]

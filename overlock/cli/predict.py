@@ -80,7 +80,7 @@ def predict(
     ```
 
     Args:
-        inputs: Images, folders of them, patterns, and videos.
+        inputs: Images, videos, folders with all that is below them, and patterns.
         model: A checkpoint, by path, URL or published name, or an exported file that ends in `.onnx`.
         config: The configuration of a checkpoint, by name or path; by default the one that it carries.
         score: Boxes below it are left out.

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -227,3 +228,24 @@ def test_a_checkpoint_without_a_configuration_says_so():
 def test_inputs_that_are_nothing_are_told(tmp_path):
     with pytest.raises(UserError, match='is no image, video'):
         Pictures([tmp_path])
+    with pytest.raises(UserError, match='There is nothing to predict; give images'):
+        Pictures([])
+
+
+def test_a_folder_that_links_to_itself_has_each_image_once(images):
+    (images / 'again').symlink_to(images)
+    assert Pictures([images]).files == [images / name for name in ('a.png', 'broken.jpg', 'überholt 木.jpg')]
+
+
+@pytest.mark.parametrize('name', ['detector', 'segmenter'])
+def test_pictures_of_an_earlier_run_are_not_predicted(name, checkpoints, images, run_tool):
+    options = ('--checkpoint', checkpoints[name], '--out', images / 'out')
+    assert run_tool('predict', images / 'a.png', *options)[0] == 0
+    file = 'predictions.json' if name == 'detector' else 'labels.json'
+    with pytest.raises(UserError, match=f'images/out/{file} is of an earlier run, .* give a pattern, as .*images/'):
+        Pictures([images])
+    assert Pictures([images / '*.png']).files == [images / 'a.png']
+    # Predictions without pictures.
+    for folder in images.glob('out/*/'):
+        shutil.rmtree(folder)
+    assert len(Pictures([images]).files) == 3
