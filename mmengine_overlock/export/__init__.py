@@ -33,7 +33,7 @@ from mmengine_overlock.export.graph import metadata, to_openvino, trace, write_o
 from mmengine_overlock.export.modules import in_half
 from mmengine_overlock.export.scores import score, test_config
 from mmengine_overlock.export.subjects import Subject, make_subject
-from mmengine_overlock.predict.exported import fit_inside
+from mmengine_overlock.predict.exported import fit_inside, pad_to
 from mmengine_overlock.quiet import quiet
 from overlock.utils.errors import UserError
 from overlock.utils.files import IMAGE_SUFFIXES, check_writable, drafted
@@ -151,17 +151,18 @@ def _inputs(subject: Subject, fixed: tuple[int, int] | None, paths: Sequence[Pat
     shapes = [(1, *fixed)] if fixed else [(1, least, least + 30), (3, max(224, least), max(320, least))]
     inputs = [('', subject.example(*shape)) for shape in shapes]
     for path in paths:
-        inputs.append((path.name, _fit(subject.read(path), fixed)))
+        inputs.append((path.name, _read(subject, path, fixed)))
     return inputs
 
 
-def _fit(image: torch.Tensor, fixed: tuple[int, int] | None) -> torch.Tensor:
-    """Bring an image inside the fixed size, if there is one, and pad it to that, as predictions do."""
+def _read(subject: Subject, path: Path, fixed: tuple[int, int] | None) -> torch.Tensor:
+    """Read an image; where there is a fixed size, bring it inside, and pad it to that, as predictions do."""
+    image = subject.read(path)
     if fixed is None:
         return image
     sides = fit_inside((image.shape[2], image.shape[3]), fixed)
-    image = F.interpolate(image.float(), sides, mode='bilinear').to(image.dtype)
-    return F.pad(image, (0, fixed[1] - sides[1], 0, fixed[0] - sides[0]))
+    pixels = image.dtype == torch.uint8
+    return pad_to(F.interpolate(image.float(), sides, mode='bilinear'), fixed, subject.info, pixels)
 
 
 def _narrow(onnx: Path, subject: Subject, int8: str | Path | None, fixed: tuple[int, int] | None) -> None:
@@ -169,7 +170,7 @@ def _narrow(onnx: Path, subject: Subject, int8: str | Path | None, fixed: tuple[
     from mmengine_overlock.export.narrow import to_float16, to_int8
 
     if int8:
-        to_int8(onnx, [_fit(subject.read(path), fixed) for path in _image_files(int8)[:_CALIBRATED]])
+        to_int8(onnx, [_read(subject, path, fixed) for path in _image_files(int8)[:_CALIBRATED]])
     else:
         to_float16(onnx)
 

@@ -146,10 +146,7 @@ class Exported:
         divisor = 1 if self.pixels else self.info['pad_size_divisor']
         least = self.info['smallest_side']
         target = self.size or [-(-max(side, least) // divisor) * divisor for side in sides]
-        value = sum(self.info['mean']) / 3 if self.pixels else 0.0
-        images = F.pad(images, (0, target[1] - sides[1], 0, target[0] - sides[0]), value=value).cpu()
-        if self.pixels:
-            images = images.round().to(torch.uint8)
+        images = pad_to(images, (target[0], target[1]), self.info, self.pixels).cpu()
         outs = [self.run(batch) for batch in images.split(1 if self.size else len(images))]
         return [torch.cat(parts) for parts in zip(*outs, strict=True)]
 
@@ -164,6 +161,23 @@ def fit_inside(sides: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]
     ratio = min(most / side for most, side in zip(size, sides, strict=True))
     height, width = (max(1, min(most, round(side * ratio))) for most, side in zip(size, sides, strict=True))
     return height, width
+
+
+def pad_to(images: Tensor, size: tuple[int, int], info: dict[str, Any], pixels: bool) -> Tensor:
+    """Pad images (B, 3, H, W) at the right and the bottom with the mean: zeros, or gray where the file takes pixels.
+
+    Args:
+        images: Normalized, or of values from 0 to 255.
+        size: Height and width.
+        info: What the file says about itself.
+        pixels: Whether it takes pixels.
+
+    Returns:
+        The images: float32, or pixels as uint8.
+    """
+    behind = (0, size[1] - images.shape[3], 0, size[0] - images.shape[2])
+    images = F.pad(images, behind, value=sum(info['mean']) / 3 if pixels else 0.0)
+    return images.round().to(torch.uint8) if pixels else images
 
 
 class ResizeInside(Resize):

@@ -12,6 +12,7 @@ import torch
 
 import mmengine_overlock.export as package
 from mmengine_overlock.export import export
+from mmengine_overlock.export.subjects import make_subject
 from overlock import MogaNet, OverLoCK
 from overlock.utils.errors import UserError
 from tests.mmengine_overlock.export.conftest import CLASSES
@@ -84,6 +85,16 @@ def test_a_file_takes_its_name_only_if_it_agrees(factor, tiny, tmp_path, monkeyp
             export('overlock_xt', str(tiny), out=out)
     assert out.read_text() == ('new' if factor == 1 else 'old')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out.onnx', 'tiny.pth']
+
+
+@pytest.mark.parametrize('preprocessing', [False, True])
+def test_images_for_a_fixed_size_keep_their_ratio_and_are_padded_with_the_mean(preprocessing, small, picture):
+    subject = make_subject(*map(str, small('upernet')), preprocessing=preprocessing)
+    image = package._read(subject, picture, (128, 96))
+    assert tuple(image.shape) == (1, 3, 128, 96)
+    assert image.dtype == (torch.uint8 if preprocessing else torch.float32)
+    # Of 151x203: the rest below is gray.
+    assert (image[:, :, 73:] == (114 if preprocessing else 0)).all() and image[:, :, :70, -1].float().std() > 0.1
 
 
 @pytest.mark.slow
