@@ -45,9 +45,9 @@ class ExportedCase:
     device = torch.device('cpu')
 
     def __init__(self, runtime: str, file: str, size: tuple[int, int]) -> None:
-        # OpenVINO's weights are in a file of their own.
-        parts = [path for path in (Path(file), Path(file).with_suffix('.bin')) if path.exists()]
-        self.facts = {'bytes': sum(path.stat().st_size for path in parts)}
+        # OpenVINO's weights are in a file of their own, beside the ONNX file.
+        suffixes = ('.xml', '.bin') if runtime == 'openvino' else ('.onnx',)
+        self.facts = {'bytes': sum(Path(file).with_suffix(suffix).stat().st_size for suffix in suffixes)}
         self._run = RUNTIMES[runtime][1](Path(file))
         self._image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
 

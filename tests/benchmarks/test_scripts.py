@@ -103,6 +103,19 @@ def test_exported_networks_are_timed_beside_the_deploy_form(run):
     assert exported['facts']['bytes'] > 2**20 and record['versions']['onnxruntime']
 
 
+def test_the_size_of_an_exported_network_is_that_of_its_own_files(monkeypatch, tmp_path):
+    from benchmarks import export
+
+    for name, count in (('a.onnx', 100), ('a.xml', 20), ('a.bin', 3)):
+        (tmp_path / name).write_bytes(bytes(count))
+    monkeypatch.setattr(export, 'RUNTIMES', dict.fromkeys(export.RUNTIMES, ('', lambda file: None)))
+    sizes = [
+        export.ExportedCase(runtime, str(tmp_path / name), (1, 1)).facts['bytes']
+        for runtime, name in (('onnxruntime', 'a.onnx'), ('openvino', 'a.xml'))
+    ]
+    assert sizes == [100, 23]
+
+
 @pytest.mark.slow
 def test_detectors_are_timed_part_by_part_when_the_tuned_one_agrees(run, monkeypatch):
     pytest.importorskip('mmdet')
