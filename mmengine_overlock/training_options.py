@@ -34,8 +34,8 @@ def add_backend(cfg: Config, name: str) -> None:
     backends = as_list(visualizer.get('vis_backends'))
     added: dict[str, Any] = dict(type=_BACKENDS[name])
     # mmengine would write files in any case, which MLflow 3 refuses.
-    if name == 'mlflow' and 'MLFLOW_TRACKING_URI' in os.environ:
-        added['tracking_uri'] = os.environ['MLFLOW_TRACKING_URI']
+    if name == 'mlflow' and (server := os.environ.get('MLFLOW_TRACKING_URI')):
+        added['tracking_uri'] = server
     elif name == 'mlflow':
         folder = Path(cfg.get('work_dir') or '.').absolute()
         added |= dict(tracking_uri=f'sqlite:///{folder}/mlflow.db', exp_name=folder.name)

@@ -82,10 +82,11 @@ def test_programs_that_log_are_added_once_beside_the_others(visualizer, monkeypa
     ]
     assert backends[3].tracking_uri == 'http://server'
     # Of its own files MLflow takes a database alone.
-    monkeypatch.delenv('MLFLOW_TRACKING_URI')
-    cfg = Config(dict(work_dir='/work dir'))
-    add_backend(cfg, 'mlflow')
-    assert cfg.visualizer.vis_backends[1].tracking_uri == 'sqlite:////work dir/mlflow.db'
+    for change in (lambda name: monkeypatch.setenv(name, ''), monkeypatch.delenv):
+        change('MLFLOW_TRACKING_URI')
+        cfg = Config(dict(work_dir='/work dir'))
+        add_backend(cfg, 'mlflow')
+        assert cfg.visualizer.vis_backends[1].tracking_uri == 'sqlite:////work dir/mlflow.db'
 
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb', 'mlflow'])
