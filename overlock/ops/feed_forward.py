@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from overlock.ops.compiled import why_not_compiled
 from overlock.ops.depthwise import pack_taps, pad_lanes, pixels
@@ -43,7 +44,8 @@ def feed_forward(
 
 def takes(x: Tensor) -> bool:
     """Return whether the operator takes this map: on a CPU, in float32 or float64, and not of few pixels."""
-    if x.device.type != 'cpu' or not is_eager() or why_not_compiled():
+    # A dispatch mode counts or fakes PyTorch's operators, and knows none of ours.
+    if x.device.type != 'cpu' or not is_eager() or _get_current_dispatch_mode() is not None or why_not_compiled():
         return False
     is_kept = x.dtype == torch.float64 or (x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'))
     return is_kept and len(x) > 0 and x.shape[2] * x.shape[3] >= MIN_PIXELS

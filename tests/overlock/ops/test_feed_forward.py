@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from overlock.layers import ConvFFN
@@ -122,7 +123,7 @@ def test_a_channel_of_zeros_has_finite_gradients():
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize('change', ['low precision', 'hook', 'replaced', 'traced'])
+@pytest.mark.parametrize('change', ['low precision', 'hook', 'replaced', 'traced', 'faked'])
 def test_what_it_does_not_take_runs_layer_by_layer(change, monkeypatch):
     def fail(*arguments):
         raise AssertionError('fused')
@@ -141,5 +142,8 @@ def test_what_it_does_not_take_runs_layer_by_layer(change, monkeypatch):
     elif change == 'replaced':
         layer.fc2 = nn.Sequential(layer.fc2)
         layer(x)
+    elif change == 'faked':
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == x.shape
     else:
         torch.jit.trace(layer.eval(), x, check_trace=False)
