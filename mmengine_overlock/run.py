@@ -17,6 +17,7 @@ from mmengine_overlock.amp import enable_amp
 from mmengine_overlock.checkpoint import find_resumable
 from mmengine_overlock.checkpoint_hook import LosslessCheckpointHook  # noqa: F401  (registered)
 from mmengine_overlock.config import (
+    as_list,
     draw_predictions,
     enable_auto_scale_lr,
     load_config,
@@ -197,6 +198,10 @@ def test(
                 draw_predictions(cfg, show_dir, show)
             if out is not None:
                 save_predictions(cfg, out)
+            if fast:
+                # It would swap parameters with a model that is not tuned; the file holds the average as the weights.
+                hooks = as_list(cfg.get('custom_hooks'))
+                cfg.custom_hooks = [hook for hook in hooks if not str(hook['type']).endswith('EMAHook')]
             if check:
                 check_data(cfg, 'test')
         runner = _build_runner(cfg, terminal, strict=True)

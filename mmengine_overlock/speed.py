@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections import Counter
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmengine_overlock.amp import half_dtype, heads, to_float
 from overlock import keep_freed_memory
@@ -31,13 +33,16 @@ def tune_for_inference(model: Model, dtype: torch.dtype | None = None) -> Model:
     - Its backbone takes the deploy form; BatchNorms of necks and heads go into their convolutions.
     - In `dtype`, backbone, neck and heads compute under autocast, with float32 outputs; RoIAlign, NMS and pasting of
       masks stay in float32.
-    - On a CPU, maps are in channels_last, freed memory is kept, mmcv's RoIAlign gives way to `overlock.ops.roi_align`,
-      and 3x3 convolutions in float32 are Winograd's.
+    - On a CPU freed memory is kept. In necks and heads, maps are in channels_last, mmcv's RoIAlign gives way to
+      `overlock.ops.roi_align`, and 3x3 convolutions in float32 are Winograd's: their errors are about 1e-5 of the
+      largest value, and their kernels take four times the memory of the weights, beside these. Models with operators
+      of mmcv that take every map for a contiguous one, such as deformable convolutions, do without all three.
 
-    Load the weights before: the names of parameters change. It does not train any more.
+    Load the weights before: the names of parameters change. The model does not train any more; tune a copy of one that
+    goes on.
 
     Args:
-        model: mmdet's or mmseg's, with its weights, on its device.
+        model: mmdet's or mmseg's, with its weights, on its device; wrapped for several processes or views, too.
         dtype: torch.bfloat16, or torch.float16 on a GPU; None for the model's own.
 
     Returns:
@@ -46,38 +51,41 @@ def tune_for_inference(model: Model, dtype: torch.dtype | None = None) -> Model:
     Raises:
         UserError: A dtype that the device does not compute in.
     """
-    from mmcv.cnn import ConvModule, fuse_conv_bn
+    from mmcv.cnn import fuse_conv_bn
 
     device = next(model.parameters()).device.type
     if dtype not in (None, torch.bfloat16) and (dtype, device) != (torch.float16, 'cuda'):
         raise UserError(f'dtype must be torch.bfloat16, on a GPU also torch.float16, or None; got {dtype} on {device}.')
     model.eval()
-    for name, child in model.named_children():
-        if name != 'backbone':
-            for module in child.modules():
-                if isinstance(module, ConvModule) and module.order[:2] == ('conv', 'norm'):
-                    fuse_conv_bn(module)
-            if device == 'cpu':
-                child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        elif isinstance(child, Network):
-            # It sets its memory format by itself.
-            child.switch_to_deploy()
+    inner: Any = model
+    while not hasattr(inner, 'backbone') and hasattr(inner, 'module'):
+        inner = inner.module
+    backbone = getattr(inner, 'backbone', None)
+    if isinstance(backbone, Network):
+        # It sets its memory format by itself.
+        backbone.switch_to_deploy()
+    parents = Counter(id(child) for module in inner.modules() for child in module.children())
+    layers: list[Any] = [module for child in inner.children() if child is not backbone for module in child.modules()]
+    for layer in layers:
+        if _is_fusible(layer) and parents[id(layer.conv)] == 1:
+            fuse_conv_bn(layer)
     if device == 'cpu':
         keep_freed_memory()
-        layers: list[Any] = list(model.modules())
-        for layer in layers:
-            if type(layer).__name__ == 'RoIAlign' and layer.pool_mode == 'avg':
+        for layer in layers if all(map(_takes_any_format, layers)) else ():
+            if _averages_regions(layer):
                 layer.forward = MethodType(_roi_align, layer)
-            elif dtype is None and _suits_winograd(layer):
-                layer.register_buffer('kernel', transform_kernel(layer.weight), persistent=False)
-                layer.forward = MethodType(_winograd, layer)
+            elif _is_plain(layer):
+                layer.to(memory_format=torch.channels_last)
+                if dtype is None and _suits_winograd(layer):
+                    _kernel(layer)
+                    layer.forward = MethodType(_winograd, layer)
     if dtype is not None:
         for part in heads(model):
             for module in part.modules():
                 # Autocast would cast them again for every image.
                 if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                     module.to(dtype)
-        for part in [*heads(model), *filter(None, [getattr(model, 'backbone', None)])]:
+        for part in [*heads(model), *filter(None, [backbone])]:
             _narrow(part, dtype)
     return model.requires_grad_(False)
 
@@ -89,27 +97,69 @@ class TuneHook(Hook):
         self.amp = amp
 
     def before_test(self, runner: Runner) -> None:
-        """Tune the model, behind wrappers for several processes or views of an image."""
-        model: Any = runner.model
-        while not hasattr(model, 'backbone') and hasattr(model, 'module'):
-            model = model.module
-        device = next(model.parameters()).device.type
-        tune_for_inference(model, half_dtype(device) if self.amp else None)
+        """Tune the model."""
+        device = next(runner.model.parameters()).device.type
+        tune_for_inference(runner.model, half_dtype(device) if self.amp else None)
 
 
-def _suits_winograd(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether it convolves with its weight as it is: not normalized at each call, as in ConvWS2d."""
     return (
-        isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
-        and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
-        and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, 'zeros')
-        and min(module.in_channels, module.out_channels) >= _WINOGRAD_CHANNELS
-        and module.weight.dtype == torch.float32
+        isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward and 'weight' in module._parameters
     )
 
 
+def _is_fusible(module: Any) -> bool:
+    """Return whether a ConvModule's BatchNorm only scales and shifts what its convolution gives."""
+    from mmcv.cnn import ConvModule
+
+    return (
+        isinstance(module, ConvModule)
+        and module.order[:2] == ('conv', 'norm')
+        and _is_plain(module.conv)
+        and isinstance(module.norm, _BatchNorm)
+        and module.norm.affine
+        and module.norm.track_running_stats
+        and module.efficient_conv_bn_eval_forward is None
+    )
+
+
+def _averages_regions(module: Any) -> bool:
+    return type(module).__module__ == 'mmcv.ops.roi_align' and module.pool_mode == 'avg'
+
+
+def _takes_any_format(module: nn.Module) -> bool:
+    """Return whether it takes maps in channels_last: of these, operators of mmcv give wrong values on CPUs, or fail."""
+    file = type(module).__module__
+    if file.startswith('mmcv.ops.'):
+        return _averages_regions(module)
+    # TOOD's head calls it by itself.
+    return not hasattr(sys.modules.get(file), 'deform_conv2d')
+
+
+def _suits_winograd(module: nn.Conv2d) -> bool:
+    return (
+        (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
+        and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, 'zeros')
+        and min(module.in_channels, module.out_channels) >= _WINOGRAD_CHANNELS
+        and module.weight.dtype == torch.float32
+        and not module.weight.is_inference()  # which do not tell that they changed
+    )
+
+
+def _kernel(module: Any) -> Tensor:
+    """Return the transformed kernel of a convolution, anew when weights were loaded or the module was copied."""
+    state = (id(module.weight), module.weight._version)
+    if getattr(module, 'transformed', (None,))[0] != state:
+        module.transformed = state, transform_kernel(module.weight.detach())
+    return module.transformed[1]
+
+
 def _winograd(module: Any, x: Tensor) -> Tensor:
-    return conv3x3(x, module.kernel, module.bias)
+    # In another dtype its errors would be many times as large.
+    if x.dtype != torch.float32 or not x.is_cpu or torch.is_autocast_enabled('cpu'):
+        return type(module).forward(module, x)
+    return conv3x3(x, _kernel(module), module.bias)
 
 
 def _roi_align(module: Any, x: Tensor, rois: Tensor) -> Tensor:
@@ -123,8 +173,7 @@ def _narrow(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _narrow_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    x = args[0][0] if isinstance(args[0], Sequence) else args[0]
-    with torch.autocast(x.device.type, module.narrow_dtype):
+    with torch.autocast(next(module.parameters()).device.type, module.narrow_dtype):
         return to_float(type(module).forward(module, *args, **kwargs))
 
 

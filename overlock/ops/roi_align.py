@@ -47,8 +47,8 @@ def _weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weights of an axis for each region, (N, bins, length), and where they begin and end, (N,)."""
     extent = end - start if aligned else (end - start).clamp(min=1)
-    # NaN has no samples.
-    count = (torch.full_like(extent, sampling_ratio) if sampling_ratio else (extent / bins).ceil()).nan_to_num(0)
+    # What is not finite has no samples.
+    count = (torch.full_like(extent, sampling_ratio) if sampling_ratio else (extent / bins).ceil()).nan_to_num(0, 0, 0)
     count = count.clamp(min=0)[:, None, None]
     sample = torch.arange(int(count.max()), device=start.device)
     place = torch.arange(bins, device=start.device)[:, None] + (sample + 0.5) / count.clamp(min=1)

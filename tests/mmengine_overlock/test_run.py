@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 
 from mmengine_overlock.run import test as run_test
 from mmengine_overlock.run import train
+from mmengine_overlock.speed import TuneHook
 from overlock.checkpoint import WEIGHTS, CheckpointError
 from overlock.utils.errors import UserError
 
@@ -122,6 +124,15 @@ def test_a_test_gives_the_metrics_of_the_validation(write_toy, tmp_path):
     runner = train(write_toy(), work_dir=tmp_path / 'a')
     metrics = run_test(write_toy(), str(tmp_path / 'a' / 'epoch_4.pth'))
     assert metrics == dict(error=history(runner, 'val/error')[-1], images=16)
+
+
+def test_no_average_takes_the_place_of_tuned_weights(write_toy, tmp_path, monkeypatch):
+    train(write_toy(), work_dir=tmp_path / 'a')
+    hooks = []
+    monkeypatch.setattr(TuneHook, 'before_test', lambda self, runner: hooks.extend(runner.hooks))
+    average = write_toy("custom_hooks = [dict(type='EMAHook')]")
+    run_test(average, str(tmp_path / 'a' / 'epoch_4.pth'), fast=True)
+    assert hooks and not any(isinstance(hook, EMAHook) for hook in hooks)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,104 @@ def test_tuned_copy_uses_its_own_weights(open_model):
     assert predict(model, cfg, picture)[1].seg_logits.data.abs().max() > 0
 
 
+class Foreign(nn.Module):
+    """A model with a neck that the configurations here do not have."""
+
+    def __init__(self, neck) -> None:
+        super().__init__()
+        self.backbone, self.neck = nn.Identity(), neck
+
+    def forward(self, x):
+        return self.neck(self.backbone(x))
+
+
+class Shared(nn.Module):
+    """One convolution with two BatchNorms, as in RTMDet's heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(conv_module() for _ in range(2))
+        self.layers[1].conv = self.layers[0].conv
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x))
+
+
+class Regions(nn.Module):
+    """An operator of mmcv on regions, behind a convolution."""
+
+    def __init__(self, name, *args, **options) -> None:
+        super().__init__()
+        import mmcv.ops
+
+        self.conv, self.align = conv_module(), getattr(mmcv.ops, name)(7, 0.25, *args, **options)
+
+    def forward(self, x):
+        rois = torch.tensor([[0, 1, 2, 30, 40], [1, 8, 4, 60, 60.0]])
+        if type(self.align).__name__ == 'RoIAlignRotated':
+            rois = torch.cat([rois, torch.tensor([[0.3], [0.5]])], 1)
+        return self.align(self.conv(x), rois.to(x.dtype))
+
+
+def conv_module(kind='Conv2d', **options):
+    from mmcv.cnn import ConvModule
+
+    settings = dict(padding=1, conv_cfg=dict(type=kind), norm_cfg=dict(type='BN')) | options
+    return ConvModule(8, 8, 3, **settings)
+
+
+NECKS = {
+    'batch norm': conv_module,
+    'synchronized': lambda: conv_module(norm_cfg=dict(type='SyncBN')),
+    'stride': lambda: conv_module(stride=2),
+    'groups': lambda: conv_module(groups=4),
+    'dilation': lambda: conv_module(dilation=2),
+    'reflection': lambda: conv_module(padding_mode='reflect'),
+    'norm first': lambda: conv_module(order=('norm', 'conv', 'act')),
+    'no scale': lambda: conv_module(norm_cfg=dict(type='BN', affine=False)),
+    'no statistics': lambda: conv_module(norm_cfg=dict(type='BN', track_running_stats=False)),
+    'group norm': lambda: conv_module(norm_cfg=dict(type='GN', num_groups=2)),
+    'spectral norm': lambda: conv_module(with_spectral_norm=True),
+    'merged by mmcv': lambda: conv_module(efficient_conv_bn_eval=True),
+    'standardized': lambda: conv_module('ConvWS'),
+    'standardized and scaled': lambda: conv_module('ConvAWS'),
+    'deformable': lambda: nn.Sequential(conv_module(), conv_module('DCN'), conv_module()),
+    'modulated': lambda: nn.Sequential(conv_module(), conv_module('DCNv2'), conv_module()),
+    'shared': Shared,
+    'RoIAlign': lambda: Regions('RoIAlign'),
+    'maxima': lambda: Regions('RoIAlign', 2, 'max'),
+    'torchvision': lambda: Regions('RoIAlign', use_torchvision=True),
+    'rotated': lambda: Regions('RoIAlignRotated', 2),
+    'float64': lambda: nn.Conv2d(8, 8, 3, padding=1).double(),
+}
+
+
+@pytest.mark.parametrize('make', NECKS.values(), ids=NECKS)
+def test_foreign_necks_compute_the_same(make, monkeypatch):
+    pytest.importorskip('mmcv.ops')
+    monkeypatch.setattr(speed, '_WINOGRAD_CHANNELS', 8)
+    torch.manual_seed(0)
+    model = randomise(Foreign(make())).eval()
+    x = torch.randn(2, 8, 16, 20, dtype=next(model.parameters()).dtype)
+    tuned = tune_for_inference(copy.deepcopy(model))
+    with torch.no_grad():
+        truth, found = model(x), tuned(x)
+    assert (found - truth).abs().max() <= (1e-5 if x.dtype == torch.float32 else 1e-12) * truth.abs().max()
+
+
+def test_weights_that_are_loaded_later_and_autocast_are_right(monkeypatch):
+    monkeypatch.setattr(speed, '_WINOGRAD_CHANNELS', 8)
+    torch.manual_seed(0)
+    model = Foreign(nn.Conv2d(8, 8, 3, padding=1)).eval()
+    tuned, other = tune_for_inference(copy.deepcopy(model)), Foreign(nn.Conv2d(8, 8, 3, padding=1)).eval()
+    x = torch.randn(2, 8, 16, 20)
+    tuned.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert (tuned(x) - other(x)).abs().max() <= 1e-5 * other(x).abs().max()
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(tuned(x), other(x))
+
+
 def test_hook_tunes_the_model_behind_wrappers():
     wrapper = nn.Module()
     wrapper.module = Detector()

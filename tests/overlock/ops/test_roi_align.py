@@ -28,8 +28,9 @@ def test_regions_get_the_values_of_mmcv(aligned, sampling_ratio, size, memory_fo
     assert_relative(actual, expected, TOLERANCES[torch.float64])
 
 
-def test_no_regions_and_regions_that_are_not_finite_give_no_values():
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+def test_no_regions_and_regions_that_are_not_finite_give_no_values(bad):
     x = torch.randn(1, 5, HEIGHT, WIDTH)
     assert roi_align(x, torch.zeros(0, 5), (7, 7), SCALE).shape == (0, 5, 7, 7)
-    rois = torch.tensor([[0, torch.nan, 1, 4, 5]])
+    rois = torch.tensor([[0, bad, 1, 4, 5], [0, 1, 1, 4, bad], [0, bad, bad, bad, bad]])
     assert roi_align(x, rois, (7, 7), SCALE).abs().max() == 0
