@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prove and measure on a GPU all that the project claims for one, in about 25 minutes of an H200:
+# Prove and measure on a GPU all that the project claims for one:
 #     bash benchmarks/gpu.sh [--dry-run] [--results DIR] [STEP ...]
 # STEP is doctor, tests, operator, backbone, train, inference or detector; none is all. --dry-run runs the same commands on
 # the CPU at the smallest sizes, without compiling, and keeps no result. Needs torch, triton and timm; pytest for the tests,

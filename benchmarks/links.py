@@ -5,20 +5,21 @@ from collections.abc import Mapping
 from itertools import pairwise, product
 from typing import Any
 
-from benchmarks.record import latest
+from benchmarks.presets import is_beside
+from benchmarks.record import latest, table
 from benchmarks.rounds import is_timed
 
-# Published, in bytes a second of a GPU and direction: NVIDIA's data sheets of H100 and H200 (NVLink 4: 900 GB/s in both
+# Nominal, in bytes a second of a GPU and direction, by NVIDIA's data sheets: H100 and H200 (NVLink 4: 900 GB/s in both
 # directions together), ConnectX-7 (NDR, 400 Gb/s) and ConnectX-6 (HDR, 200 Gb/s); one adapter for each of 8 GPUs.
 NVLINK, ADAPTERS = 450e9, {'NDR': 50e9, 'HDR': 25e9}
 NODE = 8
-# Published, in seconds: what NCCL 2.28 itself reckons with for small messages (src/graph/tuning.cc, protocol LL) of a
-# tree (sums) and of a ring (gathering, scattering): a call, a step over NVLink, a step over the network.
+# Nominal, in seconds: latencies in NCCL's model of its own cost (src/graph/tuning.cc, protocol LL). A tree sums, a ring
+# gathers and scatters; each has a call, a step over NVLink, a step over the network.
 TREE, RING = (6.8e-6, 0.6e-6, 5.0e-6), (6.6e-6, 0.6e-6, 2.7e-6)
 
 
 def estimate(row: Mapping[str, Any], gpus: int, adapter: str = '') -> dict[str, float]:
-    """Return the seconds of a step that each kind of communication takes on GPUs; docs/scaling.md has the formulas.
+    """Estimate the seconds of a step that each kind of communication takes on GPUs; docs/scaling.md has the formulas.
 
     Args:
         row: Of `scaling.py`.
@@ -52,10 +53,8 @@ def tables() -> dict[str, str]:
 
 def sent(rows: list[dict[str, Any]]) -> str:
     """Return what was counted and measured on CPUs."""
-    lines = [
-        '| backbone | processes | gradients | share of a step | statistics | share of a step |',
-        f'|{" --- |" * 6}',
-    ]
+    columns = ['backbone', 'processes', 'gradients', 'share of a step', 'statistics', 'share of a step']
+    lines = []
     for row in rows:
         alone, gradients, both = row['collectives'].values()
         cells = [row['task']['arch'].upper(), str(row['processes'])]
@@ -63,28 +62,29 @@ def sent(rows: list[dict[str, Any]]) -> str:
         for (less, more), (before, after) in zip(pairwise((alone, gradients, both)), pairwise(medians), strict=True):
             calls, size = (more[key] - less[key] for key in ('calls', 'bytes'))
             cells += [f'{calls} calls, {size / 1e6:.2f} MB', f'{1 - before / after:.0%}' if after else 'not timed']
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join([*lines, ''])
+        lines.append(cells)
+    return table(columns, lines)
 
 
 def on_gpus(rows: list[dict[str, Any]]) -> str:
     """Return the estimate for GPUs."""
     columns = ['backbone', 'GPUs', 'gradients', 'FSDP', 'statistics', 'merged', 'first bottleneck', 'waits, of a step']
-    lines = [f'| {" | ".join(columns)} |', f'|{" --- |" * len(columns)}']
+    lines = []
     for arch, row in {row['task']['arch']: row for row in rows}.items():
         for gpus, adapter in ((NODE, ''), *product((64, 256), ADAPTERS)):
             found = estimate(row, gpus, adapter)
             times = [f'{seconds * 1e3:.1f} ms' for seconds in found.values()]
             first = max('gradients', 'statistics', key=lambda name: found[name])
             cells = [arch.upper(), f'{gpus} {adapter}'.strip(), *times, first, waiting(arch, found)]
-            lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join([*lines, ''])
+            lines.append(cells)
+    return table(columns, lines)
 
 
 def waiting(arch: str, found: Mapping[str, float]) -> str:
     """Return the share of a step that GPUs wait; `gpu.sh` measures the step of one, two images of 800x1344."""
     for record in latest(f'network-{arch}-train-2x3x800x1344-bf16-nvidia-*.json'):
-        times = [row['modes']['train']['seconds']['median'] for row in record['rows'] if is_timed(row)]
+        rows = [row for row in record['rows'] if is_timed(row) and not is_beside(row['name'])]
+        times = [row['modes']['train']['seconds']['median'] for row in rows]
         # Gradients are sent during the rest of the backward pass, which is two thirds of a step.
         wait = found['statistics'] + max(0.0, found['gradients'] - min(times) * 2 / 3)
         return f'{wait / (min(times) + wait):.0%} of {(min(times) + wait) * 1e3:.0f} ms'

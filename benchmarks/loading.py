@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.record import latest, make_parser, write_result
+from benchmarks.presets import is_beside
+from benchmarks.record import latest, make_parser, table, write_result
 from benchmarks.rounds import is_timed
 
 CONFIGS = {
@@ -35,19 +36,11 @@ CONFIGS = {
 DECODERS = ('cv2', 'turbojpeg', 'pillow')
 # Largest difference of a pixel from OpenCV's, of 255.
 LIMIT = 2
-# Images a second that comparable networks train with on a GPU. Published: Mask R-CNN with ResNet-50 on 8 V100, 0.261 s
-# for 16 images (Detectron2's model zoo). Estimated, a third of published inference, as backward takes twice as
-# long as forward: UPerNet with Swin-T on a V100, 21.06 (MMSegmentation's table), ConvNeXt-T on an A100, 1943.5 (its
-# paper).
-COCO = (16 / 0.261 / 8, 'Mask R-CNN with ResNet-50, V100')
-GPU = {
-    'COCO, one scale': COCO,
-    'COCO, many scales': COCO,
-    'ADE20K': (21.06 / 3, 'UPerNet with Swin-T, V100'),
-    'ImageNet': (1943.5 / 3, 'ConvNeXt-T, A100'),
+# Results of `gpu.sh`: training steps of networks that take these pipelines.
+STEPS = {
+    'COCO, one scale': 'detector-mask_rcnn_overlock_xt_1x-train-2x3x800x1344-nvidia-*.json',
+    'ImageNet': 'network-t-train-128x3x224x224-bf16-nvidia-*.json',
 }
-# Of a GPU that `gpu.sh` measured.
-OURS = 'network-t-train-128x3x224x224-bf16-nvidia-*.json'
 
 
 def timed(transform: Any, seconds: dict[str, float]) -> Any:
@@ -156,32 +149,28 @@ def tables(rows: Sequence[dict[str, Any]] | None = None) -> dict[str, str]:
     """Return the tables of docs/scaling.md by their names there, of the newest result if no rows are given."""
     if rows is None:
         rows = [row for record in latest('loading-*.json') for row in record['rows']]
-    columns = [
-        'pipeline',
-        'images a second and core',
-        'decode',
-        'annotations',
-        'resize',
-        'rest',
-        'a GPU takes',
-        'cores',
-    ]
-    lines = [f'| {" | ".join(columns)} |', f'|{" --- |" * len(columns)}']
-    decoders = ['| decoder of mmcv | images a second and core | largest difference from cv2 |', f'|{" --- |" * 3}']
-    eats = {name: [pair] for name, pair in GPU.items()}
-    for record in latest(OURS):
-        rates = [row['modes']['train']['images_per_second'] for row in record['rows'] if is_timed(row)]
-        eats['ImageNet'].append((max(rates), f'OverLoCK-T, {record["machine"]["gpu"]}, measured'))
+    timings = ['images a second and core', 'decode', 'annotations', 'resize', 'rest']
+    pipelines, decoders = [], []
     for row in filter(is_timed, rows):
         rate = 1 / statistics.median(row['times'])
         if 'decoder' in row:
-            decoders.append(f'| {row["decoder"]} | {rate:.0f} | {row["check"]["deviation"]["pixel"]} of 255 |')
-            continue
-        parts = [f'{seconds * 1e3:.1f} ms' for seconds in parts_of(row).values()]
-        for taken, source in eats[row['name']]:
-            cells = [row['name'], f'{rate:.0f}', *parts, f'{taken:.0f} ({source})', f'{taken / rate:.1f}']
-            lines.append(f'| {" | ".join(cells)} |')
-    return {f'table: {name}': '\n'.join([*table, '']) for name, table in (('loading', lines), ('decoders', decoders))}
+            decoders.append([row['decoder'], f'{rate:.0f}', f'{row["check"]["deviation"]["pixel"]} of 255'])
+        else:
+            parts = [f'{seconds * 1e3:.1f} ms' for seconds in parts_of(row).values()]
+            pipelines.append([row['name'], f'{rate:.0f}', *parts, *eaten(row['name'], rate)])
+    return {
+        'table: loading': table(['pipeline', *timings, 'a GPU takes', 'cores'], pipelines),
+        'table: decoders': table(['decoder of mmcv', timings[0], 'largest difference from cv2'], decoders),
+    }
+
+
+def eaten(name: str, rate: float) -> tuple[str, str]:
+    """Return what a GPU was measured to train with, images a second, and how many cores of a rate load that."""
+    for record in latest(STEPS.get(name, 'none')):
+        rows = [row for row in record['rows'] if is_timed(row) and not is_beside(row['name'])]
+        taken = max(row['modes']['train']['images_per_second'] for row in rows)
+        return f'{taken:.0f} ({record["machine"]["gpu"]})', f'{taken / rate:.1f}'
+    return 'not measured', ''
 
 
 def parse_args() -> argparse.Namespace:

@@ -81,6 +81,12 @@ def latest(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in found[-1:]]
 
 
+def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; without lines, a sentence."""
+    cells = [columns, ['---'] * len(columns), *lines]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in cells) if lines else 'Not measured yet.\n'
+
+
 def describe_machine(device: str, threads: int | None) -> dict[str, Any]:
     """Return processor, cores, threads of a worker and memory in bytes, and the GPU if it is used."""
     names = re.findall(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())

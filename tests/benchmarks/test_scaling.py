@@ -62,9 +62,12 @@ def test_tables_show_the_newest_result_and_the_step_of_a_gpu(results):
     assert line in tables['table: sent'].splitlines()
     estimates = tables['table: gpus'].splitlines()
     assert len(estimates) == 7 and 'no step measured' in estimates[2]
-    step = {'modes': {'train': {'seconds': {'median': 0.1}}}}
+    steps = [
+        {'name': name, 'modes': {'train': {'seconds': {'median': seconds}}}}
+        for name, seconds in (('deploy', 0.1), ('convnext_tiny', 0.05))
+    ]
     (results / 'network-xt-train-2x3x800x1344-bf16-nvidia-h200-20260101T000000.json').write_text(
-        json.dumps({'rows': [step, {'error': 'no such kernel'}]})
+        json.dumps({'rows': [*steps, {'error': 'no such kernel'}]})
     )
     waiting = links.estimate(ROW, 8)['statistics']
     assert f'{waiting / (0.1 + waiting):.0%} of {(0.1 + waiting) * 1e3:.0f} ms' in links.tables()['table: gpus']
@@ -92,16 +95,28 @@ def test_transforms_inside_a_choice_are_timed_by_name():
     assert pipeline(0) == 2 and 0.02 <= seconds['Busy'] < 0.1
 
 
-def test_pipelines_show_what_takes_their_time_and_how_many_cores_a_gpu_needs():
+def test_pipelines_show_what_takes_their_time_and_how_many_cores_a_measured_gpu_needs(results):
     parts = {'LoadImageFromFile': [0.002], 'RandomResize': [0.003], 'LoadAnnotations': [0.001], 'RandomFlip': [0.014]}
     rows = [
+        {'name': 'ImageNet', 'times': [0.02], 'transforms': parts, 'modes': {}},
         {'name': 'ADE20K', 'times': [0.02], 'transforms': parts, 'modes': {}},
         {'name': 'decode, pillow', 'decoder': 'pillow', 'times': [], 'error': 'not installed'},
     ]
     pipelines, decoders = loading.tables(rows).values()
-    cells = pipelines.splitlines()[-1].split(' | ')
-    assert cells[:6] == ['| ADE20K', '50', '2.0 ms', '1.0 ms', '3.0 ms', '14.0 ms'] and cells[7].startswith('0.1')
-    assert 'pillow' not in decoders
+    figures = '50 | 2.0 ms | 1.0 ms | 3.0 ms | 14.0 ms'
+    assert pipelines.splitlines()[3] == f'| ADE20K | {figures} | not measured |  |'
+    assert decoders == 'Not measured yet.\n'
+    steps = [
+        {'name': name, 'modes': {'train': {'images_per_second': rate}}}
+        for name, rate in (('deploy', 400), ('published', 100), ('convnext_tiny+compile', 900))
+    ]
+    name = loading.STEPS['ImageNet'].replace('*', 'h200-20260101T000000')
+    (results / name).write_text(json.dumps({'machine': {'gpu': 'H200'}, 'rows': steps}))
+    assert loading.tables(rows)['table: loading'].splitlines()[2].endswith('| 400 (H200) | 8.0 |')
+
+
+def test_tables_without_a_result_say_so(results):
+    assert {*links.tables().values(), *loading.tables().values()} == {'Not measured yet.\n'}
 
 
 @pytest.mark.slow
@@ -127,8 +142,9 @@ def test_pipelines_of_the_configurations_are_split_by_transform(monkeypatch, res
     assert loading.main() == 0
     (written,) = results.glob('loading-*.json')
     rows = {row['name']: row for row in json.loads(written.read_text())['rows']}
-    assert {*rows} == {*loading.GPU, *(f'decode, {name}' for name in loading.DECODERS)}
-    for name in loading.GPU:
+    pipelines = {*loading.CONFIGS, 'ImageNet'}
+    assert {*rows} == {*pipelines, *(f'decode, {name}' for name in loading.DECODERS)}
+    for name in pipelines:
         row = rows[name]
         assert sum(loading.parts_of(row).values()) == pytest.approx(row['times'][0]) and row['images'] >= 40
     assert {'LoadImageFromFile', 'RandomChoiceResize', 'RandomCrop'} <= {*rows['COCO, many scales']['transforms']}
