@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Measure time and memory of whole detectors and segmenters, in testing or in a training step, and of their parts.
 
-Each row runs in a process of its own; they take turns. Weights are random, with heads that find as many objects as the
-configuration keeps. In testing, maps and scores of the tuned models (in bfloat16 the maps alone) are compared with
-those of the model as built first: a row that deviates gets no speed. `OVERLOCK_DATA` names the folder of `coco_tiny`,
-whose photographs are taken where it is set; else images are noise.
+Each row runs in a process of its own; they take turns. Parts are those of one iteration before. Weights are random,
+with heads that find as many objects as the configuration keeps. In testing, maps and scores of the tuned models (in
+bfloat16 the maps alone) are compared with those of the model as built first: a row that deviates gets no speed.
+`OVERLOCK_DATA` names the folder of `coco_tiny`, whose photographs are taken where it is set; else images are noise.
 """
 
 import argparse

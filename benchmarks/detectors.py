@@ -121,6 +121,7 @@ class DetectorCase:
     def run(self, parts: bool = False) -> dict[str, Tensor]:
         """Run one iteration; return maps before the heads and sorted scores, or the seconds of each part."""
         self.maps.clear()
+        self.clock.on = parts
         self.clock.enter('other')
         self.clock.seconds.clear()
         data = dict(inputs=list(self.data['inputs']), data_samples=[x.clone() for x in self.data['data_samples']])

@@ -9,14 +9,20 @@ from torch import Tensor
 
 
 class Clock:
-    """The seconds of each part of a step; a part's backward pass begins when a gradient of its outputs arrives."""
+    """The seconds of each part of a step; a part's backward pass begins when a gradient of its outputs arrives.
+
+    Attributes:
+        on: Whether it runs; where it does not, a GPU need not be waited for at each part.
+    """
 
     def __init__(self, cuda: bool) -> None:
-        self.cuda, self.seconds, self.part = cuda, defaultdict[str, float](float), 'other'
+        self.cuda, self.seconds, self.part, self.on = cuda, defaultdict[str, float](float), 'other', False
         self.since = time.perf_counter()
 
     def enter(self, part: str) -> str:
         """Begin a part, and return the one that ends."""
+        if not self.on:
+            return self.part
         if self.cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -31,7 +37,7 @@ class Clock:
         def outer(*args: Any, **kwargs: Any) -> Any:
             before = self.enter(part)
             outs = inner(*args, **kwargs)
-            if torch.is_grad_enabled():
+            if self.on and torch.is_grad_enabled():
                 for out in tensors(outs):
                     if out.requires_grad:
                         out.register_hook(lambda grad: self.enter(f'{part}, backward') and None)

@@ -23,8 +23,8 @@ from overlock.utils.errors import UserError
 
 Model = TypeVar('Model', bound=nn.Module)
 
-# Below, transforming pixels or reading the kernel takes longer than the multiplications that it saves. Processor time of
-# one thread: 64 channels take 1.1 times as long as directly, 96 take 0.7 to 0.8 (50x84, 100x168 pixels); 8x8 pixels of
+# Below, transforming pixels or reading the kernel takes longer than the multiplications that it saves. Of the direct
+# one's processor time on one thread, 64 channels take 1.1, 96 take 0.7 to 0.8 (50x84 and 100x168 pixels); 8x8 pixels of
 # 128 to 512 channels take 1.0 to 1.6, 10x10 of 256 take 0.9.
 _WINOGRAD_CHANNELS, _WINOGRAD_PIXELS = 96, 100
 
