@@ -12,10 +12,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.layers import GRN, ChannelAffine, ConvFFN, DilatedReparamConv, LayerNorm2d
+from overlock.layers.conv import DepthwiseConv
 from overlock.models.blocks import DynamicBlock
 from overlock.models.overlock import Trunk
 from overlock.ops.contmix.inputs import Inputs
@@ -110,6 +111,7 @@ def _channel_affine(self: ChannelAffine, x: Tensor, addend: Tensor | None = None
 # Our other layers already compute what the authors' do, in the same steps.
 FORWARDS: dict[type, Callable[..., Tensor]] = {
     ConvFFN: _ffn,
+    DepthwiseConv: nn.Conv2d.forward,
     DilatedReparamConv: _dilated_conv,
     LayerNorm2d: _layer_norm,
     GRN: _grn,

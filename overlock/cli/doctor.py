@@ -184,9 +184,11 @@ def dilated_branches(remedies: list[str], quick: bool) -> Iterator[str]:
     import torch
 
     from overlock.layers.large_kernel import BRANCHES
-    from overlock.ops.dilated import BACKENDS
+    from overlock.ops.dilated import BACKENDS, EAGER_ASKED
     from overlock.ops.dilated_proof import deviation, make_inputs, step
 
+    if EAGER_ASKED:
+        yield 'not used: OVERLOCK_DILATED=eager'
     for device in _devices():
         backend = BACKENDS[device]
         if reason := backend.why_unsupported(torch.zeros(1, 1, 1, 1, device=device)):

@@ -1,15 +1,29 @@
-"""A convolution with its BatchNorm, and a depthwise convolution with its shortcut."""
+"""Depthwise convolutions, one of them with a shortcut, and a convolution with its BatchNorm."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_previous, set_conv
+from overlock.ops.depthwise import depthwise_conv2d
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether an operator may compute what this module does: no hooks watch it, and nothing replaced it."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    """Return whether an operator may compute what this module does: it has no hooks, and nothing replaced it."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks) and 'forward' not in vars(module)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution that keeps the size of the map."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int = 1, bias: bool = True) -> None:
+        padding = kernel_size // 2 * dilation
+        super().__init__(channels, channels, kernel_size, 1, padding, dilation, channels, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
 
 
 class ConvNorm(nn.Module):
@@ -25,13 +39,12 @@ class ConvNorm(nn.Module):
         kernel_size: int = 1,
         stride: int = 1,
         groups: int = 1,
-        dilation: int = 1,
         bias: bool = False,
         act: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        padding = kernel_size // 2 * dilation
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, 1, groups, bias)
         self.bn: nn.Module = nn.BatchNorm2d(out_channels)
         self.act = act or nn.Identity()
 

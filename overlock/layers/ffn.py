@@ -47,7 +47,8 @@ class ConvFFN(nn.Module):
     def _fuses(self, hidden: Tensor) -> bool:
         """Return whether one operator computes what comes after `fc1`."""
         kinds = {self.act: nn.GELU, self.dwconv: ResidualDWConv, self.grn: GRN, self.fc2: nn.Conv2d}
-        return feed_forward.takes(hidden) and all(is_plain(*pair) for pair in kinds.items())
+        are_plain = feed_forward.takes(hidden) and all(is_plain(*pair) for pair in kinds.items())
+        return are_plain and self.act.approximate == 'none'
 
     def switch_to_deploy(self) -> None:
         """Fold the shortcut of the depthwise convolution and the shift of GRN, in place and idempotently."""

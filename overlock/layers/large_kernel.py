@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, distributed, nn
 
-from overlock.layers.conv import ConvNorm
+from overlock.layers.conv import DepthwiseConv, is_plain
 from overlock.layers.fold import BatchNorm, bn_affine, fuse, set_conv
-from overlock.layers.sync_norm import CPUSyncBatchNorm, agrees, sum_over_processes, track
+from overlock.layers.sync_norm import CPUSyncBatchNorm, agrees, is_shared, sum_over_processes, track
 from overlock.ops import dilated
-from overlock.ops.depthwise import depthwise_conv2d, taps_of
+from overlock.ops.depthwise import compute_dtype, taps_of
 from overlock.ops.tracing import is_eager
 
 # (kernel size, dilation) of the branches beside a large kernel.
@@ -23,60 +23,81 @@ BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
 }
 
 
+class Branch(nn.Module):
+    """A depthwise convolution with its BatchNorm."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = DepthwiseConv(channels, kernel_size, dilation, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        y: Tensor = self.bn(self.conv(x))
+        return y
+
+
 class DilatedReparamConv(nn.Module):
     """A depthwise K x K convolution and dilated smaller ones, each with its BatchNorm, summed.
 
     In evaluation the sum equals one K x K convolution with a bias: `switch_to_deploy` merges it.
     """
 
-    branches: dict[str, ConvNorm]  # nn.ModuleDict does not tell the type of its values
+    branches: dict[str, Branch]  # nn.ModuleDict does not tell the type of its values
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         if kernel_size not in BRANCHES:
             raise ValueError(f'kernel_size must be one of {sorted(BRANCHES)}, got {kernel_size}')
-        self.conv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
+        self.conv = DepthwiseConv(channels, kernel_size, bias=False)
         self.bn: nn.Module = nn.BatchNorm2d(channels)
         self.branches = nn.ModuleDict()  # type: ignore[assignment]
         for size, dilation in BRANCHES[kernel_size]:
-            self.branches[f'k{size}_d{dilation}'] = ConvNorm(
-                channels, channels, size, groups=channels, dilation=dilation
-            )
+            self.branches[f'k{size}_d{dilation}'] = Branch(channels, size, dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         if self._fuses(x):
             return self._fused(x)
-        y = self.bn(depthwise_conv2d(x, self.conv.weight, self.conv.bias))
+        y: Tensor = self.bn(self.conv(x))
         for branch in self.branches.values():
-            y = y + branch.bn(depthwise_conv2d(x, branch.conv.weight, dilation=branch.conv.dilation[0]))
+            y = y + branch(x)
         return y
+
+    def _convs(self) -> list[DepthwiseConv]:
+        return [self.conv, *(branch.conv for branch in self.branches.values())]
 
     def _norms(self) -> list[nn.BatchNorm2d]:
         return [self.bn, *(branch.bn for branch in self.branches.values())]  # type: ignore[list-item]
 
     def _fuses(self, x: Tensor) -> bool:
-        """Return whether one operator computes this step: all BatchNorms normalize by the batch, in the same way."""
-        first, *others = self._norms()
+        """Return whether one operator computes this step."""
         synced = nn.SyncBatchNorm if x.is_cuda else CPUSyncBatchNorm
-        if type(first) not in (nn.BatchNorm2d, synced) or not (first.training and first.affine):
+        if type(self.bn) not in (nn.BatchNorm2d, synced) or not self.bn.training or not is_eager():
             return False
-        kinds = {(type(norm), norm.training, norm.affine, norm.eps) for norm in (first, *others)}
-        if len(kinds) > 1 or not is_eager():
-            return False
+        answer = self._is_uniform() and not dilated.why_unsupported(x)
         if not self._is_synced():
-            return x.numel() > x.shape[1] and not dilated.why_unsupported(x)
-        # Nothing may depend on the share or the machine of one process, or processes wait for each other.
-        if getattr(first, 'process_group', None) not in (None, distributed.group.WORLD):
+            return answer and x.numel() > x.shape[1]
+        if getattr(self.bn, 'process_group', None) not in (None, distributed.group.WORLD):
             return False
-        return agrees(not dilated.why_unsupported(x), (x.device.type, x.dtype), x.device)
+        # Nothing may depend on the share or the machine of one process, or processes wait for each other.
+        return agrees(self, answer, (x.device.type, compute_dtype(x)), x.device)
+
+    def _is_uniform(self) -> bool:
+        """Return whether all BatchNorms normalize by the batch, in the same way, and no module has hooks."""
+        norms = self._norms()
+        if not all(is_plain(norm, type(self.bn)) and norm.affine for norm in norms):
+            return False
+        settings = {(norm.training, norm.eps, getattr(norm, 'process_group', None)) for norm in norms}
+        plain = [is_plain(conv, DepthwiseConv) for conv in self._convs()]
+        plain += [is_plain(branch, Branch) for branch in self.branches.values()]
+        return len(settings) == 1 and all(plain)
 
     def _is_synced(self) -> bool:
-        return isinstance(self.bn, (CPUSyncBatchNorm, nn.SyncBatchNorm)) and distributed.is_initialized()
+        return isinstance(self.bn, (CPUSyncBatchNorm, nn.SyncBatchNorm)) and is_shared()
 
     def _fused(self, x: Tensor) -> Tensor:
-        norms = self._norms()
-        convs = [self.conv, *(branch.conv for branch in self.branches.values())]
+        convs, norms = self._convs(), self._norms()
         y, moments = dilated.dilated_norm(
             x,
             [conv.weight for conv in convs],

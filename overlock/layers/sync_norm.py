@@ -1,13 +1,14 @@
 """BatchNorm with the statistics of all processes of a run, on CPUs."""
 
 from collections.abc import Hashable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed, nn
 
 from overlock.layers.fold import BatchNorm
 
-_agreed: dict[Hashable, bool] = {}
+_agreed: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
 class CPUSyncBatchNorm(BatchNorm):
@@ -18,7 +19,7 @@ class CPUSyncBatchNorm(BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, ...) to the same shape; in training, normalize by the statistics of all processes."""
-        if not (self.training and distributed.is_initialized()):
+        if not (self.training and is_shared()):
             return super().forward(x)
         # Its import brings modules that only a distributed run needs.
         from torch.distributed.nn.functional import all_reduce
@@ -61,13 +62,23 @@ def sum_over_processes(t: Tensor) -> Tensor:
     return total
 
 
-def agrees(answer: bool, about: Hashable, device: torch.device) -> bool:
-    """Return whether all processes of a run answer yes; asked once about each thing, which all come to in one order."""
-    if about not in _agreed:
+def is_shared() -> bool:
+    """Return whether this run has several processes."""
+    return distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def agrees(layer: nn.Module, answer: bool, about: Hashable, device: torch.device) -> bool:
+    """Return whether all processes of a run answer yes.
+
+    They are asked once for each layer and thing that the answer is about, and again when a layer's answer changes. It
+    changes in all processes at once, or they wait for each other: who adds hooks in mid-run adds them in all.
+    """
+    found = _agreed.setdefault(layer, {})
+    if (about, answer) not in found:
         votes = torch.tensor(float(answer), device=device)
         distributed.all_reduce(votes, distributed.ReduceOp.MIN)
-        _agreed[about] = bool(votes)
-    return _agreed[about]
+        found[about, answer] = bool(votes)
+    return found[about, answer]
 
 
 def synchronize_on_cpus(model: nn.Module) -> None:

@@ -10,21 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.layers import DropPath
+from overlock.layers.conv import DepthwiseConv
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next, fold_into_previous
 from overlock.models.network import Block
-from overlock.ops.depthwise import depthwise_conv2d
-
-
-class DepthwiseConv(nn.Conv2d):
-    """A depthwise convolution that keeps the size of the map."""
-
-    def __init__(self, channels: int, kernel_size: int, dilation: int = 1) -> None:
-        padding = kernel_size // 2 * dilation
-        super().__init__(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
 
 
 class ElementScale(nn.Module):

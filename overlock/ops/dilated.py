@@ -13,6 +13,7 @@ and the backward pass computes the branches again, some channels at a time: no m
 `dilated_triton.py` do the work on CPUs and on GPUs.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,10 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops import dilated_cpp, dilated_triton
-from overlock.ops.depthwise import compute_dtype, taps_of
+from overlock.ops.depthwise import IGEMM_ASKED, compute_dtype, taps_of
 
 # What computes `moments`, `products` and `backward` on each type of device, as `_moments`, `_products` and `_backward`.
 BACKENDS: dict[str, ModuleType] = {'cpu': dilated_cpp, 'cuda': dilated_triton}
+
+# Whether the user turns the operator off.
+EAGER_ASKED = os.environ.get('OVERLOCK_DILATED') == 'eager'
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -66,10 +70,17 @@ def dilated_norm(
 
 
 def why_unsupported(x: Tensor) -> str:
-    """Return '' if the operator takes this map and was right in a small call for its device and dtype, or why not."""
+    """Return '' if the operator takes maps such as this one, and was right in a small call of it, or why not.
+
+    Of the map, only device and dtype count.
+    """
+    if EAGER_ASKED:
+        return 'OVERLOCK_DILATED=eager asks for one branch at a time'
+    if IGEMM_ASKED and x.is_cuda:
+        return 'OVERLOCK_IGEMM=1 asks for another operator'
     backend = BACKENDS.get(x.device.type)
-    if backend is None or not x.numel():
-        return 'it takes maps on CPUs and CUDA devices that are not empty'
+    if backend is None:
+        return 'it takes maps on CPUs and CUDA devices'
     if reason := backend.why_unsupported(x):
         return str(reason)
     # It is built on `dilated_norm`.

@@ -9,6 +9,9 @@ has the size, the dilation and the first tap of each branch, so that one kernel 
 import triton
 import triton.language as tl
 
+# Triton would compile kernels again where one of these is 1 or a multiple of 16, and they would be no faster.
+COUNTS = ('first', 'span')
+
 
 @triton.jit
 def _tile(height, width, C: tl.constexpr):
@@ -36,7 +39,8 @@ def _framed(f, rows, cols, C: tl.constexpr):
 def _strided(f, data, strides, unit, rows, cols, C: tl.constexpr):
     """Return pointers (PIXELS, LANES) to pixels of a map (B, C, H, W), and which channels there are, (1, LANES)."""
     channels = unit % f.BLOCKS * C.LANES + tl.arange(0, C.LANES)
-    offsets = (rows * strides[2] + cols * strides[3])[:, None] + (channels * strides[1])[None, :]
+    # The last pixels of a large map are farther than an int32 counts.
+    offsets = (rows.to(tl.int64) * strides[2] + cols * strides[3])[:, None] + (channels * strides[1])[None, :]
     return data + unit // f.BLOCKS * strides[0] + offsets, (channels < f.CHANNELS)[None, :]
 
 
@@ -110,7 +114,7 @@ def products(f, x, taps, branches, grad, strides, means, partial, C: tl.constexp
     tl.store(partial + tl.arange(0, C.LANES), tl.sum(slopes * z, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def branch_grad(f, x, taps, branches, grad, strides, coefficients, target, first, C: tl.constexpr):
     """Compute the gradient of a tile of a branch's map, c_0 grad + c_1 z + c_2: (units, branches), each in its frame.
 
@@ -130,7 +134,7 @@ def branch_grad(f, x, taps, branches, grad, strides, coefficients, target, first
     tl.store(target + _framed(f, rows, cols, C), dz.to(target.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def input_grad(f, dz, taps, branches, target, strides, first, count, C: tl.constexpr):
     """Sum the transposed convolutions of all `count` branches for a tile of the input's gradient."""
     unit, tile = _tile(f.H, f.W, C)
@@ -139,12 +143,13 @@ def input_grad(f, dz, taps, branches, target, strides, first, count, C: tl.const
     dz += unit * count * f.HEIGHT * f.WIDTH * C.LANES
     pixels, taps = _framed(f, rows, cols, C), _taps_of(f, taps, unit + first, C)
     for branch in range(count):
-        dx = _convolve(f, dz + branch * f.HEIGHT * f.WIDTH * C.LANES + pixels, taps, branches, branch, dx, -1, C)
+        dx = _convolve(f, dz + pixels, taps, branches, branch, dx, -1, C)
+        dz += f.HEIGHT * f.WIDTH * C.LANES
     pointers, there = _strided(f, target, strides, unit + first, rows, cols, C)
     tl.store(pointers, dx.to(target.dtype.element_ty), mask=live & there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tap_grad(f, x, dz, branches, groups, partial, first, count, total, span, C: tl.constexpr):
     """Sum gradient x shifted input over `span` tiles of a unit for TAPS taps: (units, parts, taps, LANES)."""
     tiles = tl.cdiv(f.H, C.ROWS) * tl.cdiv(f.W, C.COLS)

@@ -122,7 +122,8 @@ def backward(
         count, units = len(weights), _units(x, frame)
         groups = _groups(tuple(weight.shape[-1] for weight in weights), x.device)
         plane = count * frame.HEIGHT * frame.WIDTH * LANES
-        step = min(units, max(1, SCRATCH // (plane * x.element_size())))
+        # At least one, also of an empty map.
+        step = max(1, min(units, SCRATCH // (plane * x.element_size())))
         scratch = x.new_zeros(step, plane)
         tiles, most = _tiles(frame.H, frame.W), _tiles(frame.H, frame.W, SMALL_TILE)
         span = -(-most // min(most, -(-PROGRAMS // (step * len(groups)))))

@@ -20,7 +20,7 @@ def why_no_triton() -> str:
         return missing
     if torch.version.hip or not torch.cuda.is_available():
         return 'no CUDA device'
-    if not os.environ.get('CC') and not any(map(shutil.which, ('gcc', 'clang', 'cc'))):
+    if not _has_compiler():
         return 'Triton needs a C compiler, and there is no gcc, clang or cc; install one or set CC'
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
@@ -45,6 +45,12 @@ def _missing() -> str:
     if version and tuple(int(part) for part in version.split('.')[:2]) < OLDEST:
         return f'triton {version} is older than {OLDEST[0]}.{OLDEST[1]}'
     return ''
+
+
+# Kept: the layers of a network ask at every step.
+@cache
+def _has_compiler() -> bool:
+    return bool(os.environ.get('CC')) or any(map(shutil.which, ('gcc', 'clang', 'cc')))
 
 
 def interpreted() -> bool:

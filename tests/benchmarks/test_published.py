@@ -80,3 +80,11 @@ def test_published_pipeline_keeps_maps_contiguous():
     with torch.no_grad():
         twin(torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last))
     assert seen and all(seen)
+
+
+def test_gradients_of_published_convolutions_are_pytorchs_own(monkeypatch):
+    monkeypatch.setattr('overlock.layers.conv.depthwise_conv2d', lambda *arguments: 1 / 0)
+    model, image = OverLoCKBackbone(TINY), torch.randn(1, 3, 64, 64)
+    published(model)(image)
+    with pytest.raises(ZeroDivisionError):
+        model.eval()(image)

@@ -96,6 +96,9 @@ def test_dilated_branches_are_proved_timed_and_told_where_wrong(monkeypatch):
     assert re.fullmatch(
         r'cpp on cpu, float32: right, deviation .*; a step of 1x64x64x64 takes .* ms, one by one .* ms', line
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(dilated, 'EAGER_ASKED', True)
+        assert next(doctor.dilated_branches([], quick=True)) == 'not used: OVERLOCK_DILATED=eager'
     wrong = dilated_cpp.products
     monkeypatch.setattr(dilated_cpp, 'products', lambda *arguments: wrong(*arguments) * 1.01)
     (line,) = doctor.dilated_branches([], quick=True)

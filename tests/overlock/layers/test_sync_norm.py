@@ -1,11 +1,13 @@
 """Synchronized BatchNorm on CPUs: two processes give what one gives for all images."""
 
+import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
 from overlock.layers import DilatedReparamConv, sync_norm
 from overlock.layers.sync_norm import CPUSyncBatchNorm, synchronize_on_cpus
 from overlock.ops import dilated
+from overlock.ops.depthwise import compute_dtype
 
 # Shares of different sizes.
 SHARES = (slice(0, 3), slice(3, 5))
@@ -44,10 +46,24 @@ def _share(rank, folder):
     images = images[:1, :, : 1 + 2 * rank, : 1 + rank]
     other[2]._fuses = lambda x: False
     torch.save([_step(each, images, 1) for each in (fused, other)], f'{folder}/uneven{rank}.pth')
-    # Where the operator is wrong for one process, all run the branches one by one.
+    # One process has no images.
+    shares = [images[:0], images][:: 1 - 2 * rank]
+    torch.save([_step(each, shares[0], 1)[1:] for each in (fused, other)], f'{folder}/empty{rank}.pth')
+    # What one process cannot, none does: with hooks, in another dtype.
+    layer = fused[2]
+    assert layer._fuses(images) and layer._fuses(images[:0])
+    handle = layer.bn.register_forward_hook(lambda *_: None) if rank else None
     sync_norm._agreed.clear()
-    dilated.why_unsupported = lambda x: 'wrong' if rank else ''
-    assert not fused[2]._fuses(images) and not fused[2]._fuses(images)
+    assert not layer._fuses(images)
+    if handle:
+        handle.remove()
+    sync_norm._agreed.clear()
+    why_unsupported = dilated.why_unsupported
+    dilated.why_unsupported = lambda x: 'wrong' if rank and compute_dtype(x) == torch.float32 else why_unsupported(x)
+    narrow = images.float()
+    assert not layer._fuses(narrow) and not layer._fuses(narrow) and layer._fuses(images)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer._fuses(narrow)
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -67,6 +83,25 @@ def test_two_processes_give_the_output_statistics_and_gradients_of_one(tmp_path)
     for rank in (0, 1):
         fused, other = torch.load(tmp_path / f'uneven{rank}.pth')
         torch.testing.assert_close(fused, other, rtol=1e-10, atol=1e-10)
+        fused, other = torch.load(tmp_path / f'empty{rank}.pth')
+        torch.testing.assert_close(fused, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_run_of_one_process_refuses_one_value_a_channel_as_pytorch_does(tmp_path):
+    layers = [synced(nn.BatchNorm2d(3)), synced(DilatedReparamConv(3, 5))]
+    distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        for layer in layers:
+            with pytest.raises(ValueError, match='more than 1 value per channel'):
+                layer(torch.randn(1, 3, 1, 1))
+    finally:
+        distributed.destroy_process_group()
+
+
+def synced(module):
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    synchronize_on_cpus(module)
+    return module
 
 
 def test_one_process_needs_no_group():

@@ -1,5 +1,7 @@
 """The dilated branches as one operator equal their convolutions and BatchNorms one by one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -177,6 +179,36 @@ def test_norms_that_differ_run_one_by_one(monkeypatch):
     DilatedReparamConv(4, 7).eval()(x)
     with pytest.raises(AssertionError, match='fused'):
         DilatedReparamConv(4, 7).train()(x)
+
+
+@pytest.mark.parametrize('name', ['conv', 'bn', 'branches.k3_d2', 'branches.k3_d2.conv', 'branches.k3_d2.bn'])
+@pytest.mark.parametrize('kind', ['forward_hook', 'forward_pre_hook', 'full_backward_hook', 'forward'])
+def test_hooks_and_changes_of_the_modules_that_it_stands_for_are_respected(name, kind, monkeypatch):
+    one, other = pair(7, 4, torch.float64)
+    module, calls = one.get_submodule(name), []
+    if kind == 'forward':
+        module.forward = lambda x, forward=module.forward: calls.append(x) or forward(x)
+    else:
+        getattr(module, f'register_{kind}')(lambda *arguments: calls.append(arguments) and None)
+    x, grad = maps(2, 4, 9, 9)
+    ours = training_step(one, x, grad, True, monkeypatch)
+    assert len(calls) == 1
+    for actual, expected in zip(ours, training_step(other, x, grad, True, monkeypatch), strict=True):
+        assert_relative(actual, expected, 1e-10)
+
+
+def test_users_turn_it_off(monkeypatch):
+    monkeypatch.setattr(dilated, 'EAGER_ASKED', True)
+    assert dilated.why_unsupported(torch.zeros(1)) == 'OVERLOCK_DILATED=eager asks for one branch at a time'
+    monkeypatch.setattr(DilatedReparamConv, '_fused', lambda *arguments: 1 / 0)
+    DilatedReparamConv(4, 7).train()(torch.randn(2, 4, 9, 9))
+
+
+def test_gpus_take_the_package_that_users_ask_for_instead(monkeypatch):
+    monkeypatch.setattr(dilated, 'IGEMM_ASKED', True)
+    assert dilated.why_unsupported(torch.zeros(1)) == ''
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device('cuda'))
+    assert dilated.why_unsupported(on_gpu) == 'OVERLOCK_IGEMM=1 asks for another operator'
 
 
 def test_one_value_a_channel_is_refused_as_pytorch_refuses_it():

@@ -139,6 +139,15 @@ def test_means_far_from_zero_cost_no_digits_of_the_moments(device):
     assert_relative(squares, (exact - exact.mean(2, keepdim=True)).square().sum(2), 1e-2)
 
 
+def test_a_process_without_images_gives_zeros(device, poisoned):
+    x, weights, *_ = inputs((1, 17, 9, 5), device)
+    nothing, rows = x[:0], torch.ones(3, 3, 17, dtype=torch.float64, device=device)
+    assert all(moment.shape == (0, 3, 17) for moment in dilated_triton.moments(nothing, weights, DILATIONS))
+    sums = dilated_triton.products(nothing, nothing, weights, DILATIONS, rows[0], torch.zeros_like(rows[0, 0]))
+    grad_x, grad_taps = dilated_triton.backward(nothing, nothing, weights, DILATIONS, rows)
+    assert grad_x.shape == nothing.shape and not sums.any() and not grad_taps.any()
+
+
 def test_only_the_input_is_kept(device):
     x, *others = inputs((1, 16, 40, 40), device, torch.float32, sizes=(3,))
     kept = {}
@@ -157,7 +166,7 @@ def test_what_it_cannot_take_is_named(device, monkeypatch):
     x = torch.zeros(1, 1, 2, 2, device=device)
     monkeypatch.setattr(dilated_triton, 'interpreted', lambda: False)
     assert dilated.why_unsupported(x.double()) == 'it takes maps of at most float32'
-    assert dilated.why_unsupported(x[:0]) == 'it takes maps on CPUs and CUDA devices that are not empty'
+    assert dilated.why_unsupported(x.to('meta')) == 'it takes maps on CPUs and CUDA devices'
     monkeypatch.setattr(dilated_triton, 'why_no_triton', lambda: 'triton is not installed')
     assert dilated.why_unsupported(x) == 'triton is not installed'
 

@@ -123,7 +123,20 @@ def test_a_channel_of_zeros_has_finite_gradients():
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize('change', ['low precision', 'hook', 'replaced', 'traced', 'faked'])
+def test_autocast_in_the_backward_pass_alone_costs_no_digits():
+    torch.manual_seed(0)
+    layer, (x, grad) = ConvFFN(8, 32), maps(2, 8, 9, 9, dtype=torch.float32)
+    expected = torch.autograd.grad(layer(x), list(layer.parameters()), grad)
+    y = layer(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = torch.autograd.grad(y, list(layer.parameters()), grad)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+CHANGES = ['low precision', 'hook', 'backward hook', 'replaced', 'own forward', 'other GELU', 'traced', 'faked']
+
+
+@pytest.mark.parametrize('change', CHANGES)
 def test_what_it_does_not_take_runs_layer_by_layer(change, monkeypatch):
     def fail(*arguments):
         raise AssertionError('fused')
@@ -138,6 +151,15 @@ def test_what_it_does_not_take_runs_layer_by_layer(change, monkeypatch):
         layer.bfloat16()(x.bfloat16())
     elif change == 'hook':
         layer.dwconv.register_forward_hook(lambda *arguments: None)
+        layer(x)
+    elif change == 'backward hook':
+        layer.fc2.register_full_backward_hook(lambda *arguments: None)
+        layer(x)
+    elif change == 'own forward':
+        layer.grn.forward = lambda x, forward=layer.grn.forward: forward(x)
+        layer(x)
+    elif change == 'other GELU':
+        layer.act.approximate = 'tanh'
         layer(x)
     elif change == 'replaced':
         layer.fc2 = nn.Sequential(layer.fc2)
