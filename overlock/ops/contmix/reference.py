@@ -40,8 +40,11 @@ def mix(inputs: Inputs, logits: Tensor, aggregate: Callable[[Tensor, Tensor, int
 
 def aggregate_windows(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     """Sum values under tap weights; see `mix`."""
-    rows, cols = (windows(length, kernel_size, value.device) for length in value.shape[3:])
-    seen = value[:, :, :, rows[:, None, :, None], cols[None, :, None, :]].flatten(-2)
+    height, width = value.shape[3:]
+    rows, cols = (windows(length, kernel_size, value.device) for length in (height, width))
+    # (H, W, K, K) as one axis. Of gather alone the gradient is summed in one order on CPUs.
+    pixels = (rows[:, None, :, None] * width + cols[None, :, None, :]).flatten()
+    seen = value.flatten(3).gather(3, pixels.expand(*value.shape[:3], -1)).unflatten(3, (height, width, -1))
     return torch.einsum('bghwt,bgdhwt->bgdhw', weights, seen)
 
 
