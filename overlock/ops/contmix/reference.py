@@ -33,7 +33,7 @@ def mix(inputs: Inputs, logits: Tensor, aggregate: Callable[[Tensor, Tensor, int
         rows, cols = (offsets(length, size, rpb.device) for length in (height, width))
         # (H, W, K, K): query row, query column, tap row, tap column.
         index = rows[:, None, :, None] * (2 * size - 1) + cols[None, :, None, :]
-        weights = (half_logits + rpb.flatten(1)[:, index].flatten(3)).softmax(-1)
+        weights = (half_logits + take(rpb.flatten(1), index)).softmax(-1)
         halves.append(aggregate(weights, value.unflatten(1, (inputs.num_groups, -1)), size).flatten(1, 2))
     return torch.cat(halves, dim=1)
 
@@ -42,10 +42,15 @@ def aggregate_windows(weights: Tensor, value: Tensor, kernel_size: int) -> Tenso
     """Sum values under tap weights; see `mix`."""
     height, width = value.shape[3:]
     rows, cols = (windows(length, kernel_size, value.device) for length in (height, width))
-    # (H, W, K, K) as one axis. Of gather alone the gradient is summed in one order on CPUs.
-    pixels = (rows[:, None, :, None] * width + cols[None, :, None, :]).flatten()
-    seen = value.flatten(3).gather(3, pixels.expand(*value.shape[:3], -1)).unflatten(3, (height, width, -1))
+    seen = take(value.flatten(3), rows[:, None, :, None] * width + cols[None, :, None, :])
     return torch.einsum('bghwt,bgdhwt->bgdhw', weights, seen)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return (..., H, W, K^2), what an index (H, W, K, K) takes from the last axis."""
+    # Unlike that of indexing, the gradient of gather is summed in one order on CPUs.
+    taken = x.gather(-1, index.flatten().expand(*x.shape[:-1], -1))
+    return taken.unflatten(-1, index.shape).flatten(-2)
 
 
 def windows(length: int, kernel_size: int, device: torch.device | None = None) -> Tensor:
