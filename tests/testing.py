@@ -118,3 +118,14 @@ def in_form(model, form):
 
 def same(state, other):
     return list(state) == list(other) and all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def training_step(layer, x, grad, fused, monkeypatch) -> list[torch.Tensor]:
+    """Returns the output, the gradients of input and parameters, and the buffers after a step, `fused` or not."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with monkeypatch.context() as patch:
+        if not fused:
+            patch.setattr(type(layer), '_fuses', lambda layer, x: False)
+        y = layer(x)
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], grad.to(y.dtype))
+    return [y.detach(), *gradients, *(buffer.clone() for buffer in layer.buffers())]

@@ -113,7 +113,6 @@ def devices(remedies: list[str]) -> Iterator[str]:
 
 def backends(remedies: list[str], quick: bool) -> Iterator[str]:
     """Prove each backend of ContMix that can run here, and time it."""
-
     from overlock.ops.contmix.dispatch import FUSED, explain
     from overlock.ops.contmix.proof import deviation
 

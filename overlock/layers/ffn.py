@@ -24,18 +24,18 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         hidden = self.fc1(x)
-        if hidden.requires_grad and not self._fuses(hidden) and is_eager():
-            # Keep one wide map for the backward pass: the four after it are cheap to compute again.
-            return checkpoint(self.rest, hidden, use_reentrant=False, preserve_rng_state=False)
-        return self.rest(hidden)
-
-    def rest(self, hidden: Tensor) -> Tensor:
-        """Map the output of `fc1` (B, hidden, H, W) to (B, C, H, W)."""
         if self._fuses(hidden):
             norm, last = self.grn, self.fc2
             taps, bias = self.dwconv.kernels(), self.dwconv.bias
             assert last.bias is not None
             return feed_forward.feed_forward(hidden, taps, bias, norm.gamma, norm.beta, last.weight, last.bias)
+        if hidden.requires_grad and is_eager():
+            # Keep one wide map for the backward pass: the four after it are cheap to compute again.
+            return checkpoint(self.rest, hidden, use_reentrant=False, preserve_rng_state=False)
+        return self.rest(hidden)
+
+    def rest(self, hidden: Tensor) -> Tensor:
+        """Map the output of `fc1` (B, hidden, H, W) to (B, C, H, W), layer by layer."""
         y = self.dwconv(self.act(hidden))
         if self.grn.beta is None and is_eager() and len(y) == 1:
             # One sample has one scale: it goes into the weights, which are smaller than the map. On two AVX-512 cores

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from overlock.ops.compiled import why_not_compiled
-from overlock.ops.depthwise import pack_taps, pixels, taps_of, weight_gradient
+from overlock.ops.depthwise import pack_taps, pad_lanes, pixels, taps_of, weight_gradient
 
 NAME = 'cpp'
 
@@ -43,8 +42,7 @@ def backward(
     wide = torch.promote_types(x.dtype, torch.float32)
     sizes = [weight.shape[-1] for weight in weights]
     taps = pack_taps(weights, wide)
-    packed = F.pad(coefficients.to(wide), (0, taps.shape[1] - x.shape[1])).contiguous()
     grad_x, grad_taps = torch.ops.overlock_cpu.depthwise_backward(
-        pixels(x, wide), pixels(grad, wide), taps, sizes, dilations, *packed
+        pixels(x, wide), pixels(grad, wide), taps, sizes, dilations, *pad_lanes(coefficients.to(wide))
     )
     return grad_x.permute(0, 3, 1, 2).to(x.dtype), grad_taps.sum(0)[:, : x.shape[1]].T.contiguous()

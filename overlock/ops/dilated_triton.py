@@ -29,10 +29,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from overlock.ops.compiled import LANES
-from overlock.ops.depthwise import pack_taps
+from overlock.ops.depthwise import pack_taps, pad_lanes
 from overlock.ops.gpu import interpreted, why_no_triton, why_not_on_gpu
 
 NAME = 'triton'
@@ -105,7 +104,7 @@ def products(
         tiles = _tiles(frame.H, frame.W)
         partial = taps.new_empty(len(weights), len(x), frame.BLOCKS, tiles, LANES)
         grid = _units(x, frame) * tiles, len(weights)
-        means = _padded(mean, taps)
+        means = pad_lanes(mean.to(taps.dtype))
         packed = _pack(x, frame)
         _launch('products', grid, frame, packed, taps, branches, grad, grad.stride(), means, partial)
         found = _channels(partial.sum(3, dtype=torch.float64), x).sum(0)
@@ -118,7 +117,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(x):
         frame, branches, taps = _prepare(x, weights, dilations)
-        packed, factors, grad_x = _pack(x, frame), _padded(coefficients, taps), torch.empty_like(x)
+        packed, factors, grad_x = _pack(x, frame), pad_lanes(coefficients.to(taps.dtype)), torch.empty_like(x)
         count, units = len(weights), _units(x, frame)
         groups = _groups(tuple(weight.shape[-1] for weight in weights), x.device)
         plane = count * frame.HEIGHT * frame.WIDTH * LANES
@@ -171,11 +170,6 @@ def _pack(x: Tensor, frame: Frame) -> Tensor:
     target = x.new_empty(_units(x, frame), frame.HEIGHT, frame.WIDTH, LANES)
     _launch('pack', (len(target) * _tiles(frame.HEIGHT, frame.WIDTH),), frame, x, x.stride(), target)
     return target
-
-
-def _padded(x: Tensor, taps: Tensor) -> Tensor:
-    """Return (..., C) with as many channels as the taps, and their dtype."""
-    return F.pad(x.to(taps.dtype), (0, taps.shape[1] - x.shape[-1])).contiguous()
 
 
 def _channels(sums: Tensor, x: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ def grn_scale(norm: Tensor, gamma: Tensor) -> Tensor:
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type='cpu')
     def forward(
         ctx: Any,
         x: Tensor,
@@ -83,56 +84,43 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # It may be on for the backward pass alone.
-        with torch.autocast('cpu', enabled=False):
-            return _gradients(grad, *ctx.saved_tensors)
-
-
-def _gradients(
-    grad: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor,
-    gamma: Tensor,
-    beta: Tensor | None,
-    weight: Tensor,
-    norm: Tensor,
-) -> tuple[Tensor | None, ...]:
-    operands = _pack(x, taps, bias)
-    y, _ = torch.ops.overlock_cpu.gelu_conv(*operands)
-    slopes = pixels(grad, grad.dtype)
-    # Of the scaled weights of each sample, (B, C, D).
-    grad_scaled = slopes.flatten(1, 2).mT @ y.flatten(1, 2)
-    del y
-    with torch.enable_grad():
-        leaves = [t.detach().double().requires_grad_() for t in (norm, gamma)]
-        scales = grn_scale(*leaves)
-    matrix = weight.flatten(1)
-    grad_scale = (grad_scaled * matrix).sum(1, dtype=torch.float64)[..., None, None]
-    grad_norm, grad_gamma = torch.autograd.grad(scales, leaves, grad_scale)
-    scale = scales.detach().to(x.dtype).flatten(1)
-    by_map = (grad_norm / norm).masked_fill_(norm == 0, 0).to(x.dtype).flatten(1)
-    grad_z = F.conv2d(slopes.permute(0, 3, 1, 2), weight.transpose(0, 1))
-    grad_x, sums = torch.ops.overlock_cpu.gelu_conv_backward(
-        operands[0], pixels(grad_z, x.dtype), *operands[1:], pad_lanes(scale), pad_lanes(by_map)
-    )
-    grad_taps, grad_bias = sums.sum((0, 1))[:, : x.shape[1]].split((9, 1))
-    grad_out_bias = slopes.sum((0, 1, 2))
-    grad_weight = (grad_scaled * scale.unsqueeze(1)).sum(0)
-    grad_beta = None
-    if beta is not None:
-        grad_weight.addr_(grad_out_bias, beta.flatten())
-        grad_beta = (grad_out_bias @ matrix).view_as(beta)
-    return (
-        grad_x.permute(0, 3, 1, 2),
-        grad_taps.T.reshape_as(taps),
-        grad_bias[0],
-        grad_gamma.to(gamma.dtype),
-        grad_beta,
-        grad_weight.view_as(weight),
-        grad_out_bias,
-    )
+    @torch.amp.custom_bwd(device_type='cpu')
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, taps, bias, gamma, beta, weight, norm = ctx.saved_tensors
+        operands = _pack(x, taps, bias)
+        y, _ = torch.ops.overlock_cpu.gelu_conv(*operands)
+        slopes = pixels(grad, grad.dtype)
+        # Of the scaled weights of each sample, (B, C, D).
+        grad_scaled = slopes.flatten(1, 2).mT @ y.flatten(1, 2)
+        del y
+        with torch.enable_grad():
+            leaves = [t.detach().double().requires_grad_() for t in (norm, gamma)]
+            scales = grn_scale(*leaves)
+        matrix = weight.flatten(1)
+        grad_scale = (grad_scaled * matrix).sum(1, dtype=torch.float64)[..., None, None]
+        grad_norm, grad_gamma = torch.autograd.grad(scales, leaves, grad_scale)
+        scale = scales.detach().to(x.dtype).flatten(1)
+        by_map = (grad_norm / norm).masked_fill_(norm == 0, 0).to(x.dtype).flatten(1)
+        grad_z = F.conv2d(slopes.permute(0, 3, 1, 2), weight.transpose(0, 1))
+        grad_x, sums = torch.ops.overlock_cpu.gelu_conv_backward(
+            operands[0], pixels(grad_z, x.dtype), *operands[1:], pad_lanes(scale), pad_lanes(by_map)
+        )
+        grad_taps, grad_bias = sums.sum((0, 1))[:, : x.shape[1]].split((9, 1))
+        grad_out_bias = slopes.sum((0, 1, 2))
+        grad_weight = (grad_scaled * scale.unsqueeze(1)).sum(0)
+        grad_beta = None
+        if beta is not None:
+            grad_weight.addr_(grad_out_bias, beta.flatten())
+            grad_beta = (grad_out_bias @ matrix).view_as(beta)
+        return (
+            grad_x.permute(0, 3, 1, 2),
+            grad_taps.T.reshape_as(taps),
+            grad_bias[0],
+            grad_gamma.to(gamma.dtype),
+            grad_beta,
+            grad_weight.view_as(weight),
+            grad_out_bias,
+        )
 
 
 def _pack(x: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,6 +35,11 @@ def largest_deviation(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float
     return float(torch.stack(deviations).max())
 
 
+def probe(out: Tensor) -> Tensor:
+    """Return a gradient for an output: neither that of a sum nor of a mean, which are the same at each pixel."""
+    return torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out)
+
+
 def is_right(claim: Claim, deviation: Callable[[str], float]) -> bool:
     """Return whether a backend is within `LIMITS` of the reference: by a call of it, once a process for each claim.
 

@@ -12,20 +12,9 @@ from overlock.layers.large_kernel import BRANCHES
 from overlock.ops import dilated
 from overlock.ops.compiled import why_not_compiled
 from overlock.ops.depthwise import weight_gradient
-from tests.testing import TOLERANCES, assert_relative, randomise
+from tests.testing import TOLERANCES, assert_relative, randomise, training_step
 
 pytestmark = pytest.mark.skipif(bool(why_not_compiled()), reason='cpp: ' + why_not_compiled())
-
-
-def training_step(layer, x, grad, fused, monkeypatch):
-    """Return the output, the gradients of input and parameters, and the buffers after a step."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    with monkeypatch.context() as patch:
-        if not fused:
-            patch.setattr(DilatedReparamConv, '_fuses', lambda layer, x: False)
-        y = layer(x)
-    gradients = torch.autograd.grad(y, [x, *layer.parameters()], grad.to(y.dtype))
-    return [y.detach(), *gradients, *(buffer.clone() for buffer in layer.buffers())]
 
 
 def pair(kernel_size, channels, dtype, **norm):
