@@ -40,6 +40,7 @@ def run(quick: bool) -> int:
         ('devices', devices(remedies)),
         ('ContMix', backends(remedies, quick)),
         ('dilated branches in training', dilated_branches(remedies, quick)),
+        ('feed-forward part', feed_forward_part(remedies)),
         ('mmcv', mmcv_operators(remedies)),
         ('folders', folders(remedies)),
     ):
@@ -203,6 +204,20 @@ def dilated_branches(remedies: list[str], quick: bool) -> Iterator[str]:
                 fused, eager = (_seconds(partial(step, tensors, branches, on), device) * 1e3 for on in (True, False))
                 told += f'; a step of 1x64x64x64 takes {fused:.2f} ms, one by one {eager:.2f} ms'
             yield told
+
+
+def feed_forward_part(remedies: list[str]) -> Iterator[str]:
+    """Prove the operator of the feed-forward part on the CPU."""
+    import torch
+
+    from overlock.ops.compiled import why_not_compiled
+    from overlock.ops.feed_forward_proof import deviation
+
+    if reason := why_not_compiled():
+        yield f'cpp: {reason}'
+        return
+    call = partial(deviation, 'cpp', torch.float32)
+    yield _proved('cpp on cpu, float32', call, torch.float32, 'its layers run one by one instead', remedies)[1]
 
 
 def times(backend: str, device: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:

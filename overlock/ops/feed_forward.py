@@ -43,12 +43,20 @@ def feed_forward(
 
 
 def takes(x: Tensor) -> bool:
-    """Return whether the operator takes this map: on a CPU, in float32 or float64, and not of few pixels."""
+    """Return whether the operator takes this map: on a CPU, in float32 or float64, and not of few pixels.
+
+    The first map of a dtype proves it, see `overlock.ops.proof`.
+    """
     # A dispatch mode counts or fakes PyTorch's operators, and knows none of ours.
     if x.device.type != 'cpu' or not is_eager() or _get_current_dispatch_mode() is not None or why_not_compiled():
         return False
     is_wide = x.dtype == torch.float64 or (x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'))
-    return is_wide and len(x) > 0 and x.shape[2] * x.shape[3] >= MIN_PIXELS
+    if not (is_wide and len(x) > 0 and x.shape[2] * x.shape[3] >= MIN_PIXELS):
+        return False
+    # It is built on `feed_forward`.
+    from overlock.ops.feed_forward_proof import is_right
+
+    return is_right(x.dtype)
 
 
 def grn_scale(norm: Tensor, gamma: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from overlock.cli import doctor, main
-from overlock.ops import dilated, dilated_cpp
+from overlock.ops import dilated, dilated_cpp, feed_forward
 from overlock.ops.contmix import cpp, eager
 from overlock.ops.contmix.proof import deviation
 from overlock.ops.proof import LIMITS
@@ -108,3 +108,13 @@ def test_dilated_branches_are_proved_timed_and_told_where_wrong(monkeypatch):
     monkeypatch.setattr(dilated_cpp, 'why_unsupported', lambda x: 'no CUDA device')
     monkeypatch.setattr(torch, 'zeros', lambda *size, device: None)
     assert [*doctor.dilated_branches(remedies, quick=True)] == ['cpp: no CUDA device'] and not remedies
+
+
+@pytest.mark.skipif(bool(cpp.why_unavailable()), reason='the C++ operators are not compiled')
+def test_the_feed_forward_part_is_proved_and_told_where_wrong(monkeypatch):
+    remedies, right = [], feed_forward.feed_forward
+    (line,) = doctor.feed_forward_part(remedies)
+    assert line.startswith('cpp on cpu, float32: right, deviation ') and not remedies
+    monkeypatch.setattr(feed_forward, 'feed_forward', lambda *tensors: right(*tensors) * 1.001)
+    (line,) = doctor.feed_forward_part(remedies)
+    assert line.startswith('cpp on cpu, float32: WRONG, ') and 'one by one instead' in remedies[0]

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from overlock.layers import ConvFFN
-from overlock.ops import feed_forward
+from overlock.ops import feed_forward, proof
 from overlock.ops.compiled import why_not_compiled
 from tests.testing import assert_relative, randomise, training_step
 
@@ -132,8 +132,9 @@ def test_what_it_does_not_take_runs_layer_by_layer(change, monkeypatch):
     def fail(*arguments):
         raise AssertionError('fused')
 
-    monkeypatch.setattr(feed_forward, 'feed_forward', fail)
     layer, (x, _) = ConvFFN(8, 32), maps(1, 8, 9, 9, dtype=torch.float32)
+    layer(x)  # proves it
+    monkeypatch.setattr(feed_forward, 'feed_forward', fail)
     with pytest.raises(AssertionError, match='fused'):
         layer(x)
     if change == 'low precision':
@@ -160,3 +161,14 @@ def test_what_it_does_not_take_runs_layer_by_layer(change, monkeypatch):
             assert layer(mode.from_tensor(x)).shape == x.shape
     else:
         torch.jit.trace(layer.eval(), x, check_trace=False)
+
+
+def test_a_wrong_operator_is_told_once_and_the_layers_run(monkeypatch, caplog):
+    layer, (hidden, _), right = ConvFFN(8, 32), maps(2, 32, 9, 9, dtype=torch.float32), feed_forward.feed_forward
+    monkeypatch.setattr(proof, '_proofs', {})
+    assert layer._fuses(hidden) and not caplog.messages
+    monkeypatch.setattr(proof, '_proofs', {})
+    monkeypatch.setattr(feed_forward, 'feed_forward', lambda *tensors: right(*tensors) * 1.001)
+    assert not layer._fuses(hidden) and not layer._fuses(hidden)
+    (message,) = caplog.messages
+    assert message.startswith('The feed-forward backend cpp on cpu in float32 deviates from the reference by 1.0e-03')
