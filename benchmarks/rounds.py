@@ -9,7 +9,6 @@ import argparse
 import ctypes
 import gc
 import multiprocessing
-import os
 import re
 import time
 import traceback
@@ -23,6 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+
+from overlock.utils.threads import wait_briefly
 
 CONTEXT = multiprocessing.get_context('spawn')
 # A gradient is compared relative to its norm, or to this share of the largest norm where that is more: the gradient of
@@ -207,8 +208,7 @@ def measure(
         A row for each task: 'name', 'task', 'threads', 'facts', 'check', and 'modes' with 'memory', 'times', 'seconds'
         and on a GPU 'kernel_seconds' for each mode, or 'error'.
     """
-    # OpenMP's threads would otherwise spin while another worker has its turn.
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    wait_briefly()
     rows: list[dict[str, Any]] = [{'name': name, 'task': dict(task)} for name, task in tasks.items()]
     workers = {}
     with ExitStack() as stack:

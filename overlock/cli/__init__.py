@@ -14,6 +14,7 @@ from types import ModuleType
 
 from overlock import __version__
 from overlock.utils.distributed import exit_on_user_error
+from overlock.utils.threads import wait_briefly
 
 # Names of subcommands and what they do, in the order of the help.
 COMMANDS = {
@@ -56,6 +57,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
     parser = argparse.ArgumentParser(prog, description=command.__doc__)
     command.add_options(parser)
     options = vars(parser.parse_args(arguments))
+    wait_briefly()
     with exit_on_user_error():
         return command.run(**options) or 0
 

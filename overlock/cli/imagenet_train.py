@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
 
@@ -34,8 +33,6 @@ def run(
     from imagenet_overlock.recipe import load_recipe
 
     recipe = load_recipe(config, settings)
-    # Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     from imagenet_overlock.distributed import log_to_terminal
     from imagenet_overlock.train import train
 

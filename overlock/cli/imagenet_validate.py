@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 
@@ -28,8 +27,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(**options: Any) -> None:
-    # Threads that wait spin by default, and on cores that other programs use too a step then takes ten times as long.
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     from imagenet_overlock.distributed import is_first_process, log_to_terminal
     from imagenet_overlock.validate import validate
 
