@@ -7,8 +7,10 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # This checkout's code, though an environment of your own may have the package from elsewhere.
 RUN = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" '$(VENV)/bin/python'
 BIN = $(abspath $(VENV))/bin
-# As overlock/utils/threads.py.
+# As overlock/utils/threads.py, also for what does not call it.
+ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 30000
+endif
 # Without bytecode on disk every process compiles torch and OpenMMLab anew, which takes several seconds.
 unexport PYTHONDONTWRITEBYTECODE
 # Two processes with a thread each; files stay whole, as some share a trained network.

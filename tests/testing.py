@@ -121,7 +121,7 @@ def same(state, other):
 
 
 def training_step(layer, x, grad, fused, monkeypatch) -> list[torch.Tensor]:
-    """Returns the output, the gradients of input and parameters, and the buffers after a step, `fused` or not."""
+    """Return the output, the gradients of input and parameters, and the buffers after a step, `fused` or not."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with monkeypatch.context() as patch:
         if not fused:
