@@ -1,6 +1,6 @@
 """The small layers that blocks are made of."""
 
-from overlock.layers.conv import ConvNorm, ResidualDWConv
+from overlock.layers.conv import ConvNorm, PointwiseConv, ResidualDWConv
 from overlock.layers.ffn import ConvFFN
 from overlock.layers.large_kernel import DilatedReparamConv
 from overlock.layers.norm import GRN, LayerNorm2d
@@ -14,6 +14,7 @@ __all__ = [
     'DropPath',
     'GRN',
     'LayerNorm2d',
+    'PointwiseConv',
     'ResidualDWConv',
     'SqueezeExcite',
 ]

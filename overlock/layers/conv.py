@@ -1,4 +1,4 @@
-"""Depthwise convolutions, one of them with a shortcut, and a convolution with its BatchNorm."""
+"""Depthwise convolutions, one of them with a shortcut, the 1x1 convolution, and a convolution with its BatchNorm."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_previous, set_conv
 from overlock.ops.depthwise import depthwise_conv2d
+from overlock.ops.pointwise import pointwise_conv2d
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -26,6 +27,17 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C_in, H, W) to (B, C_out, H, W)."""
+        return pointwise_conv2d(x, self.weight, self.bias)
+
+
 class ConvNorm(nn.Module):
     """A convolution, then BatchNorm, then an optional activation.
 
@@ -44,7 +56,10 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         padding = kernel_size // 2
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, 1, groups, bias)
+        if (kernel_size, stride, groups) == (1, 1, 1):
+            self.conv: nn.Conv2d = PointwiseConv(in_channels, out_channels, bias)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, 1, groups, bias)
         self.bn: nn.Module = nn.BatchNorm2d(out_channels)
         self.act = act or nn.Identity()
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from overlock.layers.conv import PointwiseConv
+
 
 class ChannelAffine(nn.Module):
     """`weight * x + bias` for each channel, plus another map if one is given.
@@ -41,9 +43,9 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(channels // 8, 16)
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc1 = PointwiseConv(channels, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
+        self.fc2 = PointwiseConv(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""

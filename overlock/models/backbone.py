@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from overlock.layers import ChannelAffine, LayerNorm2d
+from overlock.layers import ChannelAffine, LayerNorm2d, PointwiseConv
 from overlock.layers.fold import fold_into_previous
 from overlock.models.arch import Arch
 from overlock.models.dense import DenseBackbone, check_out_indices
@@ -63,7 +63,7 @@ class OverLoCKBackbone(DenseBackbone, Trunk):
         self.overview_residual = overview_residual and 3 in indices
         if self.overview_residual:
             self.output_norms['overview'] = LayerNorm2d(self.arch.embed_dims[3])
-            self.overview_proj = nn.Conv2d(self.arch.embed_dims[3], channels[3], 1)
+            self.overview_proj = PointwiseConv(self.arch.embed_dims[3], channels[3])
             self.overview_scale: ChannelAffine | nn.Identity = ChannelAffine(channels[3], init_value=1e-5)
         self.init_parameters()
         if deploy:

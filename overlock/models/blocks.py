@@ -11,6 +11,7 @@ from overlock.layers import (
     DilatedReparamConv,
     DropPath,
     LayerNorm2d,
+    PointwiseConv,
     ResidualDWConv,
     SqueezeExcite,
 )
@@ -103,7 +104,7 @@ class DynamicBlock(MixingBlock):
             hidden=channels * mlp_ratio,
             fusion=nn.Sequential(
                 ConvNorm(width, width, 3, groups=width, bias=True, act=nn.GELU()),
-                nn.Conv2d(width, channels, 1),
+                PointwiseConv(width, channels),
                 GRN(channels),
             ),
             drop_path_rate=drop_path_rate,

@@ -13,6 +13,7 @@ from overlock.layers import (
     DilatedReparamConv,
     DropPath,
     LayerNorm2d,
+    PointwiseConv,
     ResidualDWConv,
     SqueezeExcite,
 )
@@ -89,7 +90,7 @@ class MixingBlock(Block):
         self.local = nn.Sequential(DilatedReparamConv(channels, local_kernel_size), nn.BatchNorm2d(channels))
         self.se = SqueezeExcite(channels)
         self.gate = ConvNorm(channels, channels, act=nn.SiLU())
-        self.proj = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 1))
+        self.proj = nn.Sequential(nn.BatchNorm2d(channels), PointwiseConv(channels, width))
         self.ls1 = scale()
         self.dwconv2 = ResidualDWConv(width)
         self.norm2 = LayerNorm2d(width)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.layers import DropPath
+from overlock.layers import DropPath, PointwiseConv
 from overlock.layers.conv import DepthwiseConv
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next, fold_into_previous
 from overlock.models.network import Block
+from overlock.ops.pointwise import pointwise_conv2d
 
 
 class ElementScale(nn.Module):
@@ -36,7 +37,7 @@ class MultiOrderDWConv(nn.Module):
         self.DW_conv0 = DepthwiseConv(channels, 5)
         self.DW_conv1 = DepthwiseConv(self.groups[1], 5, dilation=2)
         self.DW_conv2 = DepthwiseConv(self.groups[2], 7, dilation=3)
-        self.PW_conv = nn.Conv2d(channels, channels, 1)
+        self.PW_conv = PointwiseConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
@@ -49,10 +50,10 @@ class MultiOrderGatedAggregation(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.proj_1 = nn.Conv2d(channels, channels, 1)
-        self.gate = nn.Conv2d(channels, channels, 1)
+        self.proj_1 = PointwiseConv(channels, channels)
+        self.gate = PointwiseConv(channels, channels)
         self.value = MultiOrderDWConv(channels)
-        self.proj_2 = nn.Conv2d(channels, channels, 1)
+        self.proj_2 = PointwiseConv(channels, channels)
         self.sigma = ElementScale(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,10 +79,10 @@ class ChannelAggregationFFN(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc1 = PointwiseConv(channels, hidden)
         self.dwconv = DepthwiseConv(hidden, 3)
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
-        self.decompose = nn.Conv2d(hidden, 1, 1)
+        self.fc2 = PointwiseConv(hidden, channels)
+        self.decompose = PointwiseConv(hidden, 1)
         self.sigma = ElementScale(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ class ChannelAggregationFFN(nn.Module):
         # All but `common` is linear: scaling the weights of fc2 saves three passes over the wide map.
         weight = self.fc2.weight
         scaled = weight * self.sigma.scale
-        return F.conv2d(hidden, weight + scaled, self.fc2.bias) - F.conv2d(common, scaled.sum(1, keepdim=True))
+        wide = pointwise_conv2d(hidden, weight + scaled, self.fc2.bias)
+        return wide - pointwise_conv2d(common, scaled.sum(1, keepdim=True))
 
 
 class MogaBlock(Block):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.layers import ConvNorm
+from overlock.layers import ConvNorm, PointwiseConv
 from overlock.layers.fold import BatchNorm, bn_affine, fold_into_next
 from overlock.models.arch import Arch, get_arch
 from overlock.models.blocks import DynamicBlock, StaticBlock
@@ -93,7 +93,7 @@ class FocusNet(nn.Module):
     def __init__(self, arch: Arch, rates: Sequence[Sequence[float]], contmix_backend: str = 'auto') -> None:
         super().__init__()
         _, _, c3, c4 = arch.embed_dims
-        self.context_proj = nn.Conv2d(c4, arch.context_dims, 1)
+        self.context_proj = PointwiseConv(c4, arch.context_dims)
 
         def stage(index: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -234,7 +234,7 @@ class Head(nn.Module):
         super().__init__()
         self.proj: nn.Module = ConvNorm(channels, 1024, act=nn.SiLU())
         self.pool: nn.Module = nn.AdaptiveAvgPool2d(1)
-        self.fc: nn.Module = nn.Conv2d(1024, num_classes, 1)
+        self.fc: nn.Module = PointwiseConv(1024, num_classes)
 
 
 class AuxHead(nn.Module):
@@ -244,7 +244,7 @@ class AuxHead(nn.Module):
         super().__init__()
         self.bn: nn.Module = nn.BatchNorm2d(channels)
         self.pool: nn.Module = nn.AdaptiveAvgPool2d(1)
-        self.fc: nn.Module = nn.Conv2d(channels, num_classes, 1)
+        self.fc: nn.Module = PointwiseConv(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the overview (B, C4, H, W) to logits (B, num_classes, 1, 1)."""

@@ -12,11 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.compiled import LANES, why_not_compiled
+from overlock.ops.tracing import is_eager
 
 # On a CPU, oneDNN's weight gradient takes K^2 passes. From these kernel sizes on ours is faster (one AVX-512 core,
 # float32): in C++ 5 to 7 times for 5x5 and 7x7 on 56x56 maps, not for 3x3; by FFT 7 times for 17x17 on 64x64.
 CPP_MIN_KERNEL = 5
 FFT_MIN_KERNEL = 11
+# From 15x15 on, maps in channels_last get another of oneDNN's kernels. In that, 13x13 with zeros around it takes half
+# the time (two AVX-512 cores, XT's maps of stride 16, PyTorch 2.11).
+SLOW_KERNEL = 13
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == 'AVX512'
 
 # Implicit matrix products on CUDA, from a package that comes with RepLKNet (its fork of CUTLASS) and has to be compiled
 # by hand: the package, whether the user asks for it, its autograd functions, and the smallest kernel it is used for,
@@ -44,7 +49,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     """
     device, kernel_size = x.device.type, weight.shape[-1]
     if device not in ('cpu', 'cuda'):
-        return _conv(x, weight, dilation, bias)
+        return same_conv2d(x, weight, bias, dilation)
     dtype = compute_dtype(x)
     # oneDNN (PyTorch 2.11) gives wrong, even infinite weight gradients for dilated kernels in bfloat16, channels_last.
     is_wrong = dilation > 1 and dtype in (torch.bfloat16, torch.float16)
@@ -56,7 +61,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
         function = getattr(_igemm(), IGEMM_FUNCTIONS[dtype])
         y = function.apply(x.to(dtype).contiguous(), weight.to(dtype).contiguous())
     else:
-        return _conv(x, weight, dilation, bias)
+        return same_conv2d(x, weight, bias, dilation)
     return y if bias is None else y + bias.view(-1, 1, 1).to(y.dtype)
 
 
@@ -82,7 +87,11 @@ def _igemm() -> ModuleType:
         ) from error
 
 
-def _conv(x: Tensor, weight: Tensor, dilation: int, bias: Tensor | None = None) -> Tensor:
+def same_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    """Convolve as `depthwise_conv2d` does, with PyTorch's gradients."""
+    if weight.shape[-1] == SLOW_KERNEL and dilation == 1 and x.device.type == 'cpu' and is_eager():
+        if _HAS_AVX512 and x.is_contiguous(memory_format=torch.channels_last):
+            weight = F.pad(weight, (1, 1, 1, 1))
     return F.conv2d(
         x, weight, bias, padding=weight.shape[-1] // 2 * dilation, dilation=dilation, groups=weight.shape[0]
     )
@@ -95,13 +104,13 @@ class _OwnWeightGradient(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
-        return _conv(x, weight, dilation)
+        return same_conv2d(x, weight, None, dilation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
-        grad_x = _conv(grad, weight.flip(2, 3), ctx.dilation) if ctx.needs_input_grad[0] else None
+        grad_x = same_conv2d(grad, weight.flip(2, 3), None, ctx.dilation) if ctx.needs_input_grad[0] else None
         return grad_x, weight_gradient(x, grad, weight.shape[-1], ctx.dilation).to(weight.dtype), None
 
 
@@ -148,7 +157,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int, dilation: int) ->
         return x.new_zeros((x.shape[1], 1, kernel_size, kernel_size), dtype=wide)
     if x.device.type == 'cpu' and not why_not_compiled():
         taps = torch.ops.overlock_cpu.depthwise_correlate(pixels(x, wide), pixels(grad, wide), kernel_size, dilation)
-        return taps.sum(0)[:, : x.shape[1]].T.contiguous().view(-1, 1, kernel_size, kernel_size)
+        return taps.view(-1, 1, kernel_size, kernel_size)
     reach = kernel_size // 2 * dilation
     # One circular correlation. Zeros of at least the reach behind each axis keep the ends from meeting.
     size = [length + reach for length in x.shape[2:]]

@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from overlock.ops import dilated_cpp, dilated_triton
-from overlock.ops.depthwise import IGEMM_ASKED, compute_dtype, taps_of
+from overlock.ops.depthwise import IGEMM_ASKED, compute_dtype, same_conv2d, taps_of
 
 # What computes `moments`, `products` and `backward` on each type of device, as `_moments`, `_products` and `_backward`.
 BACKENDS: dict[str, ModuleType] = {'cpu': dilated_cpp, 'cuda': dilated_triton}
@@ -124,7 +123,7 @@ class _DilatedNorm(torch.autograd.Function):
         scales = gain.double() * inverse
         kernel = merge_kernels([weight.double() for weight in weights], dilations, list(scales))
         bias = (torch.stack(shifts).double() - scales * mean).sum(0)
-        y = F.conv2d(x, kernel.to(x.dtype), bias.to(x.dtype), padding=kernel.shape[-1] // 2, groups=len(kernel))
+        y = same_conv2d(x, kernel.to(x.dtype), bias.to(x.dtype))
         ctx.save_for_backward(x, mean, inverse, count, gain, *weights)
         ctx.dilations, ctx.reduce = dilations, reduce
         ctx.mark_non_differentiable(mean, variance, count)

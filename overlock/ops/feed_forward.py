@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from overlock.ops.compiled import why_not_compiled
 from overlock.ops.depthwise import pack_taps, pad_lanes, pixels
+from overlock.ops.pointwise import pointwise_conv2d
 from overlock.ops.tracing import is_eager
 
 # Smaller maps are in the cache: on two AVX-512 cores the layers are as fast for 16 of 8x8.
@@ -85,9 +85,9 @@ class _FeedForward(torch.autograd.Function):
         y = y.permute(0, 3, 1, 2)
         ctx.save_for_backward(x, taps, bias, gamma, beta, weight, norm)
         if len(x) > 1 and x.shape[2] * x.shape[3] < OWN_WEIGHTS_PIXELS:
-            return F.conv2d(y.mul_(scale), weight, out_bias)
+            return pointwise_conv2d(y.mul_(scale), weight, out_bias)
         scaled = weight * scale.view(len(x), 1, -1, 1, 1)
-        out = [F.conv2d(sample, kernels, out_bias) for sample, kernels in zip(y.split(1), scaled, strict=True)]
+        out = [pointwise_conv2d(sample, kernels, out_bias) for sample, kernels in zip(y.split(1), scaled, strict=True)]
         return torch.cat(out) if len(out) > 1 else out[0]
 
     @staticmethod
@@ -105,11 +105,11 @@ class _FeedForward(torch.autograd.Function):
             leaves = [t.detach().double().requires_grad_() for t in (norm, gamma)]
             scales = grn_scale(*leaves)
         matrix = weight.flatten(1)
-        grad_scale = (grad_scaled * matrix).sum(1, dtype=torch.float64)[..., None, None]
+        grad_scale = (grad_scaled * matrix).sum(1).double()[..., None, None]
         grad_norm, grad_gamma = torch.autograd.grad(scales, leaves, grad_scale)
         scale = scales.detach().to(x.dtype).flatten(1)
         by_map = (grad_norm / norm).masked_fill_(norm == 0, 0).to(x.dtype).flatten(1)
-        grad_z = F.conv2d(slopes.permute(0, 3, 1, 2), weight.transpose(0, 1))
+        grad_z = pointwise_conv2d(slopes.permute(0, 3, 1, 2), weight.transpose(0, 1))
         grad_x, sums = torch.ops.overlock_cpu.gelu_conv_backward(
             operands[0], pixels(grad_z, x.dtype), *operands[1:], pad_lanes(scale), pad_lanes(by_map)
         )

@@ -41,22 +41,6 @@ inline void gelu(const Channels<double>& x, Channels<double>& value, Channels<do
   }
 }
 
-template <typename T>
-inline Channels<T> load_some(const T* from, Index count) {
-  if (count >= LANES) return load<Channels<T>>(from);
-  T values[LANES] = {};
-  std::copy_n(from, count, values);
-  return load<Channels<T>>(values);
-}
-
-template <typename T>
-inline void store_some(T* to, Index count, const Channels<T>& vector) {
-  if (count >= LANES) return store(to, vector);
-  T values[LANES];
-  store(values, vector);
-  std::copy_n(values, count, to);
-}
-
 // How the work on a map (B, H, W, C) is split: into groups of blocks of 16 channels, and bands of rows.
 struct Split {
   Index batch, height, width, channels, blocks, groups, bands;  // blocks: of all groups

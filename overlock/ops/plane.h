@@ -24,6 +24,23 @@ constexpr int TILE = 8;    // neighboring outputs, or taps, whose sums are in re
 template <typename T>
 using Channels = Vector<T, LANES>;
 
+// A vector of the first `count` channels; the others are zero, or are not stored.
+template <typename T>
+inline Channels<T> load_some(const T* from, Index count) {
+  if (count >= LANES) return load<Channels<T>>(from);
+  T values[LANES] = {};
+  std::copy_n(from, count, values);
+  return load<Channels<T>>(values);
+}
+
+template <typename T>
+inline void store_some(T* to, Index count, const Channels<T>& vector) {
+  if (count >= LANES) return store(to, vector);
+  T values[LANES];
+  store(values, vector);
+  std::copy_n(values, count, to);
+}
+
 // A map of 16 channels in its frame of zeros. Rows are padded to whole tiles.
 struct Plane {
   Index height, width, reach;
@@ -33,25 +50,22 @@ struct Plane {
   Index row(Index r) const { return (r + reach) * stride() + reach * LANES; }
 };
 
-// Where the taps of a branch lie in the packed taps, and how far from the output's pixel they look in a plane.
+// Where the taps of a branch lie in the packed taps, how far from the output's pixel they look in a plane, and where they
+// lie among those of the largest kernel that the plane has room for.
 struct Branch {
   Index first;
-  std::vector<Index> offsets;
+  std::vector<Index> offsets, places;
 };
 
-inline std::vector<Branch> make_branches(at::IntArrayRef sizes, at::IntArrayRef dilations, const Plane& plane) {
-  std::vector<Branch> branches;
-  Index first = 0;
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    Branch branch = {first, {}};
-    const Index half = sizes[i] / 2;
-    for (Index a = -half; a <= half; ++a)
-      for (Index b = -half; b <= half; ++b)
-        branch.offsets.push_back(dilations[i] * (a * plane.stride() + b * LANES));
-    first += sizes[i] * sizes[i];
-    branches.push_back(branch);
-  }
-  return branches;
+// Adds a branch of a kernel's size and dilation.
+inline void add_branch(std::vector<Branch>& branches, Index size, Index dilation, const Plane& plane) {
+  Branch branch = {branches.empty() ? 0 : branches.back().first + Index(branches.back().offsets.size()), {}, {}};
+  for (Index a = -(size / 2) * dilation; a <= size / 2 * dilation; a += dilation)
+    for (Index b = -(size / 2) * dilation; b <= size / 2 * dilation; b += dilation) {
+      branch.offsets.push_back(a * plane.stride() + b * LANES);
+      branch.places.push_back((a + plane.reach) * (2 * plane.reach + 1) + b + plane.reach);
+    }
+  branches.push_back(branch);
 }
 
 // Copies 16 channels, or the `count` that are left, of a map (H, W, C) to rows of vectors.

@@ -110,7 +110,7 @@ def test_nothing_linear_is_left(kind):
         'branches' in name or 'ffn.grn.beta' in name or '.norm2.' in name or name.startswith('output_norms.overview')
         for name in names
     )
-    assert all(type(conv.conv) is nn.Conv2d for conv in folded.modules() if isinstance(conv, ConvNorm))
+    assert all(isinstance(conv.conv, nn.Conv2d) for conv in folded.modules() if isinstance(conv, ConvNorm))
 
 
 @pytest.mark.parametrize('kind', MODELS)

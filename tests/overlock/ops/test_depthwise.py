@@ -12,7 +12,7 @@ from tests.testing import TOLERANCES, assert_relative
 
 
 @pytest.mark.parametrize('size', [(20, 31), (11, 11), (3, 30), (1, 1), (64, 5)], ids=str)
-@pytest.mark.parametrize('kernel_size', [7, 11, 17])
+@pytest.mark.parametrize('kernel_size', [7, 11, 13, 17])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 def test_output_and_gradients_equal_pytorch(size, kernel_size, memory_format):
     generator = torch.Generator().manual_seed(0)

@@ -113,6 +113,8 @@ def test_operators_keep_the_rules_of_torch_library():
     weights = [torch.randn(3, 1, size, size, dtype=torch.float64) for size in (5, 3)]
     operators = torch.ops.overlock
     torch.library.opcheck(operators.dilated_moments.default, (x, weights, [1, 2]))
+    sums = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    torch.library.opcheck(operators.dilated_products.default, (x, grad, weights, [1, 2], *sums))
     coefficients = torch.randn(3, 2, 3, dtype=torch.float64)
     torch.library.opcheck(operators.dilated_backward.default, (x, grad, weights, [1, 2], coefficients))
 

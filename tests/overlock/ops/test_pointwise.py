@@ -1,0 +1,50 @@
+"""The 1x1 convolution equals PyTorch's, gradients and memory format included, on both sides of its limit."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from overlock.layers import PointwiseConv
+from overlock.ops.pointwise import MAX_PIXELS, pointwise_conv2d
+from tests.testing import TOLERANCES, assert_relative
+
+SIZES = [(1, 1), (5, 7), (32, MAX_PIXELS // 32), (32, MAX_PIXELS // 32 + 1)]
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('with_bias', [True, False], ids=['bias', 'no bias'])
+def test_output_and_gradients_equal_pytorch(size, memory_format, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, *size), (5, 3, 1, 1), (5,)][: 2 + with_bias]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    tensors[0] = tensors[0].contiguous(memory_format=memory_format)
+    tensors = [t.requires_grad_() for t in tensors]
+    actual, expected = pointwise_conv2d(*tensors), F.conv2d(*tensors)
+    assert actual.is_contiguous(memory_format=memory_format)
+    assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float64])
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    gradients = (torch.autograd.grad(out, tensors, grad) for out in (actual, expected))
+    for ours, truth in zip(*gradients, strict=True):
+        assert ours.shape == truth.shape
+        assert_relative(ours, truth, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize(('size', 'is_product'), zip(SIZES, [True, True, True, False], strict=True), ids=str)
+def test_small_maps_are_a_matrix_product_in_eager_mode_alone(size, is_product):
+    layer = PointwiseConv(3, 5)
+    x = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    names = {str(operator) for operator in counter.get_flop_counts()['Global']}
+    assert names == {'aten.addmm' if is_product else 'aten.convolution'}
+    targets = {str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes}
+    assert 'aten.conv2d.default' in targets and 'aten.linear.default' not in targets
+
+
+def test_autocast_decides_the_dtype():
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    layer = PointwiseConv(3, 5)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
