@@ -20,6 +20,7 @@ TRAIN = ('published', 'train', 'compile')
 # Networks of timm's registry in the same rounds; there is nothing to compare their outputs with.
 BESIDE = {
     'convnext_tiny': 'convnext_tiny',
+    'convnext_small': 'convnext_small',
     'swin_tiny': 'swin_tiny_patch4_window7_224',
     'moganet_t': 'moganet_t',
     'moganet_s': 'moganet_s',
