@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.layers import GRN, ChannelAffine, ConvFFN, DilatedReparamConv, LayerNorm2d
-from overlock.layers.conv import DepthwiseConv
+from overlock.layers.conv import DepthwiseConv, PointwiseConv
 from overlock.models.blocks import DynamicBlock
 from overlock.models.overlock import Trunk
 from overlock.ops.contmix.inputs import Inputs
@@ -112,6 +112,7 @@ def _channel_affine(self: ChannelAffine, x: Tensor, addend: Tensor | None = None
 FORWARDS: dict[type, Callable[..., Tensor]] = {
     ConvFFN: _ffn,
     DepthwiseConv: nn.Conv2d.forward,
+    PointwiseConv: nn.Conv2d.forward,
     DilatedReparamConv: _dilated_conv,
     LayerNorm2d: _layer_norm,
     GRN: _grn,

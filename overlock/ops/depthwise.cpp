@@ -87,13 +87,13 @@ void correlate_unit(const T* input, const Plane& plane, const Branch& branch, co
   std::fill_n(sums, branch.offsets.size() * LANES, T(0));
   for (Index r = 0; r < plane.height; ++r) {
     pack(grad + r * plane.width * channels, 1, plane.width, channels, count, row, 0);
-    correlate_row(input + plane.row(r), branch, row, plane.width, sums, LANES);
+    correlate_row(input + plane.row(r), branch, row, plane.width, sums);
   }
 }
 
 // From sums of units, (B, blocks, T, 16), to those over the batch, (C, T).
 Tensor sum_units(const Tensor& sums, Index channels) {
-  return sums.sum(0).transpose(1, 2).reshape({-1, sums.size(2)}).narrow(0, 0, channels).contiguous();
+  return sums.sum(0).transpose(1, 2).reshape({-1, sums.size(2)}).narrow(0, 0, channels);
 }
 
 // Returns the means and the sums of squared deviations of each branch's map, (B, branches, C), float64.
@@ -119,8 +119,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, at::TensorList weights, at::
           for (Index i = 0; i < count; ++i) {
             Moments found;
             for (Index r = 0; r < plane.height; ++r) {
-              convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.branches[i], taps, LANES, plane.tiled(),
-                                               row);
+              convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.branches[i], taps, plane.tiled(), row);
               found.add_row(row, plane.width);
             }
             const Index to = (sample * count + i) * x.size(3) + first;
@@ -237,16 +236,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, at::Ten
             for (Index r = 0; r < plane.height; ++r) {
               scalar_t* const row = branch_slopes + plane.row(r);
               const scalar_t* const slope = output_slopes + r * plane.width * LANES;
-              convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.branches[i], taps, LANES, plane.tiled(),
-                                               row);
+              convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.branches[i], taps, plane.tiled(), row);
               for (Index p = 0; p < plane.width * LANES; p += LANES)
                 store(row + p, Lanes(a * load<Lanes>(slope + p) + b * load<Lanes>(row + p) + c));
               std::fill(row + plane.width * LANES, row + plane.tiled() * LANES, scalar_t(0));
-              correlate_row(input + plane.row(r), kernels.branches[i], row, plane.width, grad_of_taps, LANES);
+              correlate_row(input + plane.row(r), kernels.branches[i], row, plane.width, grad_of_taps);
             }
             for (Index r = 0; r < plane.height; ++r)
-              convolve_row<scalar_t, -1, true>(branch_slopes + plane.row(r), kernels.branches[i], taps, LANES,
-                                               plane.tiled(), sums + r * plane.tiled() * LANES);
+              convolve_row<scalar_t, -1, true>(branch_slopes + plane.row(r), kernels.branches[i], taps, plane.tiled(),
+                                               sums + r * plane.tiled() * LANES);
           }
           for (Index r = 0; r < plane.height; ++r)
             for (Index p = 0; p < plane.width; ++p)

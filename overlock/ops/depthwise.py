@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.compiled import LANES, why_not_compiled
-from overlock.ops.tracing import is_eager
+from overlock.ops.tracing import is_unwatched
 
 # On a CPU, oneDNN's weight gradient takes K^2 passes. From these kernel sizes on ours is faster (one AVX-512 core,
 # float32): in C++ 5 to 7 times for 5x5 and 7x7 on 56x56 maps, not for 3x3; by FFT 7 times for 17x17 on 64x64.
@@ -89,8 +89,8 @@ def _igemm() -> ModuleType:
 
 def same_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """Convolve as `depthwise_conv2d` does, with PyTorch's gradients."""
-    if weight.shape[-1] == SLOW_KERNEL and dilation == 1 and x.device.type == 'cpu' and is_eager():
-        if _HAS_AVX512 and x.is_contiguous(memory_format=torch.channels_last):
+    if weight.shape[-1] == SLOW_KERNEL and dilation == 1 and x.device.type == 'cpu' and x.dtype != torch.float64:
+        if _HAS_AVX512 and x.is_contiguous(memory_format=torch.channels_last) and is_unwatched():
             weight = F.pad(weight, (1, 1, 1, 1))
     return F.conv2d(
         x, weight, bias, padding=weight.shape[-1] // 2 * dilation, dilation=dilation, groups=weight.shape[0]
@@ -120,7 +120,7 @@ def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pack_taps(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return kernels (C, 1, k, k) as the C++ operators take them: (taps of all, C), zeros up to a multiple of LANES."""
+    """Return kernels (C, 1, k, k) as (taps of all, C), with zeros up to a multiple of LANES."""
     taps = torch.cat([weight.flatten(1) for weight in weights], 1).to(dtype)
     return pad_lanes(taps.T)
 

@@ -34,7 +34,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
     grad_x, grad_taps = torch.ops.overlock_cpu.depthwise_backward(
-        pixels(x, wide), pixels(grad, wide), weights, dilations, coefficients.to(wide)
+        pixels(x, wide), pixels(grad, wide), weights, dilations, coefficients.to(wide).contiguous()
     )
     return grad_x.permute(0, 3, 1, 2).to(x.dtype), grad_taps
 

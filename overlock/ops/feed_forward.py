@@ -11,12 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from overlock.ops.compiled import why_not_compiled
 from overlock.ops.depthwise import pack_taps, pad_lanes, pixels
 from overlock.ops.pointwise import pointwise_conv2d
-from overlock.ops.tracing import is_eager
+from overlock.ops.tracing import is_unwatched
 
 # Smaller maps are in the cache: on two AVX-512 cores the layers are as fast for 16 of 8x8.
 MIN_PIXELS = 64
@@ -47,8 +46,7 @@ def takes(x: Tensor) -> bool:
 
     The first map of a dtype proves it, see `overlock.ops.proof`.
     """
-    # A dispatch mode counts or fakes PyTorch's operators, and knows none of ours.
-    if x.device.type != 'cpu' or not is_eager() or _get_current_dispatch_mode() is not None or why_not_compiled():
+    if x.device.type != 'cpu' or not is_unwatched() or why_not_compiled():
         return False
     is_wide = x.dtype == torch.float64 or (x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'))
     if not (is_wide and len(x) > 0 and x.shape[2] * x.shape[3] >= MIN_PIXELS):

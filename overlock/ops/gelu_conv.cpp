@@ -1,5 +1,5 @@
-// y = conv(GELU(x)) on CPUs, conv a depthwise 3x3 convolution with a bias, and its gradients. Layouts are those of
-// plane.h.
+// y = conv(GELU(x)) on CPUs, conv a depthwise 3x3 convolution with a bias, and its gradients. Maps are
+// (B, H, W, C), taps (9, D), D the channels with zeros up to a multiple of 16.
 //
 // A map is read once, row by row: three rows of GELU(x), and in the backward pass three rows of y's gradient, stay in
 // the cache, with zeros before and behind them.

@@ -1,7 +1,7 @@
 // Depthwise convolutions of 16 channels of one sample, which is a unit of work.
 //
 // Their map is copied into a plane of vectors with zeros around it, so that a row of outputs is a sum of shifted rows.
-// Maps come as (B, H, W, C), taps as (T, D), row by row, D the channels padded with zeros to a multiple of 16.
+// Maps come as (B, H, W, C); the taps of a unit are packed as (T, 16), those of all kernels row by row.
 
 #pragma once
 
@@ -50,8 +50,8 @@ struct Plane {
   Index row(Index r) const { return (r + reach) * stride() + reach * LANES; }
 };
 
-// Where the taps of a branch lie in the packed taps, how far from the output's pixel they look in a plane, and where they
-// lie among those of the largest kernel that the plane has room for.
+// Where the taps of a branch lie in the packed taps, how far from the output's pixel they look in a plane, and where
+// they lie among those of the largest kernel that the plane has room for.
 struct Branch {
   Index first;
   std::vector<Index> offsets, places;
@@ -83,13 +83,13 @@ void pack(const T* from, Index height, Index width, Index channels, Index count,
 // One row of outputs, a whole number of tiles: the sum over taps of weight times shifted input. `SIGN` is -1 for the
 // transposed convolution. With `ADD` the sum is added to `out`.
 template <typename T, int SIGN, bool ADD>
-void convolve_row(const T* center, const Branch& branch, const T* taps, Index lanes, Index tiled, T* out) {
+void convolve_row(const T* center, const Branch& branch, const T* taps, Index tiled, T* out) {
   const Index count = branch.offsets.size();
   for (Index p = 0; p < tiled * LANES; p += TILE * LANES) {
     Channels<T> sums[TILE];
     for (int i = 0; i < TILE; ++i) sums[i] = ADD ? load<Channels<T>>(out + p + i * LANES) : Channels<T>{};
     for (Index t = 0; t < count; ++t) {
-      const Channels<T> weight = load<Channels<T>>(taps + (branch.first + t) * lanes);
+      const Channels<T> weight = load<Channels<T>>(taps + (branch.first + t) * LANES);
       const T* from = center + p + SIGN * branch.offsets[t];
 #pragma GCC unroll 8
       for (int i = 0; i < TILE; ++i) sums[i] += weight * load<Channels<T>>(from + i * LANES);
@@ -100,30 +100,30 @@ void convolve_row(const T* center, const Branch& branch, const T* taps, Index la
 
 // Adds the products of a row of gradients with shifted rows of inputs to the sums of N taps.
 template <typename T, int N>
-void correlate_taps(const T* center, const Index* offsets, const T* grad, Index width, T* sums, Index lanes) {
+void correlate_taps(const T* center, const Index* offsets, const T* grad, Index width, T* sums) {
   Channels<T> totals[N];
-  for (int i = 0; i < N; ++i) totals[i] = load<Channels<T>>(sums + i * lanes);
+  for (int i = 0; i < N; ++i) totals[i] = load<Channels<T>>(sums + i * LANES);
   for (Index p = 0; p < width * LANES; p += LANES) {
     const Channels<T> slope = load<Channels<T>>(grad + p);
 #pragma GCC unroll 9
     for (int i = 0; i < N; ++i) totals[i] += slope * load<Channels<T>>(center + offsets[i] + p);
   }
-  for (int i = 0; i < N; ++i) store(sums + i * lanes, totals[i]);
+  for (int i = 0; i < N; ++i) store(sums + i * LANES, totals[i]);
 }
 
 // The same for all taps of a branch: odd squares are 8 m + 1.
 template <typename T>
-void correlate_row(const T* center, const Branch& branch, const T* grad, Index width, T* sums, Index lanes) {
+void correlate_row(const T* center, const Branch& branch, const T* grad, Index width, T* sums) {
   const Index count = branch.offsets.size();
   const Index* offsets = branch.offsets.data();
-  sums += branch.first * lanes;
+  sums += branch.first * LANES;
   Index t = 0;
   for (; t + TILE + 1 < count; t += TILE)
-    correlate_taps<T, TILE>(center, offsets + t, grad, width, sums + t * lanes, lanes);
+    correlate_taps<T, TILE>(center, offsets + t, grad, width, sums + t * LANES);
   if (count - t == TILE + 1)
-    correlate_taps<T, TILE + 1>(center, offsets + t, grad, width, sums + t * lanes, lanes);
+    correlate_taps<T, TILE + 1>(center, offsets + t, grad, width, sums + t * LANES);
   else
-    correlate_taps<T, 1>(center, offsets + t, grad, width, sums + t * lanes, lanes);
+    correlate_taps<T, 1>(center, offsets + t, grad, width, sums + t * LANES);
 }
 
 // Calls `work(unit's sample, first channel, number of channels, scratch)` for every 16 channels of every sample.

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _keeping = False
 
@@ -31,6 +32,11 @@ def is_exporting() -> bool:
 def is_eager() -> bool:
     """Return whether operations run as they are called, and no graph is made of them."""
     return not torch.compiler.is_compiling() and not is_exporting()
+
+
+def is_unwatched() -> bool:
+    """Return whether operations run as they are called, and no trace or dispatch mode reads, counts or fakes them."""
+    return is_eager() and not torch.jit.is_tracing() and _get_current_dispatch_mode() is None
 
 
 def is_free(*lengths: int) -> bool:

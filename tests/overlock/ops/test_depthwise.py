@@ -29,6 +29,21 @@ def test_output_and_gradients_equal_pytorch(size, kernel_size, memory_format):
         assert_relative(ours, truth, TOLERANCES[torch.float64])
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != 'AVX512', reason='for processors with AVX-512')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_slow_kernel_runs_as_a_larger_one(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 20, 15, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(3, 1, 13, 13, generator=generator) / 13).to(dtype)
+    exact = F.conv2d(x.double(), weight.double(), padding=6, groups=3)
+    sizes, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, 'conv2d', lambda *args, **kw: sizes.append(args[1].shape[-1]) or conv2d(*args, **kw))
+    assert_relative(depthwise_conv2d(x, weight).double(), exact, TOLERANCES[dtype])
+    assert sizes == [15]
+    depthwise_conv2d(x.contiguous(), weight)
+    assert sizes == [15, 13]
+
+
 def test_gradients_are_those_of_finite_differences():
     x, weight = (torch.randn(1, 1, *size, dtype=torch.float64, requires_grad=True) for size in ((6, 4), (11, 11)))
     assert torch.autograd.gradcheck(depthwise_conv2d, (x, weight))
