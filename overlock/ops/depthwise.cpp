@@ -93,7 +93,7 @@ void correlate_unit(const T* input, const Plane& plane, const Branch& branch, co
 
 // From sums of units, (B, blocks, T, 16), to those over the batch, (C, T).
 Tensor sum_units(const Tensor& sums, Index channels) {
-  return sums.sum(0).transpose(1, 2).reshape({-1, sums.size(2)}).narrow(0, 0, channels);
+  return sums.sum(0).transpose(1, 2).reshape({-1, sums.size(2)}).narrow(0, 0, channels).contiguous();
 }
 
 // Returns the means and the sums of squared deviations of each branch's map, (B, branches, C), float64.
