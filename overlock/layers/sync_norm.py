@@ -1,10 +1,12 @@
 """BatchNorm with the statistics of all processes of a run, on CPUs."""
 
 from collections.abc import Hashable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd import Function
 
 from overlock.layers.fold import BatchNorm
 
@@ -21,17 +23,14 @@ class CPUSyncBatchNorm(BatchNorm):
         """Map (B, C, ...) to the same shape; in training, normalize by the statistics of all processes."""
         if not (self.training and is_shared()):
             return super().forward(x)
-        # Its import brings modules that only a distributed run needs.
-        from torch.distributed.nn.functional import all_reduce
-
         axes = [0, *range(2, x.ndim)]
         shape = (1, -1, *[1] * (x.ndim - 2))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        sums = all_reduce(torch.cat([wide.sum(axes), wide.new_full((1,), x.numel() / x.shape[1])]))
+        sums = sum_over_processes(torch.cat([wide.sum(axes), wide.new_full((1,), x.numel() / x.shape[1])]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centered = wide - mean.view(shape)
-        squares = all_reduce(centered.square().sum(axes))
+        squares = sum_over_processes(centered.square().sum(axes))
         y = centered * (squares / count + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
@@ -56,10 +55,25 @@ def track(bn: BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 def sum_over_processes(t: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes of a run; it has no gradient."""
-    total = t.clone()
-    distributed.all_reduce(total)
-    return total
+    """Return the sum of a tensor over all processes of a run."""
+    return _Sum.apply(t)
+
+
+class _Sum(Function):
+    """A sum over processes, whose gradient is the sum of the gradients.
+
+    That of `torch.distributed.nn` sums, by default, over the process group of its import, destroyed or not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        total = t.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return sum_over_processes(gradient)
 
 
 def is_shared() -> bool:

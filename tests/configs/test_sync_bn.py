@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from mmengine_overlock import launch
 from overlock import Arch
 from overlock.layers.sync_norm import CPUSyncBatchNorm
+from overlock.utils.distributed import leave_group
 from tests.configs.testing import build_meta, load_config
 from tests.testing import TINY
 
@@ -120,8 +121,7 @@ def _share(rank, name, folder):
     model = launch.CPUDistributedDataParallel(convert_sync_batchnorm(_model(name), 'torch'))
     images, labels = _data()
     torch.save(_train(model, name, images[:, rank::2], labels[:, rank::2]), f'{folder}/{rank}.pth')
-    distributed.barrier()
-    distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow

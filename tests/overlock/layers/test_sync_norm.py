@@ -8,6 +8,7 @@ from overlock.layers import DilatedReparamConv, sync_norm
 from overlock.layers.sync_norm import CPUSyncBatchNorm, synchronize_on_cpus
 from overlock.ops import dilated
 from overlock.ops.depthwise import compute_dtype
+from overlock.utils.distributed import leave_group
 
 # Shares of different sizes.
 SHARES = (slice(0, 3), slice(3, 5))
@@ -64,8 +65,7 @@ def _share(rank, folder):
     assert not layer._fuses(narrow) and not layer._fuses(narrow) and layer._fuses(images)
     with torch.autocast('cpu', torch.bfloat16):
         assert layer._fuses(narrow)
-    distributed.barrier()
-    distributed.destroy_process_group()
+    leave_group()
 
 
 def test_two_processes_give_the_output_statistics_and_gradients_of_one(tmp_path):
