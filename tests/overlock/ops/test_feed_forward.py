@@ -27,7 +27,18 @@ def threads():
 
 # Wide rows are split into groups of channels, and with many threads high maps into bands.
 @pytest.mark.parametrize(
-    'size', [(2, 6, 9, 13), (3, 5, 33, 2), (1, 11, 2, 32), (1, 8, 20, 300), (1, 8, 70, 1)], ids=str
+    'size',
+    [
+        (2, 6, 9, 13),
+        (3, 5, 33, 2),
+        (1, 11, 2, 32),
+        (1, 8, 20, 300),
+        (3, 4, 24, 25),
+        (1, 8, 70, 1),
+        (2, 6, 1, 2),
+        (1, 7, 1, 1),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize('count', [1, 2, 7])
 def test_output_and_gradients_equal_those_of_the_layers(size, count, threads, monkeypatch):

@@ -32,6 +32,19 @@ def test_output_and_gradients_equal_pytorch(size, memory_format, with_bias):
         assert_relative(ours, truth, TOLERANCES[torch.float64])
 
 
+def test_some_channels_of_a_map_are_not_copied():
+    x, layer = torch.randn(2, 7, 6, 5).contiguous(memory_format=torch.channels_last), PointwiseConv(3, 5)
+    part = x[:, 2:5].requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        actual = layer(part)
+    assert not any('clone' in event.key or 'conv' in event.key for event in profile.key_averages())
+    expected = F.conv2d(part, layer.weight, layer.bias)
+    assert_relative(actual.detach(), expected.detach(), TOLERANCES[torch.float32])
+    leaves = (part, layer.weight, layer.bias)
+    for ours, truth in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (actual, expected)), strict=True):
+        assert_relative(ours, truth, TOLERANCES[torch.float32])
+
+
 @pytest.mark.parametrize(('size', 'is_product'), list(zip(SIZES, [True, True, True, False], strict=True)), ids=str)
 def test_small_maps_are_a_matrix_product_unless_something_watches(size, is_product, monkeypatch):
     layer, products = PointwiseConv(3, 5), []
