@@ -58,7 +58,11 @@ def takes(x: Tensor) -> bool:
 
 def grn_scale(norm: Tensor, gamma: Tensor) -> Tensor:
     """Return the scale of GRN, `gamma * N / mean(N) + 1`, for norms N (B, D, 1, 1)."""
-    return gamma * (norm / (norm.mean(dim=1, keepdim=True) + 1e-6)) + 1
+    return gamma * (norm / _grn_mean(norm)) + 1
+
+
+def _grn_mean(norm: Tensor) -> Tensor:
+    return norm.mean(dim=1, keepdim=True) + 1e-6
 
 
 class _FeedForward(torch.autograd.Function):
@@ -96,10 +100,10 @@ class _FeedForward(torch.autograd.Function):
         y, _ = torch.ops.overlock_cpu.gelu_conv(*operands)
         slopes = pixels(grad, grad.dtype)
         matrix = weight.flatten(1)
-        with torch.enable_grad():
-            leaves = [t.detach().double().requires_grad_() for t in (norm, gamma)]
-            scales = grn_scale(*leaves)
-        scale = scales.detach().to(x.dtype).flatten(1)
+        norm, wide_gamma = norm.double().flatten(1), gamma.double().flatten(1)
+        mean = _grn_mean(norm)
+        share = norm / mean
+        scale = (wide_gamma * share + 1).to(x.dtype)
         scales_maps = _scales_maps(x)
         if not scales_maps:
             # Of the scaled weights of each sample, (B, C, D).
@@ -111,8 +115,9 @@ class _FeedForward(torch.autograd.Function):
         if scales_maps:
             grad_scale = (grad_z * y).sum((1, 2))
             grad_weight = slopes.flatten(0, 2).T @ y.mul_(scale[:, None, None]).flatten(0, 2)
-        grad_norm, grad_gamma = torch.autograd.grad(scales, leaves, grad_scale.double()[..., None, None])
-        by_map = (grad_norm / norm).masked_fill_(norm == 0, 0).to(x.dtype).flatten(1)
+        grad_share = grad_scale * wide_gamma
+        grad_norm = (grad_share - (grad_share * share).mean(1, keepdim=True)) / mean
+        by_map = (grad_norm / norm).masked_fill_(norm == 0, 0).to(x.dtype)
         grad_x, sums = torch.ops.overlock_cpu.gelu_conv_backward(
             operands[0], grad_z, *operands[1:], pad_lanes(scale), pad_lanes(by_map)
         )
@@ -126,7 +131,7 @@ class _FeedForward(torch.autograd.Function):
             grad_x.permute(0, 3, 1, 2),
             grad_taps.T.reshape_as(taps),
             grad_bias[0],
-            grad_gamma.to(gamma.dtype),
+            (grad_scale * share).sum(0).to(gamma.dtype).view_as(gamma),
             grad_beta,
             grad_weight.view_as(weight),
             grad_out_bias,
