@@ -119,13 +119,17 @@ class DynamicBlock(MixingBlock):
         """Map features (B, C, H, W), their context and the prior (B, P, H, W) to new features and context."""
         if self.mix_prior:
             context = self.context_scale(context, self.prior_scale(prior))
-        y = self.run(torch.cat([x, context], dim=1))
-        return y[:, : self.channels], y[:, self.channels :]
+        return self._split(self.run(torch.cat([x, context], dim=1)))
 
     def project(self, x: Tensor, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query of the features, the key of the context, and the fused map as value."""
-        key = self.key(adaptive_avg_pool2d(x[:, self.channels :], (NUM_REGIONS, NUM_REGIONS)))
-        return self.query(x[:, : self.channels]), key, fused
+        features, context = self._split(x)
+        return self.query(features), self.key(adaptive_avg_pool2d(context, (NUM_REGIONS, NUM_REGIONS))), fused
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features and context. Two slices would have a gradient of the whole map each."""
+        features, context = x.split([self.channels, x.shape[1] - self.channels], dim=1)
+        return features, context
 
     def switch_to_deploy(self) -> None:
         """Fold all linear steps, in place and idempotently."""
