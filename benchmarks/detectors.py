@@ -18,7 +18,7 @@ from benchmarks.presets import randomise
 from mmengine_overlock.amp import BFloat16OptimWrapper, enable_amp
 from mmengine_overlock.config import load_config
 from mmengine_overlock.predict import build_model
-from mmengine_overlock.speed import tune_for_inference
+from mmengine_overlock.speed import tune_for_inference, tune_for_training
 from overlock import keep_freed_memory
 from overlock.utils.configs import find_config
 
@@ -97,6 +97,8 @@ class DetectorCase:
         self.model.to(self.device).train(training)
         if self.row != 'mmdet' and self.device.type == 'cpu':
             keep_freed_memory()
+        if training and self.row != 'mmdet':
+            tune_for_training(self.model)
         if self.row == 'tuned':
             tune_for_inference(self.model, torch.bfloat16 if self.dtype == 'bf16' else None)
         self.clock, self.maps = Clock(self.device.type == 'cuda'), dict[str, Tensor]()

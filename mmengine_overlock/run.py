@@ -33,7 +33,7 @@ from mmengine_overlock.launch import agreed, is_first, prepare_launch
 from mmengine_overlock.nan import FiniteCheckpointHook, NonFiniteHook
 from mmengine_overlock.own_data import find_folder, fit_training, use_own_data
 from mmengine_overlock.resume import make_resumable
-from mmengine_overlock.speed import TuneHook, compile_backbones, narrow_backbones
+from mmengine_overlock.speed import TuneHook, compile_backbones, narrow_backbones, tune_for_training
 from mmengine_overlock.stop import StopHook, shield_workers, tell_the_way_back
 from mmengine_overlock.terminal import Terminal, calm
 from mmengine_overlock.terminal_hook import TerminalHook
@@ -136,6 +136,7 @@ def train(
         runner.register_hook(stop)
         if cfg.resume:
             _skip_pretrained(runner)
+        tune_for_training(runner.model)
         if compile:
             compile_backbones(runner.model)
         with stop.listening():

@@ -1,4 +1,4 @@
-"""Make runs faster: tune models for inference, compile blocks, and test with backbones in bfloat16."""
+"""Make runs faster: tune models for inference and training, compile blocks, and test with backbones in bfloat16."""
 
 from __future__ import annotations
 
@@ -92,6 +92,16 @@ def tune_for_inference(model: Model, dtype: torch.dtype | None = None) -> Model:
     return model.requires_grad_(False)
 
 
+def tune_for_training(model: nn.Module) -> None:
+    """Make a detector train faster on a CPU, in place, with the same losses up to rounding.
+
+    mmcv's RoIAlign gives way to `overlock.ops.roi_align`. On GPUs, and without RoIAlign, nothing changes.
+    """
+    if next(model.parameters()).device.type == 'cpu':
+        for layer in filter(_averages_regions, model.modules()):
+            layer.forward = MethodType(_roi_align, layer)
+
+
 class TuneHook(Hook):
     """Tune the model for inference when its weights are loaded, before it is tested; in bfloat16 where `amp` is set."""
 
@@ -166,7 +176,9 @@ def _winograd(module: Any, x: Tensor) -> Tensor:
 
 
 def _roi_align(module: Any, x: Tensor, rois: Tensor) -> Tensor:
-    return roi_align(x, rois, module.output_size, module.spatial_scale, module.sampling_ratio, module.aligned)
+    out = roi_align(x, rois, module.output_size, module.spatial_scale, module.sampling_ratio, module.aligned)
+    # What follows may read memory as contiguous, as operators of mmcv do.
+    return out.contiguous() if x.is_contiguous() else out
 
 
 def _narrow(module: nn.Module, dtype: torch.dtype) -> None:

@@ -1,8 +1,10 @@
-"""RoIAlign for inference on CPUs, by two small matrix products for each region.
+"""RoIAlign on CPUs, by two small matrix products for each region.
 
 mmcv's operator for CPUs visits one channel of one sample at a time, on one thread, and takes every map for a contiguous
 one: of maps in channels_last it returns wrong values, and says nothing.
 """
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,21 +27,43 @@ def roi_align(
         aligned: Whether the center of the first pixel lies at half a pixel; else at 0, and no region is below 1 pixel.
 
     Returns:
-        (N, C, *size), of x's dtype, in channels_last.
+        (N, C, *size), of x's dtype, in channels_last. As mmcv's, it has a gradient for the map alone.
     """
-    channels, height, width = x.shape[1:]
-    out = x.new_zeros((len(rois), *size, channels))
-    if len(rois):
-        corners = rois[:, 1:].to(x.dtype) * scale - (0.5 if aligned else 0.0)
-        rows, top, bottom = _weights(corners[:, 1], corners[:, 3], height, size[0], sampling_ratio, aligned)
-        columns, left, right = _weights(corners[:, 0], corners[:, 2], width, size[1], sampling_ratio, aligned)
+    corners = rois[:, 1:].to(x.dtype) * scale - (0.5 if aligned else 0.0)
+    rows, top, bottom = _weights(corners[:, 1], corners[:, 3], x.shape[2], size[0], sampling_ratio, aligned)
+    columns, left, right = _weights(corners[:, 0], corners[:, 2], x.shape[3], size[1], sampling_ratio, aligned)
+    bounds = torch.stack([rois[:, 0].long(), top, bottom, left, right], 1).tolist()
+    return cast(Tensor, _Average.apply(x, rows, columns, bounds))
+
+
+class _Average(torch.autograd.Function):
+    """Averages of the windows of a map (B, C, H, W) by weights of rows (N, h, H) and of columns (N, w, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, bounds: list[list[int]]) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        ctx.shape, ctx.bounds = x.shape, bounds
+        channels, height = x.shape[1], rows.shape[1]
         lines = x.permute(0, 2, 3, 1).contiguous().flatten(2)
-        bounds = torch.stack([rois[:, 0].long(), top, bottom, left, right], 1).tolist()
+        out = x.new_zeros((len(rows), height, columns.shape[1], channels))
         for i, (image, y1, y2, x1, x2) in enumerate(bounds):
             if y1 < y2 and x1 < x2:
                 part = rows[i, :, y1:y2] @ lines[image, y1:y2, x1 * channels : x2 * channels]
-                torch.matmul(columns[i, :, x1:x2], part.view(size[0], x2 - x1, channels), out=out[i])
-    return out.permute(0, 3, 1, 2)
+                torch.matmul(columns[i, :, x1:x2], part.view(height, x2 - x1, channels), out=out[i])
+        return out.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, columns = ctx.saved_tensors
+        batch, channels, height, width = ctx.shape
+        slopes = grad.permute(0, 2, 3, 1).contiguous()
+        lines = grad.new_zeros((batch, height, width * channels))
+        for i, (image, y1, y2, x1, x2) in enumerate(ctx.bounds):
+            if y1 < y2 and x1 < x2:
+                part = columns[i, :, x1:x2].T @ slopes[i]
+                lines[image, y1:y2, x1 * channels : x2 * channels].addmm_(rows[i, :, y1:y2].T, part.flatten(1))
+        return lines.view(batch, height, width, channels).permute(0, 3, 1, 2), None, None, None
 
 
 def _weights(
@@ -50,7 +74,7 @@ def _weights(
     # What is not finite has no samples.
     count = (torch.full_like(extent, sampling_ratio) if sampling_ratio else (extent / bins).ceil()).nan_to_num(0, 0, 0)
     count = count.clamp(min=0)[:, None, None]
-    sample = torch.arange(int(count.max()), device=start.device)
+    sample = torch.arange(int(count.max()) if len(count) else 0, device=start.device)
     place = torch.arange(bins, device=start.device)[:, None] + (sample + 0.5) / count.clamp(min=1)
     position = start[:, None, None] + place * (extent / bins)[:, None, None]
     inside = (sample < count) & (position >= -1) & (position <= length)

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 
+from mmengine_overlock import run
 from mmengine_overlock.run import test as run_test
 from mmengine_overlock.run import train
 from mmengine_overlock.speed import TuneHook
@@ -105,6 +106,12 @@ def test_training_from_weights_starts_the_backbone_from_them(write_toy, tmp_path
     torch.save(expected, weights)
     runner = train(write_toy("optim_wrapper['optimizer']['lr'] = 0.0"), weights=str(weights))
     torch.testing.assert_close(dict(runner.model.backbone.state_dict()), expected)
+
+
+def test_training_tunes_the_model(write_toy, monkeypatch):
+    tuned = []
+    monkeypatch.setattr(run, 'tune_for_training', tuned.append)
+    assert tuned == [train(write_toy()).model]
 
 
 def test_auto_scale_lr_scales_with_the_batch_size(write_toy):

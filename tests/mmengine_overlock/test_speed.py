@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.detectors import confide
+from benchmarks.detectors import confide, make_data
 from mmengine_overlock import speed
 from mmengine_overlock.config import load_config
 from mmengine_overlock.deploy import build, compare, predict
-from mmengine_overlock.speed import TuneHook, compile_backbones, narrow_backbones, tune_for_inference
+from mmengine_overlock.speed import TuneHook, compile_backbones, narrow_backbones, tune_for_inference, tune_for_training
 from overlock import MogaNetBackbone, OverLoCKBackbone
 from overlock.models.names import form_of
 from overlock.utils.errors import UserError
@@ -94,6 +94,29 @@ def test_tuned_model_predicts_the_same(open_model, monkeypatch, text, uses):
         logits = truth[1].seg_logits.data
         assert (found[1].seg_logits.data - logits).abs().max() <= 1e-4 * logits.abs().max()
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.decode_head.modules())
+
+
+def test_model_tuned_for_training_learns_the_same(open_model, monkeypatch):
+    cfg, model, _ = open_model(CONFIGS['detector'])
+    data = model.train().data_preprocessor(make_data('mmdet', (128, 96), 2, True, cfg), training=True)
+    other, used, inner = copy.deepcopy(model), [], speed.roi_align
+    monkeypatch.setattr(speed, 'roi_align', lambda *args: used.append(args[0].shape) or inner(*args))
+    tune_for_training(other)
+    found, truth = (gradients(each, copy.deepcopy(data)) for each in (other, model))
+    assert used and set(found) == set(truth)
+    largest = max(gradient.abs().max().item() for gradient in truth.values())
+    for name, gradient in truth.items():
+        # Before a BatchNorm, shifts have gradients of rounding errors alone.
+        limit = 1e-4 * max(gradient.abs().max().item(), 1e-3 * largest)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=limit, msg=name)
+
+
+def gradients(model, data):
+    """Return the gradients of the sum of all losses, with the same draws each time."""
+    torch.manual_seed(0)
+    losses, _ = model.parse_losses(model(**data, mode='loss'))
+    losses.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def test_model_tuned_to_bfloat16_predicts_nearly_the_same_in_float32(open_model):
