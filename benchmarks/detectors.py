@@ -66,7 +66,7 @@ class TimmBackbone(nn.Module):
 class DetectorCase:
     """One detector or segmenter, one mode, one shape; see `benchmarks.rounds`."""
 
-    row: str  # 'built', 'mmdet' (freed memory not kept), 'tuned', or a key of `BESIDE`
+    row: str  # 'built', 'mmdet' (by itself, without what our tools do), 'tuned', or a key of `BESIDE`
     config: str
     mode: str  # 'test', or 'train' with the configuration's optimizer
     size: tuple[int, int]  # height and width of the images

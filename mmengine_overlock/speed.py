@@ -95,7 +95,8 @@ def tune_for_inference(model: Model, dtype: torch.dtype | None = None) -> Model:
 def tune_for_training(model: nn.Module) -> None:
     """Make a detector train faster on a CPU, in place, with the same losses up to rounding.
 
-    mmcv's RoIAlign gives way to `overlock.ops.roi_align`. On GPUs, and without RoIAlign, nothing changes.
+    mmcv's RoIAlign gives way to `overlock.ops.roi_align`; so the state dict can be saved with `torch.save`, but not the
+    model. On GPUs, and without RoIAlign, nothing changes.
     """
     if next(model.parameters()).device.type == 'cpu':
         for layer in filter(_averages_regions, model.modules()):

@@ -62,7 +62,7 @@ def sum_over_processes(t: Tensor) -> Tensor:
 class _Sum(Function):
     """A sum over processes, whose gradient is the sum of the gradients.
 
-    That of `torch.distributed.nn` sums, by default, over the process group of its import, destroyed or not.
+    The default group of that in `torch.distributed.nn` is the one of its import, even if it was destroyed since.
     """
 
     @staticmethod

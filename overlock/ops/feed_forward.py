@@ -58,10 +58,11 @@ def takes(x: Tensor) -> bool:
 
 def grn_scale(norm: Tensor, gamma: Tensor) -> Tensor:
     """Return the scale of GRN, `gamma * N / mean(N) + 1`, for norms N (B, D, 1, 1)."""
-    return gamma * (norm / _grn_mean(norm)) + 1
+    return gamma * (norm / grn_mean(norm)) + 1
 
 
-def _grn_mean(norm: Tensor) -> Tensor:
+def grn_mean(norm: Tensor) -> Tensor:
+    """Return the mean of GRN's norms over channels, plus 1e-6."""
     return norm.mean(dim=1, keepdim=True) + 1e-6
 
 
@@ -100,24 +101,26 @@ class _FeedForward(torch.autograd.Function):
         y, _ = torch.ops.overlock_cpu.gelu_conv(*operands)
         slopes = pixels(grad, grad.dtype)
         matrix = weight.flatten(1)
-        norm, wide_gamma = norm.double().flatten(1), gamma.double().flatten(1)
-        mean = _grn_mean(norm)
-        share = norm / mean
-        scale = (wide_gamma * share + 1).to(x.dtype)
-        scales_maps = _scales_maps(x)
-        if not scales_maps:
+        scale = grn_scale(norm.double(), gamma.double()).to(x.dtype).flatten(1)
+        back = weight.transpose(0, 1)
+        if _scales_maps(x):
+            grad_z = pixels(pointwise_conv2d(slopes.permute(0, 3, 1, 2), back), x.dtype)
+            grad_scale = (grad_z * y).sum((1, 2))
+            grad_weight = slopes.flatten(0, 2).T @ y.mul_(scale[:, None, None]).flatten(0, 2)
+            del y
+        else:
             # Of the scaled weights of each sample, (B, C, D).
             grad_scaled = slopes.flatten(1, 2).mT @ y.flatten(1, 2)
             del y  # before there is another wide map
             grad_scale = (grad_scaled * matrix).sum(1)
             grad_weight = (grad_scaled * scale.unsqueeze(1)).sum(0)
-        grad_z = pixels(pointwise_conv2d(slopes.permute(0, 3, 1, 2), weight.transpose(0, 1)), x.dtype)
-        if scales_maps:
-            grad_scale = (grad_z * y).sum((1, 2))
-            grad_weight = slopes.flatten(0, 2).T @ y.mul_(scale[:, None, None]).flatten(0, 2)
-        grad_share = grad_scale * wide_gamma
+            grad_z = pixels(pointwise_conv2d(slopes.permute(0, 3, 1, 2), back), x.dtype)
+        norms = norm.double().flatten(1)
+        mean = grn_mean(norms)
+        share = norms / mean
+        grad_share = grad_scale * gamma.double().flatten(1)
         grad_norm = (grad_share - (grad_share * share).mean(1, keepdim=True)) / mean
-        by_map = (grad_norm / norm).masked_fill_(norm == 0, 0).to(x.dtype)
+        by_map = (grad_norm / norms).masked_fill_(norms == 0, 0).to(x.dtype)
         grad_x, sums = torch.ops.overlock_cpu.gelu_conv_backward(
             operands[0], grad_z, *operands[1:], pad_lanes(scale), pad_lanes(by_map)
         )

@@ -11,14 +11,19 @@ from overlock.ops.proof import Claim, largest_deviation, probe
 def deviation(backend: str, dtype: torch.dtype) -> float:
     """Return the largest deviation of output and gradients, each relative to its largest magnitude.
 
-    The map has several tiles, borders, and a block of channels that is not full.
+    The maps, one on each side of `OWN_WEIGHTS_PIXELS`, have several tiles, borders, and a block of channels that is not
+    full.
 
     Args:
         backend: 'eager' for the layers one by one, else the operator.
         dtype: torch.float32 or torch.float64.
     """
+    return max(_deviation(backend, dtype, size) for size in ((11, 19), (23, 27)))
+
+
+def _deviation(backend: str, dtype: torch.dtype, size: tuple[int, int]) -> float:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 20, 11, 19), (20, 1, 3, 3), (20,), (1, 20, 1, 1), (1, 20, 1, 1), (24, 20, 1, 1), (24,))
+    shapes = ((2, 20, *size), (20, 1, 3, 3), (20,), (1, 20, 1, 1), (1, 20, 1, 1), (24, 20, 1, 1), (24,))
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     found = _step(tensors, backend != 'eager')
     return largest_deviation(found, _step([tensor.double() for tensor in tensors], False))

@@ -25,7 +25,7 @@ def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """
     if x.device.type == 'cpu' and is_unwatched() and x.shape[2] * x.shape[3] <= MAX_PIXELS:
         pixels = x.permute(0, 2, 3, 1)
-        if pixels.stride(3) == 1:
+        if pixels.stride(3) == 1 or x.shape[1] == 1:
             out = F.linear(pixels.flatten(0, 2), weight.flatten(1), bias)
             return out.view(*pixels.shape[:3], len(weight)).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)

@@ -19,27 +19,29 @@ def roi_align(
     its weights of columns.
 
     Args:
-        x: (B, C, H, W), any float dtype; fastest in channels_last.
-        rois: (N, 5): index in the batch, then x1, y1, x2, y2 in pixels of the image.
+        x: (B, C, H, W), any float dtype; fastest in channels_last. Under autocast it is computed in float32.
+        rois: (N, 5): index in the batch, then x1, y1, x2, y2 in pixels of the image. Regions of negative size are
+            sampled as mmcv's CUDA operator samples them; those that are not finite give zeros.
         size: Rows and columns of bins.
         scale: Pixels of the map in a pixel of the image.
-        sampling_ratio: Samples of a bin along each axis; 0 for about one per pixel of the map.
+        sampling_ratio: Samples of a bin along each axis; 0 or less for about one per pixel of the map.
         aligned: Whether the center of the first pixel lies at half a pixel; else at 0, and no region is below 1 pixel.
 
     Returns:
         (N, C, *size), of x's dtype, in channels_last. As mmcv's, it has a gradient for the map alone.
     """
-    corners = rois[:, 1:].to(x.dtype) * scale - (0.5 if aligned else 0.0)
+    corners = rois[:, 1:].to(torch.promote_types(x.dtype, torch.float32)) * scale - (0.5 if aligned else 0.0)
     rows, top, bottom = _weights(corners[:, 1], corners[:, 3], x.shape[2], size[0], sampling_ratio, aligned)
     columns, left, right = _weights(corners[:, 0], corners[:, 2], x.shape[3], size[1], sampling_ratio, aligned)
     bounds = torch.stack([rois[:, 0].long(), top, bottom, left, right], 1).tolist()
-    return cast(Tensor, _Average.apply(x, rows, columns, bounds))
+    return cast(Tensor, _Average.apply(x, rows.to(x.dtype), columns.to(x.dtype), bounds))
 
 
 class _Average(torch.autograd.Function):
     """Averages of the windows of a map (B, C, H, W) by weights of rows (N, h, H) and of columns (N, w, W)."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type='cpu', cast_inputs=torch.float32)
     def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, bounds: list[list[int]]) -> Tensor:
         ctx.save_for_backward(rows, columns)
         ctx.shape, ctx.bounds = x.shape, bounds
@@ -54,7 +56,8 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    @torch.amp.custom_bwd(device_type='cpu')
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         rows, columns = ctx.saved_tensors
         batch, channels, height, width = ctx.shape
         slopes = grad.permute(0, 2, 3, 1).contiguous()
@@ -72,7 +75,9 @@ def _weights(
     """Return the weights of an axis for each region, (N, bins, length), and where they begin and end, (N,)."""
     extent = end - start if aligned else (end - start).clamp(min=1)
     # What is not finite has no samples.
-    count = (torch.full_like(extent, sampling_ratio) if sampling_ratio else (extent / bins).ceil()).nan_to_num(0, 0, 0)
+    count = (torch.full_like(extent, sampling_ratio) if sampling_ratio > 0 else (extent / bins).ceil()).nan_to_num(
+        0, 0, 0
+    )
     count = count.clamp(min=0)[:, None, None]
     sample = torch.arange(int(count.max()) if len(count) else 0, device=start.device)
     place = torch.arange(bins, device=start.device)[:, None] + (sample + 0.5) / count.clamp(min=1)

@@ -25,6 +25,11 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[1, 10**9], ids=['scaled weights', 'scaled maps'])
+def scaled(request, monkeypatch):
+    monkeypatch.setattr(feed_forward, 'OWN_WEIGHTS_PIXELS', request.param)
+
+
 # Wide rows are split into groups of channels, and with many threads high maps into bands.
 @pytest.mark.parametrize(
     'size',
@@ -52,7 +57,7 @@ def test_output_and_gradients_equal_those_of_the_layers(size, count, threads, mo
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
-def test_float32_is_as_near_to_float64_as_the_layers_are(memory_format, monkeypatch):
+def test_float32_is_as_near_to_float64_as_the_layers_are(memory_format, scaled, monkeypatch):
     torch.manual_seed(0)
     layer = randomise(ConvFFN(24, 96))
     x, grad = maps(2, 24, 40, 41, dtype=torch.float32, memory_format=memory_format)
@@ -80,7 +85,7 @@ def test_gelu_and_its_derivative_are_exact_everywhere():
     assert_relative(squares.sum(1)[0, : x.shape[1]], exact.square().sum((0, 1, 2)), 1e-6)
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_are_those_of_finite_differences(scaled):
     size = dict(dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 3, 8, 8, **size)
     taps, bias, gamma, beta = (
@@ -105,7 +110,7 @@ def test_no_map_is_kept_but_the_hidden_one():
     assert sum(kept.values()) < 1.1 * hidden.nbytes
 
 
-def test_deploy_form_and_one_sample_give_what_the_layers_give(monkeypatch):
+def test_deploy_form_and_one_sample_give_what_the_layers_give(scaled):
     torch.manual_seed(0)
     layer = randomise(ConvFFN(16, 64)).double()
     x, _ = maps(2, 16, 12, 12)
@@ -116,7 +121,7 @@ def test_deploy_form_and_one_sample_give_what_the_layers_give(monkeypatch):
         assert_relative(layer(x[:1]), expected[:1], 1e-12)
 
 
-def test_a_channel_of_zeros_has_finite_gradients():
+def test_a_channel_of_zeros_has_finite_gradients(scaled):
     layer, (x, grad) = ConvFFN(8, 32), maps(2, 8, 9, 9, dtype=torch.float32)
     nn.init.zeros_(layer.dwconv.weight)
     nn.init.zeros_(layer.dwconv.bias)
@@ -125,7 +130,7 @@ def test_a_channel_of_zeros_has_finite_gradients():
         assert gradient.isfinite().all()
 
 
-def test_autocast_in_the_backward_pass_alone_costs_no_digits():
+def test_autocast_in_the_backward_pass_alone_costs_no_digits(scaled):
     torch.manual_seed(0)
     layer, (x, grad) = ConvFFN(8, 32), maps(2, 8, 9, 9, dtype=torch.float32)
     # The first convolution's gradients are PyTorch's matrix products, which autocast narrows.

@@ -45,6 +45,13 @@ def test_some_channels_of_a_map_are_not_copied():
         assert_relative(ours, truth, TOLERANCES[torch.float32])
 
 
+def test_one_channel_is_a_matrix_product_in_either_memory_format(monkeypatch):
+    monkeypatch.setattr(F, 'conv2d', None)
+    layer, x = PointwiseConv(1, 5), torch.randn(2, 1, 6, 5)
+    expected = x * layer.weight.view(1, 5, 1, 1) + layer.bias.view(1, 5, 1, 1)
+    assert_relative(layer(x).detach(), expected.detach(), TOLERANCES[torch.float32])
+
+
 @pytest.mark.parametrize(('size', 'is_product'), list(zip(SIZES, [True, True, True, False], strict=True)), ids=str)
 def test_small_maps_are_a_matrix_product_unless_something_watches(size, is_product, monkeypatch):
     layer, products = PointwiseConv(3, 5), []
