@@ -95,10 +95,11 @@ class DetectorCase:
             randomise(self.model.backbone)
         confide(self.model)
         self.model.to(self.device).train(training)
-        if self.row != 'mmdet' and self.device.type == 'cpu':
-            keep_freed_memory()
-        if training and self.row != 'mmdet':
-            tune_for_training(self.model)
+        if self.row != 'mmdet':
+            if self.device.type == 'cpu':
+                keep_freed_memory()
+            if training:
+                tune_for_training(self.model)
         if self.row == 'tuned':
             tune_for_inference(self.model, torch.bfloat16 if self.dtype == 'bf16' else None)
         self.clock, self.maps = Clock(self.device.type == 'cuda'), dict[str, Tensor]()

@@ -6,7 +6,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.autograd import Function
 
 from overlock.layers.fold import BatchNorm
 
@@ -59,7 +58,7 @@ def sum_over_processes(t: Tensor) -> Tensor:
     return _Sum.apply(t)
 
 
-class _Sum(Function):
+class _Sum(torch.autograd.Function):
     """A sum over processes, whose gradient is the sum of the gradients.
 
     The default group of that in `torch.distributed.nn` is the one of its import, even if it was destroyed since.

@@ -58,12 +58,15 @@ def takes(x: Tensor) -> bool:
 
 def grn_scale(norm: Tensor, gamma: Tensor) -> Tensor:
     """Return the scale of GRN, `gamma * N / mean(N) + 1`, for norms N (B, D, 1, 1)."""
-    return gamma * (norm / grn_mean(norm)) + 1
+    scale, _, _ = _grn_parts(norm, gamma)
+    return scale
 
 
-def grn_mean(norm: Tensor) -> Tensor:
-    """Return the mean of GRN's norms over channels, plus 1e-6."""
-    return norm.mean(dim=1, keepdim=True) + 1e-6
+def _grn_parts(norm: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scale, N / mean(N) and mean(N), 1e-6 added to it."""
+    mean = norm.mean(dim=1, keepdim=True) + 1e-6
+    share = norm / mean
+    return gamma * share + 1, share, mean
 
 
 class _FeedForward(torch.autograd.Function):
@@ -101,7 +104,9 @@ class _FeedForward(torch.autograd.Function):
         y, _ = torch.ops.overlock_cpu.gelu_conv(*operands)
         slopes = pixels(grad, grad.dtype)
         matrix = weight.flatten(1)
-        scale = grn_scale(norm.double(), gamma.double()).to(x.dtype).flatten(1)
+        norms, gains = norm.double().flatten(1), gamma.double().flatten(1)
+        scale, share, mean = _grn_parts(norms, gains)
+        scale = scale.to(x.dtype)
         back = weight.transpose(0, 1)
         if _scales_maps(x):
             grad_z = pixels(pointwise_conv2d(slopes.permute(0, 3, 1, 2), back), x.dtype)
@@ -115,10 +120,7 @@ class _FeedForward(torch.autograd.Function):
             grad_scale = (grad_scaled * matrix).sum(1)
             grad_weight = (grad_scaled * scale.unsqueeze(1)).sum(0)
             grad_z = pixels(pointwise_conv2d(slopes.permute(0, 3, 1, 2), back), x.dtype)
-        norms = norm.double().flatten(1)
-        mean = grn_mean(norms)
-        share = norms / mean
-        grad_share = grad_scale * gamma.double().flatten(1)
+        grad_share = grad_scale * gains
         grad_norm = (grad_share - (grad_share * share).mean(1, keepdim=True)) / mean
         by_map = (grad_norm / norms).masked_fill_(norms == 0, 0).to(x.dtype)
         grad_x, sums = torch.ops.overlock_cpu.gelu_conv_backward(

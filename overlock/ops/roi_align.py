@@ -20,8 +20,8 @@ def roi_align(
 
     Args:
         x: (B, C, H, W), any float dtype; fastest in channels_last. Under autocast it is computed in float32.
-        rois: (N, 5): index in the batch, then x1, y1, x2, y2 in pixels of the image. Regions of negative size are
-            sampled as mmcv's CUDA operator samples them; those that are not finite give zeros.
+        rois: (N, 5): index in the batch, then x1, y1, x2, y2 in pixels of the image. Regions that are not finite
+            give zeros; so do those of negative size, where `aligned` and without a positive `sampling_ratio`.
         size: Rows and columns of bins.
         scale: Pixels of the map in a pixel of the image.
         sampling_ratio: Samples of a bin along each axis; 0 or less for about one per pixel of the map.
@@ -74,11 +74,9 @@ def _weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weights of an axis for each region, (N, bins, length), and where they begin and end, (N,)."""
     extent = end - start if aligned else (end - start).clamp(min=1)
+    count = torch.full_like(extent, sampling_ratio) if sampling_ratio > 0 else (extent / bins).ceil()
     # What is not finite has no samples.
-    count = (torch.full_like(extent, sampling_ratio) if sampling_ratio > 0 else (extent / bins).ceil()).nan_to_num(
-        0, 0, 0
-    )
-    count = count.clamp(min=0)[:, None, None]
+    count = count.nan_to_num(0, 0, 0).clamp(min=0)[:, None, None]
     sample = torch.arange(int(count.max()) if len(count) else 0, device=start.device)
     place = torch.arange(bins, device=start.device)[:, None] + (sample + 0.5) / count.clamp(min=1)
     position = start[:, None, None] + place * (extent / bins)[:, None, None]
