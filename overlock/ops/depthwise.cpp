@@ -1,5 +1,6 @@
-// Statistics and gradients of parallel depthwise convolutions on CPUs, with no map of a branch kept. Maps are
-// (B, H, W, C), kernels as PyTorch has them.
+// Parallel depthwise convolutions on CPUs: their statistics, their weighted sum, and gradients. Maps are (B, H, W, C),
+// kernels as PyTorch has them. The map of the first branch, which has the most taps, is kept between the passes, as
+// (B, blocks of channels, H, W, 16); those of the others are computed again.
 
 #include <torch/library.h>
 
@@ -11,6 +12,17 @@ namespace {
 
 using namespace overlock;
 
+// The sum over the pixels of a row. Four sums, as each addition waits for the one before.
+template <typename V, typename F>
+V sum_row(Index width, const F& of) {
+  V sums[4] = {};
+  Index p = 0;
+  for (; p + 4 <= width; p += 4)
+    for (int i = 0; i < 4; ++i) sums[i] += of(p + i);
+  for (; p < width; ++p) sums[0] += of(p);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // Mean and sum of squared deviations of 16 channels, extended row after row (Chan et al., 1983).
 struct Moments {
   Channels<double> mean = {}, squares = {};
@@ -18,25 +30,15 @@ struct Moments {
 
   template <typename T>
   void add_row(const T* row, Index width) {
-    const Channels<T> center = sum(row, width, [](const Channels<T>& v) { return v; }) / static_cast<T>(width);
-    const Channels<T> spread = sum(row, width, [&](const Channels<T>& v) { return (v - center) * (v - center); });
+    using Lanes = Channels<T>;
+    const auto value = [&](Index p) { return load<Lanes>(row + p * LANES); };
+    const Lanes center = sum_row<Lanes>(width, value) / static_cast<T>(width);
+    const Lanes spread = sum_row<Lanes>(width, [&](Index p) { return (value(p) - center) * (value(p) - center); });
     const double total = count + width;
     const auto step = __builtin_convertvector(center, Channels<double>) - mean;
     mean += step * (width / total);
     squares += __builtin_convertvector(spread, Channels<double>) + step * step * (count * width / total);
     count = total;
-  }
-
- private:
-  // Four sums, as each addition waits for the one before.
-  template <typename T, typename F>
-  static Channels<T> sum(const T* row, Index width, const F& of) {
-    Channels<T> sums[4] = {};
-    Index p = 0;
-    for (; p + 4 <= width; p += 4)
-      for (int i = 0; i < 4; ++i) sums[i] += of(load<Channels<T>>(row + (p + i) * LANES));
-    for (; p < width; ++p) sums[0] += of(load<Channels<T>>(row + p * LANES));
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 };
 
@@ -46,12 +48,18 @@ void check_maps(const Tensor& x, const Tensor& grad) {
               "grad must be as x");
 }
 
+void check_factors(const Tensor& factors, at::IntArrayRef sizes, const Tensor& x) {
+  TORCH_CHECK(factors.sizes() == sizes && factors.is_contiguous() && factors.scalar_type() == x.scalar_type(),
+              "scales and coefficients must be contiguous, of size ", sizes, " and the dtype of x");
+}
+
 // Parallel convolutions of a map: their kernels, (C, 1, k, k), and where these look in a plane.
 struct Kernels {
   Plane plane;
   std::vector<Tensor> weights;
   std::vector<Branch> branches;
-  Index taps = 0;  // of all
+  Branch rest = {};  // the union of the taps of all branches but the first
+  Index taps = 0;    // of all
 
   Kernels(const Tensor& x, at::TensorList given, at::IntArrayRef dilations) : plane{x.size(1), x.size(2), 0} {
     TORCH_CHECK(given.size() == dilations.size() && !given.empty(), "each kernel has a dilation");
@@ -64,71 +72,137 @@ struct Kernels {
       taps += size * size;
     }
     for (std::size_t i = 0; i < given.size(); ++i) add_branch(branches, given[i].size(-1), dilations[i], plane);
+    for (std::size_t i = 1; i < given.size(); ++i)
+      for (const Index offset : branches[i].offsets) {
+        auto& offsets = rest.offsets;
+        const auto found = std::find(offsets.begin(), offsets.end(), offset);
+        branches[i].places.push_back(found - offsets.begin());
+        if (found == offsets.end()) offsets.push_back(offset);
+      }
+    // As many as an odd square could have; those in excess have weights of zero.
+    while (rest.offsets.size() % TILE != 1) rest.offsets.push_back(0);
   }
 
-  // Packs the taps of 16 channels, or of the `count` that are left.
+  Index blocks() const { return (weights[0].size(0) + LANES - 1) / LANES; }
+  Index merged() const { return rest.offsets.size(); }
+
+  // What `pack_unit` takes.
+  Index scratch() const { return plane.size() + taps * LANES; }
+
+  // Packs the map and, behind it, the taps of 16 channels, or of the `count` that are left. Returns the taps.
   template <typename T>
-  void pack_taps(Index first, Index count, T* to) const {
+  T* pack_unit(const T* from, Index first, Index count, T* input) const {
+    const Index channels = weights[0].size(0);
+    pack(from, plane.height, plane.width, channels, count, input + plane.row(0), plane.stride());
+    T* const packed = input + plane.size();
+    T* to = packed;
     std::fill_n(to, taps * LANES, T(0));
     for (const Tensor& weight : weights) {
       const Index size = weight.size(2) * weight.size(3);
-      const T* from = weight.const_data_ptr<T>() + first * size;
+      const T* kernel = weight.const_data_ptr<T>() + first * size;
       for (Index c = 0; c < count; ++c)
-        for (Index t = 0; t < size; ++t) to[t * LANES + c] = from[c * size + t];
+        for (Index t = 0; t < size; ++t) to[t * LANES + c] = kernel[c * size + t];
       to += size * LANES;
     }
+    return packed;
+  }
+
+  void check_kept(const Tensor& x, const Tensor& kept) const {
+    TORCH_CHECK(kept.sizes() == at::IntArrayRef({x.size(0), blocks(), plane.height, plane.width, LANES}) &&
+                    kept.scalar_type() == x.scalar_type() && kept.is_contiguous(),
+                "kept must be what the moments of this map came with");
   }
 };
-
-// For each tap of a branch the sum over pixels of 16 channels of `grad`, (H, W, C), times shifted `input`, a plane.
-template <typename T>
-void correlate_unit(const T* input, const Plane& plane, const Branch& branch, const T* grad, Index channels,
-                    Index count, T* row, T* sums) {
-  std::fill_n(sums, branch.offsets.size() * LANES, T(0));
-  for (Index r = 0; r < plane.height; ++r) {
-    pack(grad + r * plane.width * channels, 1, plane.width, channels, count, row, 0);
-    correlate_row(input + plane.row(r), branch, row, plane.width, sums);
-  }
-}
 
 // From sums of units, (B, blocks, T, 16), to those over the batch, (C, T).
 Tensor sum_units(const Tensor& sums, Index channels) {
   return sums.sum(0).transpose(1, 2).reshape({-1, sums.size(2)}).narrow(0, 0, channels).contiguous();
 }
 
-// Returns the means and the sums of squared deviations of each branch's map, (B, branches, C), float64.
-std::tuple<Tensor, Tensor> moments(const Tensor& x, at::TensorList weights, at::IntArrayRef dilations) {
+// Returns the map of the first branch, to be kept, and the means and the sums of squared deviations of each branch's
+// map, (B, branches, C), float64.
+std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, at::TensorList weights, at::IntArrayRef dilations) {
   check_maps(x, x);
   const Kernels kernels(x, weights, dilations);
   const Plane& plane = kernels.plane;
   const Index count = weights.size(), pixels = plane.height * plane.width;
+  Tensor kept = at::empty({x.size(0), kernels.blocks(), plane.height, plane.width, LANES}, x.options());
   Tensor means = at::empty({x.size(0), count, x.size(3)}, x.options().dtype(at::kDouble));
   Tensor squares = at::empty_like(means);
   double* const mean_to = means.mutable_data_ptr<double>();
   double* const square_to = squares.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "depthwise_moments", [&] {
     const scalar_t* const from = x.const_data_ptr<scalar_t>();
+    scalar_t* const to = kept.mutable_data_ptr<scalar_t>();
     for_each_unit<scalar_t>(
-        x, plane.size() + (plane.tiled() + kernels.taps) * LANES,
+        x, kernels.scratch() + plane.tiled() * LANES,
         [&](Index sample, Index first, Index channels, scalar_t* input) {
-          scalar_t* const row = input + plane.size();
-          scalar_t* const taps = row + plane.tiled() * LANES;
-          pack(from + sample * pixels * x.size(3) + first, plane.height, plane.width, x.size(3), channels,
-               input + plane.row(0), plane.stride());
-          kernels.pack_taps(first, channels, taps);
+          const scalar_t* const taps =
+              kernels.pack_unit(from + sample * pixels * x.size(3) + first, first, channels, input);
+          scalar_t* const row = input + kernels.scratch();
+          scalar_t* const map = to + (sample * kernels.blocks() * LANES + first) * pixels;
           for (Index i = 0; i < count; ++i) {
             Moments found;
             for (Index r = 0; r < plane.height; ++r) {
               convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.branches[i], taps, plane.tiled(), row);
               found.add_row(row, plane.width);
+              if (i == 0) std::copy_n(row, plane.width * LANES, map + r * plane.width * LANES);
             }
-            const Index to = (sample * count + i) * x.size(3) + first;
-            store_some(mean_to + to, channels, found.mean);
-            store_some(square_to + to, channels, found.squares);
+            const Index at = (sample * count + i) * x.size(3) + first;
+            store_some(mean_to + at, channels, found.mean);
+            store_some(square_to + at, channels, found.squares);
           }
         });
   });
-  return {means, squares};
+  return {kept, means, squares};
+}
+
+// Returns the sum of all branches, each times its scale, plus a bias. Scales and bias: (branches + 1, C).
+Tensor weighted_sum(const Tensor& x, const Tensor& kept, at::TensorList weights, at::IntArrayRef dilations,
+                    const Tensor& scales) {
+  check_maps(x, x);
+  const Kernels kernels(x, weights, dilations);
+  kernels.check_kept(x, kept);
+  const Plane& plane = kernels.plane;
+  const Index count = weights.size(), pixels = plane.height * plane.width;
+  check_factors(scales, {count + 1, x.size(3)}, x);
+  Tensor out = at::empty_like(x);
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "depthwise_weighted_sum", [&] {
+    using Lanes = Channels<scalar_t>;
+    const scalar_t* const from = x.const_data_ptr<scalar_t>();
+    const scalar_t* const maps = kept.const_data_ptr<scalar_t>();
+    const scalar_t* const factors = scales.const_data_ptr<scalar_t>();
+    scalar_t* const to = out.mutable_data_ptr<scalar_t>();
+    for_each_unit<scalar_t>(
+        x, kernels.scratch() + (plane.tiled() + kernels.merged()) * LANES,
+        [&](Index sample, Index first, Index channels, scalar_t* input) {
+          const Index start = sample * pixels * x.size(3) + first;
+          const scalar_t* const taps = kernels.pack_unit(from + start, first, channels, input);
+          scalar_t* const row = input + kernels.scratch();
+          scalar_t* const merged = row + plane.tiled() * LANES;
+          const scalar_t* const map = maps + (sample * kernels.blocks() * LANES + first) * pixels;
+          const auto factor = [&](Index i) { return load_some(factors + i * x.size(3) + first, channels); };
+          std::fill_n(merged, kernels.merged() * LANES, scalar_t(0));
+          for (Index i = 1; i < count; ++i) {
+            const Branch& branch = kernels.branches[i];
+            const Lanes scale = factor(i);
+            for (std::size_t t = 0; t < branch.offsets.size(); ++t) {
+              scalar_t* const sum = merged + branch.places[t] * LANES;
+              store(sum, Lanes(load<Lanes>(sum) + scale * load<Lanes>(taps + (branch.first + t) * LANES)));
+            }
+          }
+          const Lanes scale = factor(0), bias = factor(count);
+          for (Index r = 0; r < plane.height; ++r) {
+            convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.rest, merged, plane.tiled(), row);
+            for (Index p = 0; p < plane.width; ++p) {
+              const Index pixel = r * plane.width + p;
+              store_some(to + start + pixel * x.size(3), channels,
+                         Lanes(load<Lanes>(row + p * LANES) + scale * load<Lanes>(map + pixel * LANES) + bias));
+            }
+          }
+        });
+  });
+  return out;
 }
 
 // Returns for each tap of a kernel the sum over batch and pixels of `grad` times shifted `x`, (C, T).
@@ -147,23 +221,27 @@ Tensor correlate(const Tensor& x, const Tensor& grad, Index size, Index dilation
     for_each_unit<scalar_t>(
         x, plane.size() + plane.width * LANES, [&](Index sample, Index first, Index channels, scalar_t* input) {
           const Index start = sample * pixels * x.size(3) + first;
+          scalar_t* const row = input + plane.size();
+          scalar_t* const found = to + (sample * blocks * LANES + first) * size * size;
           pack(from + start, plane.height, plane.width, x.size(3), channels, input + plane.row(0), plane.stride());
-          correlate_unit(input, plane, branches[0], slopes + start, x.size(3), channels, input + plane.size(),
-                         to + (sample * blocks * LANES + first) * size * size);
+          std::fill_n(found, size * size * LANES, scalar_t(0));
+          for (Index r = 0; r < plane.height; ++r) {
+            pack(slopes + start + r * plane.width * x.size(3), 1, plane.width, x.size(3), channels, row, 0);
+            correlate_row(input + plane.row(r), branches[0], row, plane.width, found);
+          }
         });
   });
   return sum_units(sums, x.size(3));
 }
 
 // Returns the sum over batch and pixels of `grad` times each branch's map, (branches, C), float64.
-Tensor products(const Tensor& x, const Tensor& grad, at::TensorList weights, at::IntArrayRef dilations) {
+Tensor products(const Tensor& x, const Tensor& grad, const Tensor& kept, at::TensorList weights,
+                at::IntArrayRef dilations) {
   check_maps(x, grad);
   const Kernels kernels(x, weights, dilations);
+  kernels.check_kept(x, kept);
   const Plane& plane = kernels.plane;
-  // The correlation at the taps of a kernel that holds those of all branches.
-  std::vector<Branch> all;
-  add_branch(all, 2 * plane.reach + 1, 1, plane);
-  const Index count = weights.size(), pixels = plane.height * plane.width, places = all[0].offsets.size();
+  const Index count = weights.size(), pixels = plane.height * plane.width;
   Tensor found = at::empty({x.size(0), count, x.size(3)}, x.options().dtype(at::kDouble));
   double* const to = found.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "depthwise_products", [&] {
@@ -171,23 +249,35 @@ Tensor products(const Tensor& x, const Tensor& grad, at::TensorList weights, at:
     const auto widen = [](const Lanes& v) { return __builtin_convertvector(v, Channels<double>); };
     const scalar_t* const from = x.const_data_ptr<scalar_t>();
     const scalar_t* const slopes = grad.const_data_ptr<scalar_t>();
+    const scalar_t* const maps = kept.const_data_ptr<scalar_t>();
     for_each_unit<scalar_t>(
-        x, plane.size() + (plane.width + places + kernels.taps) * LANES,
+        x, kernels.scratch() + (plane.width + kernels.merged()) * LANES,
         [&](Index sample, Index first, Index channels, scalar_t* input) {
-          scalar_t* const row = input + plane.size();
-          scalar_t* const sums = row + plane.width * LANES;
-          scalar_t* const taps = sums + places * LANES;
           const Index start = sample * pixels * x.size(3) + first;
-          pack(from + start, plane.height, plane.width, x.size(3), channels, input + plane.row(0), plane.stride());
-          correlate_unit(input, plane, all[0], slopes + start, x.size(3), channels, row, sums);
-          kernels.pack_taps(first, channels, taps);
-          for (Index i = 0; i < count; ++i) {
+          const scalar_t* const taps = kernels.pack_unit(from + start, first, channels, input);
+          scalar_t* const row = input + kernels.scratch();
+          scalar_t* const sums = row + plane.width * LANES;
+          const scalar_t* const map = maps + (sample * kernels.blocks() * LANES + first) * pixels;
+          const auto put = [&](Index i, const Channels<double>& total) {
+            store_some(to + (sample * count + i) * x.size(3) + first, channels, total);
+          };
+          Channels<double> of_first = {};
+          std::fill_n(sums, kernels.merged() * LANES, scalar_t(0));
+          for (Index r = 0; r < plane.height; ++r) {
+            pack(slopes + start + r * plane.width * x.size(3), 1, plane.width, x.size(3), channels, row, 0);
+            of_first += widen(sum_row<Lanes>(plane.width, [&](Index p) {
+              return load<Lanes>(row + p * LANES) * load<Lanes>(map + (r * plane.width + p) * LANES);
+            }));
+            correlate_row(input + plane.row(r), kernels.rest, row, plane.width, sums);
+          }
+          put(0, of_first);
+          for (Index i = 1; i < count; ++i) {
             const Branch& branch = kernels.branches[i];
             Channels<double> total = {};
-            for (std::size_t t = 0; t < branch.places.size(); ++t)
+            for (std::size_t t = 0; t < branch.offsets.size(); ++t)
               total += widen(load<Lanes>(taps + (branch.first + t) * LANES)) *
                        widen(load<Lanes>(sums + branch.places[t] * LANES));
-            store_some(to + (sample * count + i) * x.size(3) + first, channels, total);
+            put(i, total);
           }
         });
   });
@@ -196,36 +286,36 @@ Tensor products(const Tensor& x, const Tensor& grad, at::TensorList weights, at:
 
 // Gradients of branches z whose own gradients are `c_0 grad + c_1 z + c_2`, coefficients (3, branches, C). Returns the
 // gradient of x, (B, H, W, C), and of the taps of all branches, (C, T).
-std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, at::TensorList weights,
+std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, const Tensor& kept, at::TensorList weights,
                                     at::IntArrayRef dilations, const Tensor& coefficients) {
   check_maps(x, grad);
   const Kernels kernels(x, weights, dilations);
+  kernels.check_kept(x, kept);
   const Plane& plane = kernels.plane;
-  const Index count = weights.size(), pixels = plane.height * plane.width, blocks = (x.size(3) + LANES - 1) / LANES;
-  TORCH_CHECK(coefficients.sizes() == at::IntArrayRef({3, count, x.size(3)}) && coefficients.is_contiguous() &&
-                  coefficients.scalar_type() == x.scalar_type(),
-              "coefficients must be contiguous, (3, ", count, ", ", x.size(3), ")");
-  Tensor grad_x = at::empty_like(x), grad_taps = at::empty({x.size(0), blocks, kernels.taps, LANES}, x.options());
+  const Index count = weights.size(), pixels = plane.height * plane.width;
+  check_factors(coefficients, {3, count, x.size(3)}, x);
+  Tensor grad_x = at::empty_like(x);
+  Tensor grad_taps = at::empty({x.size(0), kernels.blocks(), kernels.taps, LANES}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "depthwise_backward", [&] {
     using Lanes = Channels<scalar_t>;
     const scalar_t* const from = x.const_data_ptr<scalar_t>();
     const scalar_t* const slopes = grad.const_data_ptr<scalar_t>();
+    const scalar_t* const maps = kept.const_data_ptr<scalar_t>();
     const scalar_t* const factors = coefficients.const_data_ptr<scalar_t>();
     scalar_t* const to = grad_x.mutable_data_ptr<scalar_t>();
     scalar_t* const taps_to = grad_taps.mutable_data_ptr<scalar_t>();
     const Index packed = pixels * LANES, summed = plane.height * plane.tiled() * LANES;
     for_each_unit<scalar_t>(
-        x, 2 * plane.size() + packed + summed + kernels.taps * LANES,
+        x, kernels.scratch() + plane.size() + packed + summed,
         [&](Index sample, Index first, Index channels, scalar_t* input) {
-          scalar_t* const branch_slopes = input + plane.size();
+          scalar_t* const branch_slopes = input + kernels.scratch();
           scalar_t* const output_slopes = branch_slopes + plane.size();
           scalar_t* const sums = output_slopes + packed;
-          scalar_t* const taps = sums + summed;
-          scalar_t* const grad_of_taps = taps_to + (sample * blocks * LANES + first) * kernels.taps;
+          scalar_t* const grad_of_taps = taps_to + (sample * kernels.blocks() * LANES + first) * kernels.taps;
           const Index start = sample * pixels * x.size(3) + first;
-          pack(from + start, plane.height, plane.width, x.size(3), channels, input + plane.row(0), plane.stride());
+          const scalar_t* const taps = kernels.pack_unit(from + start, first, channels, input);
+          const scalar_t* const map = maps + (sample * kernels.blocks() * LANES + first) * pixels;
           pack(slopes + start, plane.height, plane.width, x.size(3), channels, output_slopes, plane.width * LANES);
-          kernels.pack_taps(first, channels, taps);
           std::fill_n(sums, summed, scalar_t(0));
           std::fill_n(grad_of_taps, kernels.taps * LANES, scalar_t(0));
           for (Index i = 0; i < count; ++i) {
@@ -236,9 +326,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, at::Ten
             for (Index r = 0; r < plane.height; ++r) {
               scalar_t* const row = branch_slopes + plane.row(r);
               const scalar_t* const slope = output_slopes + r * plane.width * LANES;
-              convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.branches[i], taps, plane.tiled(), row);
+              const scalar_t* const z = i == 0 ? map + r * plane.width * LANES : row;
+              if (i > 0)
+                convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.branches[i], taps, plane.tiled(), row);
               for (Index p = 0; p < plane.width * LANES; p += LANES)
-                store(row + p, Lanes(a * load<Lanes>(slope + p) + b * load<Lanes>(row + p) + c));
+                store(row + p, Lanes(a * load<Lanes>(slope + p) + b * load<Lanes>(z + p) + c));
               std::fill(row + plane.width * LANES, row + plane.tiled() * LANES, scalar_t(0));
               correlate_row(input + plane.row(r), kernels.branches[i], row, plane.width, grad_of_taps);
             }
@@ -258,16 +350,20 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, at::Ten
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(overlock_cpu, library) {
-  library.def("depthwise_moments(Tensor x, Tensor[] weights, int[] dilations) -> (Tensor, Tensor)");
-  library.def("depthwise_correlate(Tensor x, Tensor grad, int size, int dilation) -> Tensor");
-  library.def("depthwise_products(Tensor x, Tensor grad, Tensor[] weights, int[] dilations) -> Tensor");
+  library.def("depthwise_moments(Tensor x, Tensor[] weights, int[] dilations) -> (Tensor, Tensor, Tensor)");
   library.def(
-      "depthwise_backward(Tensor x, Tensor grad, Tensor[] weights, int[] dilations, Tensor coefficients) "
+      "depthwise_weighted_sum(Tensor x, Tensor kept, Tensor[] weights, int[] dilations, Tensor scales) -> Tensor");
+  library.def("depthwise_correlate(Tensor x, Tensor grad, int size, int dilation) -> Tensor");
+  library.def(
+      "depthwise_products(Tensor x, Tensor grad, Tensor kept, Tensor[] weights, int[] dilations) -> Tensor");
+  library.def(
+      "depthwise_backward(Tensor x, Tensor grad, Tensor kept, Tensor[] weights, int[] dilations, Tensor coefficients) "
       "-> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(overlock_cpu, CPU, library) {
   library.impl("depthwise_moments", moments);
+  library.impl("depthwise_weighted_sum", weighted_sum);
   library.impl("depthwise_correlate", correlate);
   library.impl("depthwise_products", products);
   library.impl("depthwise_backward", backward);

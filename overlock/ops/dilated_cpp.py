@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from overlock.ops.compiled import why_not_compiled
+from overlock.ops.compiled import LANES, why_not_compiled
 from overlock.ops.depthwise import pixels
 
 NAME = 'cpp'
@@ -16,25 +16,46 @@ def why_unsupported(x: Tensor) -> str:
     return why_not_compiled()
 
 
-def moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor]:
-    mean, squares = torch.ops.overlock_cpu.depthwise_moments(pixels(x, _wide(x)), weights, dilations)
-    return mean, squares
+def kept_size(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of the map of the first branch, as the operators pack it."""
+    channels, height, width = x.shape[1:]
+    return len(x), -(-channels // LANES), height, width, LANES
+
+
+def moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    kept, mean, squares = torch.ops.overlock_cpu.depthwise_moments(pixels(x, _wide(x)), weights, dilations)
+    return kept, mean, squares
+
+
+def weighted_sum(
+    x: Tensor, kept: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], scales: Tensor
+) -> Tensor:
+    wide = _wide(x)
+    y = torch.ops.overlock_cpu.depthwise_weighted_sum(pixels(x, wide), kept, weights, dilations, scales.to(wide))
+    y = y.permute(0, 3, 1, 2).to(x.dtype)
+    return y if x.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(x).copy_(y)
 
 
 def products(
-    x: Tensor, grad: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], mean: Tensor, grad_sum: Tensor
+    x: Tensor,
+    grad: Tensor,
+    kept: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    mean: Tensor,
+    grad_sum: Tensor,
 ) -> Tensor:
     wide = _wide(x)
-    found = torch.ops.overlock_cpu.depthwise_products(pixels(x, wide), pixels(grad, wide), weights, dilations)
+    found = torch.ops.overlock_cpu.depthwise_products(pixels(x, wide), pixels(grad, wide), kept, weights, dilations)
     return found - mean * grad_sum
 
 
 def backward(
-    x: Tensor, grad: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], coefficients: Tensor
+    x: Tensor, grad: Tensor, kept: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
     grad_x, grad_taps = torch.ops.overlock_cpu.depthwise_backward(
-        pixels(x, wide), pixels(grad, wide), weights, dilations, coefficients.to(wide).contiguous()
+        pixels(x, wide), pixels(grad, wide), kept, weights, dilations, coefficients.to(wide)
     )
     return grad_x.permute(0, 3, 1, 2).to(x.dtype), grad_taps
 

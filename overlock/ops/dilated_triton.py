@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from overlock.ops.compiled import LANES
-from overlock.ops.depthwise import pack_taps, pad_lanes
+from overlock.ops.depthwise import pack_taps, pad_lanes, same_conv2d, taps_of
 from overlock.ops.gpu import interpreted, why_no_triton, why_not_on_gpu
 
 NAME = 'triton'
@@ -78,7 +78,12 @@ def why_unsupported(x: Tensor) -> str:
     return why_no_triton() or why_not_on_gpu(x)
 
 
-def moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor]:
+def kept_size(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of nothing: the other functions compute all branches again."""
+    return (0,)
+
+
+def moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(x):
         frame, branches, taps = _prepare(x, weights, dilations)
         tiles = _tiles(frame.H, frame.W)
@@ -93,11 +98,32 @@ def moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> t
         counts = rows.outer(cols).view(-1, 1)
         mean = (means * counts).sum(3) / counts.sum()
         total = (squares + (means - mean.unsqueeze(3)).square() * counts).sum(3)
-    return _channels(mean, x), _channels(total, x)
+    return taps.new_empty(kept_size(x)), _channels(mean, x), _channels(total, x)
+
+
+def weighted_sum(
+    x: Tensor, kept: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], scales: Tensor
+) -> Tensor:
+    kernel = merge_kernels([weight.double() for weight in weights], dilations, list(scales[:-1]))
+    return same_conv2d(x, kernel.to(x.dtype), scales[-1].to(x.dtype))
+
+
+def merge_kernels(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor]) -> Tensor:
+    """Return the kernel (C, 1, K, K) of a sum of depthwise convolutions, each times its scale (C,)."""
+    merged = weights[0] * scales[0].view(-1, 1, 1, 1)
+    for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
+        taps_of(merged, weight.shape[-1], dilation).add_(weight * scale.view(-1, 1, 1, 1))
+    return merged
 
 
 def products(
-    x: Tensor, grad: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], mean: Tensor, grad_sum: Tensor
+    x: Tensor,
+    grad: Tensor,
+    kept: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    mean: Tensor,
+    grad_sum: Tensor,
 ) -> Tensor:
     with torch.cuda.device_of(x):
         frame, branches, taps = _prepare(x, weights, dilations)
@@ -113,7 +139,7 @@ def products(
 
 
 def backward(
-    x: Tensor, grad: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], coefficients: Tensor
+    x: Tensor, grad: Tensor, kept: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(x):
         frame, branches, taps = _prepare(x, weights, dilations)

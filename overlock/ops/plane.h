@@ -51,7 +51,7 @@ struct Plane {
 };
 
 // Where the taps of a branch lie in the packed taps, how far from the output's pixel they look in a plane, and where
-// they lie among those of the largest kernel that the plane has room for.
+// they lie among the taps that branches share.
 struct Branch {
   Index first;
   std::vector<Index> offsets, places;
@@ -61,10 +61,8 @@ struct Branch {
 inline void add_branch(std::vector<Branch>& branches, Index size, Index dilation, const Plane& plane) {
   Branch branch = {branches.empty() ? 0 : branches.back().first + Index(branches.back().offsets.size()), {}, {}};
   for (Index a = -(size / 2) * dilation; a <= size / 2 * dilation; a += dilation)
-    for (Index b = -(size / 2) * dilation; b <= size / 2 * dilation; b += dilation) {
+    for (Index b = -(size / 2) * dilation; b <= size / 2 * dilation; b += dilation)
       branch.offsets.push_back(a * plane.stride() + b * LANES);
-      branch.places.push_back((a + plane.reach) * (2 * plane.reach + 1) + b + plane.reach);
-    }
   branches.push_back(branch);
 }
 
@@ -111,7 +109,7 @@ void correlate_taps(const T* center, const Index* offsets, const T* grad, Index 
   for (int i = 0; i < N; ++i) store(sums + i * LANES, totals[i]);
 }
 
-// The same for all taps of a branch: odd squares are 8 m + 1.
+// The same for all taps of a branch, 8 m + 1 as an odd square has.
 template <typename T>
 void correlate_row(const T* center, const Branch& branch, const T* grad, Index width, T* sums) {
   const Index count = branch.offsets.size();

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from overlock.layers import DilatedReparamConv
 from overlock.layers.large_kernel import BRANCHES
-from overlock.ops import dilated
+from overlock.ops import dilated, dilated_cpp, dilated_triton
 from overlock.ops.compiled import why_not_compiled
 from overlock.ops.depthwise import weight_gradient
 from tests.testing import TOLERANCES, assert_relative, randomise, training_step
@@ -113,13 +113,16 @@ def test_operators_keep_the_rules_of_torch_library():
     weights = [torch.randn(3, 1, size, size, dtype=torch.float64) for size in (5, 3)]
     operators = torch.ops.overlock
     torch.library.opcheck(operators.dilated_moments.default, (x, weights, [1, 2]))
-    sums = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    torch.library.opcheck(operators.dilated_products.default, (x, grad, weights, [1, 2], *sums))
+    kept, mean, _ = operators.dilated_moments(x, weights, [1, 2])
+    scales = torch.randn(3, 3, dtype=torch.float64)
+    torch.library.opcheck(operators.dilated_weighted_sum.default, (x, kept, weights, [1, 2], scales))
+    sums = mean.mean(0), scales[0]
+    torch.library.opcheck(operators.dilated_products.default, (x, grad, kept, weights, [1, 2], *sums))
     coefficients = torch.randn(3, 2, 3, dtype=torch.float64)
-    torch.library.opcheck(operators.dilated_backward.default, (x, grad, weights, [1, 2], coefficients))
+    torch.library.opcheck(operators.dilated_backward.default, (x, grad, kept, weights, [1, 2], coefficients))
 
 
-def test_no_map_is_kept_but_the_input():
+def test_two_maps_are_kept_the_input_and_the_largest_branch():
     layer, (x, _) = DilatedReparamConv(32, 17), maps(2, 32, 48, 48, dtype=torch.float32)
     kept = {}
 
@@ -129,8 +132,22 @@ def test_no_map_is_kept_but_the_input():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         layer(x.requires_grad_())
-    assert sum(size for size in kept.values() if size >= x.nbytes) == x.nbytes
-    assert sum(kept.values()) < 1.2 * x.nbytes
+    assert sum(size for size in kept.values() if size >= x.nbytes) == 2 * x.nbytes
+    assert sum(kept.values()) < 2.2 * x.nbytes
+
+
+def test_what_is_kept_of_another_map_is_refused():
+    x, weights, rows = torch.randn(2, 20, 9, 8), [torch.randn(20, 1, 3, 3)], torch.randn(3, 1, 20)
+    operators = torch.ops.overlock
+    for other in (x[:1], x[:, :16], x[:, :, 1:], x.double()):
+        kept, *_ = operators.dilated_moments(other, [weights[0][: other.shape[1]]], [1])
+        for call in (
+            lambda kept=kept: operators.dilated_weighted_sum(x, kept, weights, [1], rows[:2, 0]),
+            lambda kept=kept: operators.dilated_products(x, x, kept, weights, [1], rows[0], rows[0, 0]),
+            lambda kept=kept: operators.dilated_backward(x, x, kept, weights, [1], rows),
+        ):
+            with pytest.raises(RuntimeError, match='kept must be what the moments of this map came with'):
+                call()
 
 
 def test_means_far_from_zero_cost_no_digits_of_the_variance(monkeypatch):
@@ -207,16 +224,21 @@ def test_one_value_a_channel_is_refused_as_pytorch_refuses_it():
         DilatedReparamConv(4, 7).train()(torch.randn(1, 4, 1, 1))
 
 
-def test_merged_kernel_is_the_sum_of_the_branches():
-    weights = [torch.randn(3, 1, size, size, dtype=torch.float64) for size in (7, 3, 3, 5)]
-    scales, dilations = torch.randn(4, 3, dtype=torch.float64), (1, 2, 3, 1)
-    x = torch.randn(2, 3, 11, 9, dtype=torch.float64)
-    expected = sum(
-        scale.view(-1, 1, 1) * F.conv2d(x, w, padding=w.shape[-1] // 2 * d, dilation=d, groups=3)
+@pytest.mark.parametrize('backend', ['cpp', 'triton'])
+@pytest.mark.parametrize('branches', [[(7, 1), (3, 2), (3, 3), (5, 1)], [(3, 1)]], ids=str)
+def test_weighted_sum_is_that_of_the_branches(backend, branches):
+    x = torch.randn(2, 20, 11, 9, dtype=torch.float64)
+    sizes, dilations = zip(*branches, strict=True)
+    weights = [torch.randn(20, 1, size, size, dtype=torch.float64) for size in sizes]
+    *scales, bias = torch.randn(len(branches) + 1, 20, dtype=torch.float64)
+    expected = bias.view(-1, 1, 1) + sum(
+        scale.view(-1, 1, 1) * F.conv2d(x, w, padding=w.shape[-1] // 2 * d, dilation=d, groups=20)
         for w, d, scale in zip(weights, dilations, scales, strict=True)
     )
-    merged = dilated.merge_kernels(weights, dilations, list(scales))
-    assert_relative(F.conv2d(x, merged, padding=3, groups=3), expected, 1e-12)
+    module = dilated_cpp if backend == 'cpp' else dilated_triton
+    kept = dilated_cpp.moments(x, weights, dilations)[0] if backend == 'cpp' else x.new_empty(0)
+    found = module.weighted_sum(x, kept, weights, dilations, torch.stack([*scales, bias]))
+    assert_relative(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize(('kernel_size', 'dilation'), [(1, 2), (3, 1), (5, 2), (7, 3), (13, 1)])
