@@ -1,6 +1,6 @@
 // Parallel depthwise convolutions on CPUs: their statistics, their weighted sum, and gradients. Maps are (B, H, W, C),
 // kernels as PyTorch has them. The map of the first branch, which has the most taps, is kept between the passes, as
-// (B, blocks of channels, H, W, 16); those of the others are computed again.
+// (B, blocks of channels, H, W, 16). Of the others none is.
 
 #include <torch/library.h>
 
@@ -48,9 +48,10 @@ void check_maps(const Tensor& x, const Tensor& grad) {
               "grad must be as x");
 }
 
-void check_factors(const Tensor& factors, at::IntArrayRef sizes, const Tensor& x) {
-  TORCH_CHECK(factors.sizes() == sizes && factors.is_contiguous() && factors.scalar_type() == x.scalar_type(),
-              "scales and coefficients must be contiguous, of size ", sizes, " and the dtype of x");
+void check_factors(const char* name, const Tensor& factors, at::IntArrayRef sizes, const Tensor& x) {
+  TORCH_CHECK(factors.sizes() == sizes && factors.is_contiguous() && factors.scalar_type() == x.scalar_type(), name,
+              " must be contiguous, of size ", sizes, ", and ", x.scalar_type(), " as x, got ", factors.sizes(),
+              " and ", factors.scalar_type());
 }
 
 // Parallel convolutions of a map: their kernels, (C, 1, k, k), and where these look in a plane.
@@ -58,8 +59,9 @@ struct Kernels {
   Plane plane;
   std::vector<Tensor> weights;
   std::vector<Branch> branches;
-  Branch rest = {};  // the union of the taps of all branches but the first
-  Index taps = 0;    // of all
+  Branch rest = {};                        // the union of the taps of all branches but the first
+  std::vector<std::vector<Index>> places;  // of each branch, where its taps are in it
+  Index taps = 0;                          // of all
 
   Kernels(const Tensor& x, at::TensorList given, at::IntArrayRef dilations) : plane{x.size(1), x.size(2), 0} {
     TORCH_CHECK(given.size() == dilations.size() && !given.empty(), "each kernel has a dilation");
@@ -72,24 +74,27 @@ struct Kernels {
       taps += size * size;
     }
     for (std::size_t i = 0; i < given.size(); ++i) add_branch(branches, given[i].size(-1), dilations[i], plane);
+    places.resize(given.size());
+    auto& offsets = rest.offsets;
     for (std::size_t i = 1; i < given.size(); ++i)
       for (const Index offset : branches[i].offsets) {
-        auto& offsets = rest.offsets;
         const auto found = std::find(offsets.begin(), offsets.end(), offset);
-        branches[i].places.push_back(found - offsets.begin());
+        places[i].push_back(found - offsets.begin());
         if (found == offsets.end()) offsets.push_back(offset);
       }
-    // As many as an odd square could have; those in excess have weights of zero.
-    while (rest.offsets.size() % TILE != 1) rest.offsets.push_back(0);
+    if (offsets.empty()) offsets.push_back(0);  // one branch alone: a tap of weight zero
   }
 
-  Index blocks() const { return (weights[0].size(0) + LANES - 1) / LANES; }
-  Index merged() const { return rest.offsets.size(); }
+  Index blocks() const { return blocks_of(weights[0].size(0)); }
+  Index rest_size() const { return rest.offsets.size() * LANES; }
 
-  // What `pack_unit` takes.
-  Index scratch() const { return plane.size() + taps * LANES; }
+  // Where a unit begins among all units, each of `size` vectors.
+  Index unit(Index sample, Index first, Index size) const { return (sample * blocks() * LANES + first) * size; }
 
-  // Packs the map and, behind it, the taps of 16 channels, or of the `count` that are left. Returns the taps.
+  // Numbers of a packed unit: its plane, and behind it its taps.
+  Index packed_size() const { return plane.size() + taps * LANES; }
+
+  // Packs 16 channels, or the `count` that are left. Returns the taps.
   template <typename T>
   T* pack_unit(const T* from, Index first, Index count, T* input) const {
     const Index channels = weights[0].size(0);
@@ -135,12 +140,12 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, at::TensorList weigh
     const scalar_t* const from = x.const_data_ptr<scalar_t>();
     scalar_t* const to = kept.mutable_data_ptr<scalar_t>();
     for_each_unit<scalar_t>(
-        x, kernels.scratch() + plane.tiled() * LANES,
+        x, kernels.packed_size() + plane.tiled() * LANES,
         [&](Index sample, Index first, Index channels, scalar_t* input) {
           const scalar_t* const taps =
               kernels.pack_unit(from + sample * pixels * x.size(3) + first, first, channels, input);
-          scalar_t* const row = input + kernels.scratch();
-          scalar_t* const map = to + (sample * kernels.blocks() * LANES + first) * pixels;
+          scalar_t* const row = input + kernels.packed_size();
+          scalar_t* const map = to + kernels.unit(sample, first, pixels);
           for (Index i = 0; i < count; ++i) {
             Moments found;
             for (Index r = 0; r < plane.height; ++r) {
@@ -165,7 +170,7 @@ Tensor weighted_sum(const Tensor& x, const Tensor& kept, at::TensorList weights,
   kernels.check_kept(x, kept);
   const Plane& plane = kernels.plane;
   const Index count = weights.size(), pixels = plane.height * plane.width;
-  check_factors(scales, {count + 1, x.size(3)}, x);
+  check_factors("scales", scales, {count + 1, x.size(3)}, x);
   Tensor out = at::empty_like(x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "depthwise_weighted_sum", [&] {
     using Lanes = Channels<scalar_t>;
@@ -174,26 +179,26 @@ Tensor weighted_sum(const Tensor& x, const Tensor& kept, at::TensorList weights,
     const scalar_t* const factors = scales.const_data_ptr<scalar_t>();
     scalar_t* const to = out.mutable_data_ptr<scalar_t>();
     for_each_unit<scalar_t>(
-        x, kernels.scratch() + (plane.tiled() + kernels.merged()) * LANES,
+        x, kernels.packed_size() + plane.tiled() * LANES + kernels.rest_size(),
         [&](Index sample, Index first, Index channels, scalar_t* input) {
           const Index start = sample * pixels * x.size(3) + first;
           const scalar_t* const taps = kernels.pack_unit(from + start, first, channels, input);
-          scalar_t* const row = input + kernels.scratch();
-          scalar_t* const merged = row + plane.tiled() * LANES;
-          const scalar_t* const map = maps + (sample * kernels.blocks() * LANES + first) * pixels;
+          scalar_t* const row = input + kernels.packed_size();
+          scalar_t* const rest_taps = row + plane.tiled() * LANES;
+          const scalar_t* const map = maps + kernels.unit(sample, first, pixels);
           const auto factor = [&](Index i) { return load_some(factors + i * x.size(3) + first, channels); };
-          std::fill_n(merged, kernels.merged() * LANES, scalar_t(0));
+          std::fill_n(rest_taps, kernels.rest_size(), scalar_t(0));
           for (Index i = 1; i < count; ++i) {
             const Branch& branch = kernels.branches[i];
             const Lanes scale = factor(i);
             for (std::size_t t = 0; t < branch.offsets.size(); ++t) {
-              scalar_t* const sum = merged + branch.places[t] * LANES;
+              scalar_t* const sum = rest_taps + kernels.places[i][t] * LANES;
               store(sum, Lanes(load<Lanes>(sum) + scale * load<Lanes>(taps + (branch.first + t) * LANES)));
             }
           }
           const Lanes scale = factor(0), bias = factor(count);
           for (Index r = 0; r < plane.height; ++r) {
-            convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.rest, merged, plane.tiled(), row);
+            convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.rest, rest_taps, plane.tiled(), row);
             for (Index p = 0; p < plane.width; ++p) {
               const Index pixel = r * plane.width + p;
               store_some(to + start + pixel * x.size(3), channels,
@@ -212,7 +217,7 @@ Tensor correlate(const Tensor& x, const Tensor& grad, Index size, Index dilation
   const Plane plane = {x.size(1), x.size(2), size / 2 * dilation};
   std::vector<Branch> branches;
   add_branch(branches, size, dilation, plane);
-  const Index pixels = plane.height * plane.width, blocks = (x.size(3) + LANES - 1) / LANES;
+  const Index pixels = plane.height * plane.width, blocks = blocks_of(x.size(3));
   Tensor sums = at::empty({x.size(0), blocks, size * size, LANES}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "depthwise_correlate", [&] {
     const scalar_t* const from = x.const_data_ptr<scalar_t>();
@@ -251,18 +256,18 @@ Tensor products(const Tensor& x, const Tensor& grad, const Tensor& kept, at::Ten
     const scalar_t* const slopes = grad.const_data_ptr<scalar_t>();
     const scalar_t* const maps = kept.const_data_ptr<scalar_t>();
     for_each_unit<scalar_t>(
-        x, kernels.scratch() + (plane.width + kernels.merged()) * LANES,
+        x, kernels.packed_size() + plane.width * LANES + kernels.rest_size(),
         [&](Index sample, Index first, Index channels, scalar_t* input) {
           const Index start = sample * pixels * x.size(3) + first;
           const scalar_t* const taps = kernels.pack_unit(from + start, first, channels, input);
-          scalar_t* const row = input + kernels.scratch();
+          scalar_t* const row = input + kernels.packed_size();
           scalar_t* const sums = row + plane.width * LANES;
-          const scalar_t* const map = maps + (sample * kernels.blocks() * LANES + first) * pixels;
+          const scalar_t* const map = maps + kernels.unit(sample, first, pixels);
           const auto put = [&](Index i, const Channels<double>& total) {
             store_some(to + (sample * count + i) * x.size(3) + first, channels, total);
           };
           Channels<double> of_first = {};
-          std::fill_n(sums, kernels.merged() * LANES, scalar_t(0));
+          std::fill_n(sums, kernels.rest_size(), scalar_t(0));
           for (Index r = 0; r < plane.height; ++r) {
             pack(slopes + start + r * plane.width * x.size(3), 1, plane.width, x.size(3), channels, row, 0);
             of_first += widen(sum_row<Lanes>(plane.width, [&](Index p) {
@@ -276,7 +281,7 @@ Tensor products(const Tensor& x, const Tensor& grad, const Tensor& kept, at::Ten
             Channels<double> total = {};
             for (std::size_t t = 0; t < branch.offsets.size(); ++t)
               total += widen(load<Lanes>(taps + (branch.first + t) * LANES)) *
-                       widen(load<Lanes>(sums + branch.places[t] * LANES));
+                       widen(load<Lanes>(sums + kernels.places[i][t] * LANES));
             put(i, total);
           }
         });
@@ -293,7 +298,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, const T
   kernels.check_kept(x, kept);
   const Plane& plane = kernels.plane;
   const Index count = weights.size(), pixels = plane.height * plane.width;
-  check_factors(coefficients, {3, count, x.size(3)}, x);
+  check_factors("coefficients", coefficients, {3, count, x.size(3)}, x);
   Tensor grad_x = at::empty_like(x);
   Tensor grad_taps = at::empty({x.size(0), kernels.blocks(), kernels.taps, LANES}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "depthwise_backward", [&] {
@@ -306,15 +311,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& x, const Tensor& grad, const T
     scalar_t* const taps_to = grad_taps.mutable_data_ptr<scalar_t>();
     const Index packed = pixels * LANES, summed = plane.height * plane.tiled() * LANES;
     for_each_unit<scalar_t>(
-        x, kernels.scratch() + plane.size() + packed + summed,
+        x, kernels.packed_size() + plane.size() + packed + summed,
         [&](Index sample, Index first, Index channels, scalar_t* input) {
-          scalar_t* const branch_slopes = input + kernels.scratch();
+          scalar_t* const branch_slopes = input + kernels.packed_size();
           scalar_t* const output_slopes = branch_slopes + plane.size();
           scalar_t* const sums = output_slopes + packed;
-          scalar_t* const grad_of_taps = taps_to + (sample * kernels.blocks() * LANES + first) * kernels.taps;
+          scalar_t* const grad_of_taps = taps_to + kernels.unit(sample, first, kernels.taps);
           const Index start = sample * pixels * x.size(3) + first;
           const scalar_t* const taps = kernels.pack_unit(from + start, first, channels, input);
-          const scalar_t* const map = maps + (sample * kernels.blocks() * LANES + first) * pixels;
+          const scalar_t* const map = maps + kernels.unit(sample, first, pixels);
           pack(slopes + start, plane.height, plane.width, x.size(3), channels, output_slopes, plane.width * LANES);
           std::fill_n(sums, summed, scalar_t(0));
           std::fill_n(grad_of_taps, kernels.taps * LANES, scalar_t(0));

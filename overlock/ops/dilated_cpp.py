@@ -31,9 +31,10 @@ def weighted_sum(
     x: Tensor, kept: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], scales: Tensor
 ) -> Tensor:
     wide = _wide(x)
-    y = torch.ops.overlock_cpu.depthwise_weighted_sum(pixels(x, wide), kept, weights, dilations, scales.to(wide))
-    y = y.permute(0, 3, 1, 2).to(x.dtype)
-    return y if x.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(x).copy_(y)
+    scales = scales.to(wide).contiguous()
+    y = torch.ops.overlock_cpu.depthwise_weighted_sum(pixels(x, wide), kept, weights, dilations, scales)
+    y = y.permute(0, 3, 1, 2)
+    return y.to(x.dtype) if x.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(x).copy_(y)
 
 
 def products(
@@ -55,7 +56,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
     grad_x, grad_taps = torch.ops.overlock_cpu.depthwise_backward(
-        pixels(x, wide), pixels(grad, wide), kept, weights, dilations, coefficients.to(wide)
+        pixels(x, wide), pixels(grad, wide), kept, weights, dilations, coefficients.to(wide).contiguous()
     )
     return grad_x.permute(0, 3, 1, 2).to(x.dtype), grad_taps
 

@@ -104,16 +104,9 @@ def moments(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> t
 def weighted_sum(
     x: Tensor, kept: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], scales: Tensor
 ) -> Tensor:
-    kernel = merge_kernels([weight.double() for weight in weights], dilations, list(scales[:-1]))
-    return same_conv2d(x, kernel.to(x.dtype), scales[-1].to(x.dtype))
-
-
-def merge_kernels(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor]) -> Tensor:
-    """Return the kernel (C, 1, K, K) of a sum of depthwise convolutions, each times its scale (C,)."""
-    merged = weights[0] * scales[0].view(-1, 1, 1, 1)
-    for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
-        taps_of(merged, weight.shape[-1], dilation).add_(weight * scale.view(-1, 1, 1, 1))
-    return merged
+    kernel = _merge_kernels([weight.double() for weight in weights], dilations, list(scales[:-1]))
+    y = same_conv2d(x, kernel.to(x.dtype), scales[-1].to(x.dtype))
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 
 def products(
@@ -166,6 +159,14 @@ def backward(
             _launch('tap_grad', grid, frame, packed, scratch, branches, groups, *sums_of, constants=SMALL_TILE)
         sums = partial.sum(1).view(len(x), frame.BLOCKS, len(taps), LANES).sum(0)
     return grad_x, sums.transpose(1, 2).flatten(0, 1)[: x.shape[1]].contiguous()
+
+
+def _merge_kernels(weights: Sequence[Tensor], dilations: Sequence[int], scales: Sequence[Tensor]) -> Tensor:
+    """Return the kernel (C, 1, K, K) of a sum of depthwise convolutions, each times its scale (C,)."""
+    merged = weights[0] * scales[0].view(-1, 1, 1, 1)
+    for weight, dilation, scale in zip(weights[1:], dilations[1:], scales[1:], strict=True):
+        taps_of(merged, weight.shape[-1], dilation).add_(weight * scale.view(-1, 1, 1, 1))
+    return merged
 
 
 def _prepare(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Frame, Tensor, Tensor]:

@@ -47,7 +47,7 @@ struct Split {
 
   Split(const Tensor& x, Index rows) : batch(x.size(0)), height(x.size(1)), width(x.size(2)), channels(x.size(3)) {
     const Index threads = at::get_num_threads();
-    blocks = (channels + LANES - 1) / LANES;
+    blocks = blocks_of(channels);
     groups = std::min(blocks, (rows * (tiled() + 2) * lanes() * x.element_size() + CACHE - 1) / CACHE);
     while (batch * groups % threads && batch * groups < 4 * threads && groups < blocks) ++groups;
     bands = std::max<Index>(1, std::min((threads + batch * groups - 1) / (batch * groups), height / MIN_ROWS));
@@ -178,7 +178,7 @@ struct Pass {
 
 void check(const Tensor& x, const Tensor& taps, const Tensor& bias) {
   TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && x.numel(), "x must be contiguous, (B, H, W, C), and not empty");
-  const Index lanes = (x.size(3) + LANES - 1) / LANES * LANES;
+  const Index lanes = blocks_of(x.size(3)) * LANES;
   TORCH_CHECK(taps.sizes() == at::IntArrayRef({9, lanes}) && bias.sizes() == at::IntArrayRef({lanes}),
               "taps must be (9, ", lanes, "), bias (", lanes, ",)");
   for (const Tensor& t : {taps, bias})

@@ -24,6 +24,8 @@ constexpr int TILE = 8;    // neighboring outputs, or taps, whose sums are in re
 template <typename T>
 using Channels = Vector<T, LANES>;
 
+inline Index blocks_of(Index channels) { return (channels + LANES - 1) / LANES; }
+
 // A vector of the first `count` channels; the others are zero, or are not stored.
 template <typename T>
 inline Channels<T> load_some(const T* from, Index count) {
@@ -50,16 +52,15 @@ struct Plane {
   Index row(Index r) const { return (r + reach) * stride() + reach * LANES; }
 };
 
-// Where the taps of a branch lie in the packed taps, how far from the output's pixel they look in a plane, and where
-// they lie among the taps that branches share.
+// Where the taps of a branch lie in the packed taps, and how far from the output's pixel they look in a plane.
 struct Branch {
   Index first;
-  std::vector<Index> offsets, places;
+  std::vector<Index> offsets;
 };
 
 // Adds a branch of a kernel's size and dilation.
 inline void add_branch(std::vector<Branch>& branches, Index size, Index dilation, const Plane& plane) {
-  Branch branch = {branches.empty() ? 0 : branches.back().first + Index(branches.back().offsets.size()), {}, {}};
+  Branch branch = {branches.empty() ? 0 : branches.back().first + Index(branches.back().offsets.size()), {}};
   for (Index a = -(size / 2) * dilation; a <= size / 2 * dilation; a += dilation)
     for (Index b = -(size / 2) * dilation; b <= size / 2 * dilation; b += dilation)
       branch.offsets.push_back(a * plane.stride() + b * LANES);
@@ -109,7 +110,7 @@ void correlate_taps(const T* center, const Index* offsets, const T* grad, Index 
   for (int i = 0; i < N; ++i) store(sums + i * LANES, totals[i]);
 }
 
-// The same for all taps of a branch, 8 m + 1 as an odd square has.
+// The same for all taps of a branch: 8 m + 1, as in every odd square and every union of such around one center.
 template <typename T>
 void correlate_row(const T* center, const Branch& branch, const T* grad, Index width, T* sums) {
   const Index count = branch.offsets.size();
@@ -127,7 +128,7 @@ void correlate_row(const T* center, const Branch& branch, const T* grad, Index w
 // Calls `work(unit's sample, first channel, number of channels, scratch)` for every 16 channels of every sample.
 template <typename T, typename F>
 void for_each_unit(const Tensor& x, Index scratch_size, const F& work) {
-  const Index channels = x.size(3), blocks = (channels + LANES - 1) / LANES;
+  const Index channels = x.size(3), blocks = blocks_of(channels);
   at::parallel_for(0, x.size(0) * blocks, 1, [&](Index begin, Index end) {
     Tensor scratch = at::zeros({scratch_size}, x.options());
     for (Index unit = begin; unit < end; ++unit) {

@@ -45,12 +45,13 @@ def run(case, drawn):
 @fuzz({count})
 def run_depthwise(size, dtype):
     x, grad = (torch.randn(size, dtype=dtype) for _ in range(2))
-    weights = [torch.randn(size[1], 1, k, k, dtype=dtype) for k in (7, 3, 1)]
-    operators, dilations = torch.ops.overlock, [1, 2, 3]
+    count = 1 + size[2] % 3
+    weights = [torch.randn(size[1], 1, k, k, dtype=dtype) for k in (7, 3, 1)[:count]]
+    operators, dilations = torch.ops.overlock, [1, 2, 3][:count]
     kept, mean, _ = operators.dilated_moments(x, weights, dilations)
-    operators.dilated_weighted_sum(x, kept, weights, dilations, torch.randn(4, size[1]))
+    operators.dilated_weighted_sum(x, kept, weights, dilations, torch.randn(count + 1, size[1]))
     operators.dilated_products(x, grad, kept, weights, dilations, mean[0], mean[0, 0])
-    operators.dilated_backward(x, grad, kept, weights, dilations, torch.randn(3, 3, size[1]))
+    operators.dilated_backward(x, grad, kept, weights, dilations, torch.randn(3, count, size[1]))
     operators.depthwise_weight_gradient(x, grad, 5, 2)
     b, c, h, w = size
     shapes = [(c, 1, 3, 3), (c,), (1, c, 1, 1), (1, c, 1, 1), (2, c, 1, 1), (2,)]
