@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
         export TORCH_COMPILE_DISABLE=1 CUDA_VISIBLE_DEVICES=
         doctor=(--quick) tests=(-m 'not slow' -k 'test_triton and dense_attention') archs=(xt)
         common=(--device cpu --threads 1 --rounds 1 --turn-seconds 0)
-        small=("${common[@]}" --arch xt --batch 2 --size 96x96)
+        small=("${common[@]}" --arch xt --batch 2 --size 128x128)
         ;;
     --results) results=$(realpath -m "$2") && shift ;;
     *)

@@ -56,7 +56,8 @@ def test_network_times_presets_that_agree_and_refuses_one_that_is_wrong(run, cap
 
 @pytest.mark.slow
 def test_network_compares_gradients_in_training(run):
-    status, record = run(network, *'--mode train --size 96x96 --batch 2 --presets train train+bf16 --rounds 1'.split())
+    options = '--mode train --size 128x128 --batch 2 --presets train train+bf16 --rounds 1'.split()
+    status, record = run(network, *options)
     published, train, narrow = record['rows']
     for row in (published, train):
         assert row['task']['network'] == 'backbone' and set(row['check']['deviation']['fp32']) == {'output', 'gradient'}

@@ -112,7 +112,7 @@ def test_detector_file_holds_for_every_size_and_names_its_classes(small, picture
     meta = {name: json.loads(value) if value[0] in '[{' else value for name, value in meta_of(session).items()}
     assert (meta['task'], meta['classes'], meta['pad_size_divisor']) == ('detector', list(CLASSES['classes']), '1')
     boxes, scores, labels, masks = session.run(None, {'image': torch.randn(4, 3, 97, 224).numpy()})
-    assert (boxes.shape, scores.shape, labels.shape, masks.shape) == ((4, 30, 4), (4, 30), (4, 30), (4, 30, 28, 28))
+    assert (boxes.shape, scores.shape, labels.shape, masks.shape) == ((4, 100, 4), (4, 100), (4, 100), (4, 100, 28, 28))
 
 
 def meta_of(session):
