@@ -59,9 +59,7 @@ struct Kernels {
   Plane plane;
   std::vector<Tensor> weights;
   std::vector<Branch> branches;
-  Branch rest = {};                        // the union of the taps of all branches but the first
-  std::vector<std::vector<Index>> places;  // of each branch, where its taps are in it
-  Index taps = 0;                          // of all
+  Index taps = 0;  // of all
 
   Kernels(const Tensor& x, at::TensorList given, at::IntArrayRef dilations) : plane{x.size(1), x.size(2), 0} {
     TORCH_CHECK(given.size() == dilations.size() && !given.empty(), "each kernel has a dilation");
@@ -74,19 +72,9 @@ struct Kernels {
       taps += size * size;
     }
     for (std::size_t i = 0; i < given.size(); ++i) add_branch(branches, given[i].size(-1), dilations[i], plane);
-    places.resize(given.size());
-    auto& offsets = rest.offsets;
-    for (std::size_t i = 1; i < given.size(); ++i)
-      for (const Index offset : branches[i].offsets) {
-        const auto found = std::find(offsets.begin(), offsets.end(), offset);
-        places[i].push_back(found - offsets.begin());
-        if (found == offsets.end()) offsets.push_back(offset);
-      }
-    if (offsets.empty()) offsets.push_back(0);  // one branch alone: a tap of weight zero
   }
 
   Index blocks() const { return blocks_of(weights[0].size(0)); }
-  Index rest_size() const { return rest.offsets.size() * LANES; }
 
   // Where a unit begins among all units, each of `size` vectors.
   Index unit(Index sample, Index first, Index size) const { return (sample * blocks() * LANES + first) * size; }
@@ -117,6 +105,25 @@ struct Kernels {
                     kept.scalar_type() == x.scalar_type() && kept.is_contiguous(),
                 "kept must be what the moments of this map came with");
   }
+};
+
+// The union of the taps of all branches but the first, and for each branch where its taps are in it.
+struct Rest {
+  Branch taps = {};
+  std::vector<std::vector<Index>> places;
+
+  explicit Rest(const std::vector<Branch>& branches) : places(branches.size()) {
+    auto& offsets = taps.offsets;
+    for (std::size_t i = 1; i < branches.size(); ++i)
+      for (const Index offset : branches[i].offsets) {
+        const auto found = std::find(offsets.begin(), offsets.end(), offset);
+        places[i].push_back(found - offsets.begin());
+        if (found == offsets.end()) offsets.push_back(offset);
+      }
+    if (offsets.empty()) offsets.push_back(0);  // one branch alone: a tap of weight zero
+  }
+
+  Index size() const { return taps.offsets.size() * LANES; }
 };
 
 // From sums of units, (B, blocks, T, 16), to those over the batch, (C, T).
@@ -167,6 +174,7 @@ Tensor weighted_sum(const Tensor& x, const Tensor& kept, at::TensorList weights,
                     const Tensor& scales) {
   check_maps(x, x);
   const Kernels kernels(x, weights, dilations);
+  const Rest rest(kernels.branches);
   kernels.check_kept(x, kept);
   const Plane& plane = kernels.plane;
   const Index count = weights.size(), pixels = plane.height * plane.width;
@@ -179,7 +187,7 @@ Tensor weighted_sum(const Tensor& x, const Tensor& kept, at::TensorList weights,
     const scalar_t* const factors = scales.const_data_ptr<scalar_t>();
     scalar_t* const to = out.mutable_data_ptr<scalar_t>();
     for_each_unit<scalar_t>(
-        x, kernels.packed_size() + plane.tiled() * LANES + kernels.rest_size(),
+        x, kernels.packed_size() + plane.tiled() * LANES + rest.size(),
         [&](Index sample, Index first, Index channels, scalar_t* input) {
           const Index start = sample * pixels * x.size(3) + first;
           const scalar_t* const taps = kernels.pack_unit(from + start, first, channels, input);
@@ -187,18 +195,18 @@ Tensor weighted_sum(const Tensor& x, const Tensor& kept, at::TensorList weights,
           scalar_t* const rest_taps = row + plane.tiled() * LANES;
           const scalar_t* const map = maps + kernels.unit(sample, first, pixels);
           const auto factor = [&](Index i) { return load_some(factors + i * x.size(3) + first, channels); };
-          std::fill_n(rest_taps, kernels.rest_size(), scalar_t(0));
+          std::fill_n(rest_taps, rest.size(), scalar_t(0));
           for (Index i = 1; i < count; ++i) {
             const Branch& branch = kernels.branches[i];
             const Lanes scale = factor(i);
             for (std::size_t t = 0; t < branch.offsets.size(); ++t) {
-              scalar_t* const sum = rest_taps + kernels.places[i][t] * LANES;
+              scalar_t* const sum = rest_taps + rest.places[i][t] * LANES;
               store(sum, Lanes(load<Lanes>(sum) + scale * load<Lanes>(taps + (branch.first + t) * LANES)));
             }
           }
           const Lanes scale = factor(0), bias = factor(count);
           for (Index r = 0; r < plane.height; ++r) {
-            convolve_row<scalar_t, 1, false>(input + plane.row(r), kernels.rest, rest_taps, plane.tiled(), row);
+            convolve_row<scalar_t, 1, false>(input + plane.row(r), rest.taps, rest_taps, plane.tiled(), row);
             for (Index p = 0; p < plane.width; ++p) {
               const Index pixel = r * plane.width + p;
               store_some(to + start + pixel * x.size(3), channels,
@@ -244,6 +252,7 @@ Tensor products(const Tensor& x, const Tensor& grad, const Tensor& kept, at::Ten
                 at::IntArrayRef dilations) {
   check_maps(x, grad);
   const Kernels kernels(x, weights, dilations);
+  const Rest rest(kernels.branches);
   kernels.check_kept(x, kept);
   const Plane& plane = kernels.plane;
   const Index count = weights.size(), pixels = plane.height * plane.width;
@@ -256,7 +265,7 @@ Tensor products(const Tensor& x, const Tensor& grad, const Tensor& kept, at::Ten
     const scalar_t* const slopes = grad.const_data_ptr<scalar_t>();
     const scalar_t* const maps = kept.const_data_ptr<scalar_t>();
     for_each_unit<scalar_t>(
-        x, kernels.packed_size() + plane.width * LANES + kernels.rest_size(),
+        x, kernels.packed_size() + plane.width * LANES + rest.size(),
         [&](Index sample, Index first, Index channels, scalar_t* input) {
           const Index start = sample * pixels * x.size(3) + first;
           const scalar_t* const taps = kernels.pack_unit(from + start, first, channels, input);
@@ -267,13 +276,13 @@ Tensor products(const Tensor& x, const Tensor& grad, const Tensor& kept, at::Ten
             store_some(to + (sample * count + i) * x.size(3) + first, channels, total);
           };
           Channels<double> of_first = {};
-          std::fill_n(sums, kernels.rest_size(), scalar_t(0));
+          std::fill_n(sums, rest.size(), scalar_t(0));
           for (Index r = 0; r < plane.height; ++r) {
             pack(slopes + start + r * plane.width * x.size(3), 1, plane.width, x.size(3), channels, row, 0);
             of_first += widen(sum_row<Lanes>(plane.width, [&](Index p) {
               return load<Lanes>(row + p * LANES) * load<Lanes>(map + (r * plane.width + p) * LANES);
             }));
-            correlate_row(input + plane.row(r), kernels.rest, row, plane.width, sums);
+            correlate_row(input + plane.row(r), rest.taps, row, plane.width, sums);
           }
           put(0, of_first);
           for (Index i = 1; i < count; ++i) {
@@ -281,7 +290,7 @@ Tensor products(const Tensor& x, const Tensor& grad, const Tensor& kept, at::Ten
             Channels<double> total = {};
             for (std::size_t t = 0; t < branch.offsets.size(); ++t)
               total += widen(load<Lanes>(taps + (branch.first + t) * LANES)) *
-                       widen(load<Lanes>(sums + kernels.places[i][t] * LANES));
+                       widen(load<Lanes>(sums + rest.places[i][t] * LANES));
             put(i, total);
           }
         });
