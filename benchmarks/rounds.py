@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# The first custom operator imports it, and torchvision, so timm, when it is imported: it belongs to the base.
+import torch._dynamo  # noqa: F401
 from safetensors.torch import load, save
 from torch import Tensor
 
