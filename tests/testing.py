@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from overlock import OverLoCK, OverLoCKBackbone
 
@@ -24,6 +25,19 @@ def assert_relative(actual, expected, tolerance: float) -> None:
     assert actual.shape == expected.shape
     deviation = (actual - expected).abs().max().item()
     assert deviation <= tolerance * expected.abs().max().item(), f'deviates by {deviation:.2e}'
+
+
+def check_operator(operator, args, **options) -> None:
+    """Hold an operator of `torch.library` to its rules: those that `opcheck` knows, and the strides of its fake."""
+    torch.library.opcheck(operator, args, **options)
+    found = operator(*args)
+    with FakeTensorMode() as mode:
+        faked = operator(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+    pairs = [(found, faked)] if isinstance(found, torch.Tensor) else zip(found, faked, strict=True)
+    for i, (real, fake) in enumerate(pairs):
+        # Where an axis has one element its stride means nothing.
+        strides = [[t.stride(axis) for axis in range(t.ndim) if t.shape[axis] > 1] for t in (real, fake)]
+        assert real.shape == fake.shape and strides[0] == strides[1], f'{operator}: output {i}'
 
 
 def published_shapes() -> dict[str, dict[str, dict[str, list[int]]]]:

@@ -52,7 +52,7 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
         grad_kernel.append(slopes[1][..., : half.size].flatten(3))
         _unpack(slopes[2], to)
         grad_bias.append(slopes[3].sum((0, 1))[:, : half.size].flatten())
-        grad_rpb.append(slopes[4].sum(0)[..., : half.rpb.shape[2]].to(half.rpb.dtype))
+        grad_rpb.append(slopes[4].sum(0)[..., : half.rpb.shape[2]].to(half.rpb.dtype).contiguous())
     _unpack(sums[0] + sums[1], x.by_group(grad_query))
     return Projected(
         grad_query,

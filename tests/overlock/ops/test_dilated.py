@@ -12,7 +12,7 @@ from overlock.layers.large_kernel import BRANCHES
 from overlock.ops import dilated, dilated_cpp, dilated_triton
 from overlock.ops.compiled import why_not_compiled
 from overlock.ops.depthwise import weight_gradient
-from tests.testing import TOLERANCES, assert_relative, randomise, training_step
+from tests.testing import TOLERANCES, assert_relative, check_operator, randomise, training_step
 
 pytestmark = pytest.mark.skipif(bool(why_not_compiled()), reason='cpp: ' + why_not_compiled())
 
@@ -117,14 +117,14 @@ def test_operators_keep_the_rules_of_torch_library(dtype, memory_format):
     x, grad = maps(2, 19, 9, 8, dtype=dtype, memory_format=memory_format)
     weights = [torch.randn(19, 1, size, size, dtype=dtype) for size in (5, 3)]
     operators = torch.ops.overlock
-    torch.library.opcheck(operators.dilated_moments.default, (x, weights, [1, 2]))
+    check_operator(operators.dilated_moments.default, (x, weights, [1, 2]))
     kept, mean, _ = operators.dilated_moments(x, weights, [1, 2])
     scales = torch.randn(3, 19, dtype=torch.float64)
-    torch.library.opcheck(operators.dilated_weighted_sum.default, (x, kept, weights, [1, 2], scales))
+    check_operator(operators.dilated_weighted_sum.default, (x, kept, weights, [1, 2], scales))
     sums = mean.mean(0), scales[0]
-    torch.library.opcheck(operators.dilated_products.default, (x, grad, kept, weights, [1, 2], *sums))
+    check_operator(operators.dilated_products.default, (x, grad, kept, weights, [1, 2], *sums))
     coefficients = torch.randn(3, 2, 19, dtype=torch.float64)
-    torch.library.opcheck(operators.dilated_backward.default, (x, grad, kept, weights, [1, 2], coefficients))
+    check_operator(operators.dilated_backward.default, (x, grad, kept, weights, [1, 2], coefficients))
 
 
 @pytest.mark.parametrize(('dtype', 'maps_kept'), [(torch.float32, 2), (torch.bfloat16, 3)], ids=str)

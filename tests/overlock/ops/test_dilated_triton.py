@@ -8,7 +8,7 @@ from overlock.layers.large_kernel import BRANCHES
 from overlock.ops import dilated, dilated_triton, proof
 from overlock.ops.dilated_proof import deviation
 from tests.overlock.ops.triton_testing import assert_compiles, needs_triton, newest
-from tests.testing import TOLERANCES, assert_relative
+from tests.testing import TOLERANCES, assert_relative, check_operator
 
 pytestmark = needs_triton
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -172,7 +172,7 @@ def test_what_it_cannot_take_is_named(device, monkeypatch):
 
 
 def test_operators_keep_the_rules_of_torch_library(device):
-    x, weights, *_ = inputs((1, 3, 4, 5), device)
+    x, weights, *_ = inputs((1, 3, 4, 5), device, memory_format=LAST)
     wide = dict(dtype=torch.float64, device=device)
     operators, sums = torch.ops.overlock, (torch.randn(3, 3, **wide), torch.randn(3, **wide))
     # The rules do not depend on values; each check runs the kernels again.
@@ -183,7 +183,7 @@ def test_operators_keep_the_rules_of_torch_library(device):
         (operators.dilated_products, (x, x, nothing, weights, DILATIONS, *sums)),
         (operators.dilated_backward, (x, x, nothing, weights, DILATIONS, torch.randn(3, 3, 3, **wide))),
     ):
-        torch.library.opcheck(operator.default, arguments, test_utils=utils)
+        check_operator(operator.default, arguments, test_utils=utils)
 
 
 def launch(shape):
