@@ -12,6 +12,7 @@ from torch import nn
 
 from overlock import ContMixBlock
 from overlock.checkpoint import CheckpointError
+from overlock.ops.compiled import why_not_compiled
 from tests.testing import DATA, assert_relative, assert_same, published_weights, randomise
 
 DOUBLE = 1e-10
@@ -191,6 +192,18 @@ def test_compiled_block_is_one_graph(with_cp, training):
     block, x = small(with_cp=with_cp).train(training), maps(2, 6, 9, 16)
     compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(x), block(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not_compiled()), reason='cpp: ' + why_not_compiled())
+def test_training_step_of_a_compiled_block_has_the_same_gradients():
+    torch._dynamo.reset()
+    block, x = small().train(), maps(2, 6, 9, 16)
+    parameters = list(block.parameters())
+    # Other backends of torch.compile do not look at the strides of what operators return.
+    steps = [torch.compile(block, backend='inductor', dynamic=False), block]
+    found, expected = (torch.autograd.grad(step(x).square().sum(), parameters) for step in steps)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
