@@ -40,27 +40,20 @@ def backward(grad: Tensor, lse: Tensor, x: Projected) -> Projected:
     """Compute the gradients, with log-sum-exps anew; see `overlock.ops.contmix.library.register`."""
     wide = torch.promote_types(x.value.dtype, torch.float32)
     query = _pack(x.by_group(x.query), wide)
-    grad_query, grad_value = torch.empty_like(x.query), torch.empty_like(x.value)
-    sums, grad_kernel, grad_bias, grad_rpb = [], [], [], []
-    for half, half_grad, to in zip(x.halves(), x.split(grad), x.split(grad_value), strict=True):
+    grads, sums = Projected(*map(torch.empty_like, x)), []
+    for half, half_grad, to in zip(x.halves(), x.split(grad), grads.halves(), strict=True):
         kernel, bias, rpb = _padded_taps(half, wide)
         by_tap = _pad(half.kernel.to(wide).mT, query.shape[-1] - half.kernel.shape[2])
         # Channel after channel: what a row of taps sees of one of them is one load, past the map's end at most.
         rows = _pad(half.value.to(wide).flatten(3), kernel.shape[4])
         slopes = torch.ops.overlock_cpu.contmix_backward(_pack(half_grad, wide), query, kernel, by_tap, rows, bias, rpb)
         sums.append(slopes[0])
-        grad_kernel.append(slopes[1][..., : half.size].flatten(3))
-        _unpack(slopes[2], to)
-        grad_bias.append(slopes[3].sum((0, 1))[:, : half.size].flatten())
-        grad_rpb.append(slopes[4].sum(0)[..., : half.rpb.shape[2]].to(half.rpb.dtype).contiguous())
-    _unpack(sums[0] + sums[1], x.by_group(grad_query))
-    return Projected(
-        grad_query,
-        torch.cat(grad_kernel, -1).to(x.kernel.dtype),
-        grad_value,
-        torch.cat(grad_bias).to(x.bias.dtype),
-        *grad_rpb,
-    )
+        to.kernel.copy_(slopes[1][..., : half.size].flatten(3))
+        _unpack(slopes[2], to.value)
+        to.bias.copy_(slopes[3].sum((0, 1))[:, : half.size].flatten())
+        to.rpb.copy_(slopes[4].sum(0)[..., : half.rpb.shape[2]])
+    _unpack(sums[0] + sums[1], x.by_group(grads.query))
+    return grads
 
 
 # The operator has the backend's first name, which graphs made by users may contain.

@@ -22,7 +22,7 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[[Input
         forward: Takes the inputs. Returns the mixed map, (B, 2 G d, H, W), with the strides of the value where these
             are dense, and the log-sum-exps, (2, B, G, H, W), float64 for float64 maps, else float32.
         backward: Takes the gradient of the mixed map, the log-sum-exps and the inputs. Returns the gradients of the
-            inputs, with their shapes and dtypes.
+            inputs, with their shapes, dtypes and strides.
 
     Returns:
         A function from the inputs to the mixed map, (B, C, H, W), that calls the operator.
